@@ -1,0 +1,22 @@
+"""Group normalization for Detectron2 whose number of groups follows from each layer's shape.
+
+Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes ``PGN`` and ``GN<k>``.
+"""
+
+from importlib.util import find_spec
+
+from . import binding  # noqa: F401  installs the hook by which norms meet their weight layers
+from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
+from .layers import GroupNorm, PracticalGroupNorm
+from .norm_types import extend_get_norm
+
+__all__ = [
+    "GroupNorm",
+    "PracticalGroupNorm",
+    "ideal_num_groups",
+    "isometry_ratio",
+    "practical_num_groups",
+]
+
+if find_spec("detectron2") is not None:
+    extend_get_norm()

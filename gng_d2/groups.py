@@ -1,0 +1,102 @@
+"""The ideal and the practical number of groups of a group normalization layer.
+
+Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation". All functions
+are for one unit block: a weight layer from ``n_in`` to ``n_out`` features, group norm, activation.
+For a convolution, grouped or not, these are its whole ``in_channels`` and ``out_channels``.
+"""
+
+import operator
+from fractions import Fraction
+from math import isfinite, isqrt
+from numbers import Real
+
+__all__ = ["ideal_num_groups", "practical_num_groups", "isometry_ratio"]
+
+
+def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
+    """Number of groups for which the unit block's gradients keep their variance (Eq. 32).
+
+    Neither bounded nor a divisor of ``n_out``: it is at or below zero where no number of groups can
+    make the block isometric.
+
+    Args:
+        n_in, n_out: input and output features of the weight layer.
+        gain_ratio: F/B, the forward over the backward gain of the activation (Section 2.3). 1 for
+            ReLU and its relatives.
+
+    Raises:
+        TypeError: a size is no integer, or the gain ratio no real number.
+        ValueError: a size or the gain ratio is not positive.
+
+    Examples::
+        >>> ideal_num_groups(784, 512)
+        68.0
+    """
+    return float(_ideal(n_in, n_out, gain_ratio))
+
+
+def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
+    """The divisor of ``n_out`` nearest to the ideal number of groups in log2 (Algorithm 1).
+
+    Exact for integers of any size. Between two divisors that are equally near (possible with a gain
+    ratio other than 1) it is the smaller one. Arguments and errors as in :func:`ideal_num_groups`.
+
+    Examples::
+        >>> practical_num_groups(784, 512)
+        64
+        >>> practical_num_groups(128, 128)
+        1
+    """
+    ideal = _ideal(n_in, n_out, gain_ratio)
+    bounded = min(max(ideal, Fraction(1)), Fraction(operator.index(n_out)))
+    divisors = _divisors(operator.index(n_out))
+    below = max(d for d in divisors if d <= bounded)
+    above = min(d for d in divisors if d >= bounded)
+    # log2(bounded / below) <= log2(above / bounded), without rounding
+    return below if bounded**2 <= below * above else above
+
+
+def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float = 1.0) -> float:
+    """K: variance of the gradient at the block's input over that at its output (Eq. 31).
+
+    Divided by ``gain_ratio``, so that it is 1 at the ideal number of groups for any activation.
+    ``num_groups`` may be any positive real number; other arguments and errors as in
+    :func:`ideal_num_groups`.
+
+    Examples::
+        >>> isometry_ratio(128, 128, 32)
+        2.0
+    """
+    n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
+    num_groups, gain_ratio = _positive("num_groups", num_groups), _positive("gain_ratio", gain_ratio)
+    return float((n_out + 4 * num_groups) / (n_in * gain_ratio))
+
+
+def _ideal(n_in, n_out, gain_ratio):
+    n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
+    return (_positive("gain_ratio", gain_ratio) * n_in - n_out) / 4
+
+
+def _divisors(n):
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in small]
+
+
+def _size(name, value):
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive integer, not {value!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    return size
+
+
+def _positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a positive number, not {value!r}")
+    if not isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+    return Fraction(value) if not isinstance(value, Fraction) else value

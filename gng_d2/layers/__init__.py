@@ -1,0 +1,3 @@
+from .group_norm import GroupNorm, PracticalGroupNorm
+
+__all__ = ["GroupNorm", "PracticalGroupNorm"]

@@ -1,0 +1,76 @@
+"""Which names a config's NORM may have: ours beside Detectron2's."""
+
+import difflib
+import re
+import types
+from functools import partial
+from typing import Callable, Optional
+
+from .errors import InputError
+from .layers import GroupNorm, PracticalGroupNorm
+
+__all__ = ["KNOWN_NORMS", "norm_from_name", "extend_get_norm"]
+
+KNOWN_NORMS = ("PGN", "GN<k>, for instance GN1 or GN16", "GN", "LN", "BN", "FrozenBN", "SyncBN")
+
+
+def norm_from_name(name: str) -> Optional[Callable]:
+    """What makes the norm ``name`` from a channel number; None where ``name`` is none of ours.
+
+    ============  ==============================================
+    ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
+    ``GN<k>``     :class:`~gng_d2.layers.GroupNorm` with k groups
+    ============  ==============================================
+    """
+    if name == "PGN":
+        return PracticalGroupNorm
+    fixed = re.fullmatch(r"GN([1-9]\d*)", name)
+    return partial(GroupNorm, int(fixed.group(1))) if fixed else None
+
+
+def unknown_norm(name: str) -> InputError:
+    near = difflib.get_close_matches(name.upper(), ["PGN", "GN", "GN1", "LN", "BN", "FROZENBN", "SYNCBN"], 1, 0.0)
+    near = {"FROZENBN": "FrozenBN", "SYNCBN": "SyncBN"}.get(near[0], near[0])
+    return InputError(f"unknown norm {name!r}; did you mean {near!r}? Known norms: {'; '.join(KNOWN_NORMS)}")
+
+
+def get_norm(norm, out_channels, detectron2_get_norm):
+    """Detectron2's ``get_norm(norm, out_channels)`` with our names added.
+
+    Raises:
+        InputError: the name is neither ours nor Detectron2's.
+    """
+    if not isinstance(norm, str):
+        return detectron2_get_norm(norm, out_channels)
+    make = norm_from_name(norm)
+    if make is not None:
+        return make(out_channels)
+    try:
+        return detectron2_get_norm(norm, out_channels)
+    except KeyError:
+        raise unknown_norm(norm) from None
+
+
+def extend_get_norm() -> None:
+    """Make Detectron2's ``get_norm`` know our names, wherever it was imported to already.
+
+    Its modules import the function by name, so the function itself has to change: its code is
+    replaced, and what it was goes on under ``__wrapped__``. Does nothing the second time.
+    """
+    from detectron2.layers import batch_norm
+
+    function = batch_norm.get_norm
+    if hasattr(function, "__wrapped__"):
+        return
+
+    function.__wrapped__ = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+    def extended(norm, out_channels):
+        # runs with the globals of detectron2.layers.batch_norm
+        from gng_d2.norm_types import get_norm as ours
+
+        return ours(norm, out_channels, get_norm.__wrapped__)
+
+    function.__code__ = extended.__code__

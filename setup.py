@@ -1,0 +1,14 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="gng_d2",
+    version="0.1.0",
+    description="Group normalization for Detectron2 whose number of groups follows from each layer's shape",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["gng_d2", "gng_d2.*"]),
+    # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, tabulate, yacs) are
+    # not listed: an environment that has a Detectron2 keeps it as it is.
+    install_requires=["torch>=1.13", "numpy"],
+    extras_require={"panoptic": ["panopticapi-lite"], "test": ["pytest"]},
+)
