@@ -5,10 +5,9 @@ are for one unit block: a weight layer from ``n_in`` to ``n_out`` features, grou
 For a convolution, grouped or not, these are its whole ``in_channels`` and ``out_channels``.
 """
 
-import operator
 from fractions import Fraction
 from math import isfinite, isqrt
-from numbers import Real
+from numbers import Integral, Rational, Real
 
 __all__ = ["ideal_num_groups", "practical_num_groups", "isometry_ratio"]
 
@@ -38,8 +37,9 @@ def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
 def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
     """The divisor of ``n_out`` nearest to the ideal number of groups in log2 (Algorithm 1).
 
-    Exact for integers of any size. Between two divisors that are equally near (possible with a gain
-    ratio other than 1) it is the smaller one. Arguments and errors as in :func:`ideal_num_groups`.
+    Exact for integers of any size. Two divisors are never equally near: the square of the ideal number
+    would be their product, and so the ideal number itself a divisor between them. Arguments and errors
+    as in :func:`ideal_num_groups`.
 
     Examples::
         >>> practical_num_groups(784, 512)
@@ -48,12 +48,13 @@ def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
         1
     """
     ideal = _ideal(n_in, n_out, gain_ratio)
-    bounded = min(max(ideal, Fraction(1)), Fraction(operator.index(n_out)))
-    divisors = _divisors(operator.index(n_out))
+    n_out = int(n_out)
+    bounded = min(max(ideal, 1), n_out)
+    divisors = _divisors(n_out)
     below = max(d for d in divisors if d <= bounded)
     above = min(d for d in divisors if d >= bounded)
-    # log2(bounded / below) <= log2(above / bounded), without rounding
-    return below if bounded**2 <= below * above else above
+    # log2(bounded / below) < log2(above / bounded), without rounding
+    return below if bounded**2 < below * above else above
 
 
 def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float = 1.0) -> float:
@@ -83,15 +84,11 @@ def _divisors(n):
 
 
 def _size(name, value):
-    try:
-        size = operator.index(value)
-    except TypeError:
-        size = None
-    if size is None or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a positive integer, not {value!r}")
-    if size < 1:
+    if value < 1:
         raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    return size
+    return int(value)
 
 
 def _positive(name, value):
@@ -99,4 +96,6 @@ def _positive(name, value):
         raise TypeError(f"{name} must be a positive number, not {value!r}")
     if not isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a positive finite number, not {value!r}")
-    return Fraction(value) if not isinstance(value, Fraction) else value
+    if isinstance(value, Rational):
+        return Fraction(int(value.numerator), int(value.denominator))
+    return Fraction(float(value))

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from detectron2.layers import Conv2d
+from torch import nn
+
+from gng_d2 import GroupNorm, PracticalGroupNorm
+from gng_d2.binding import named_norms
+
+
+def pgn(channels=8):
+    return PracticalGroupNorm(channels)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(24, 8, 3), nn.Conv2d(24, 8, 3), nn.Conv3d(24, 8, 3), nn.ConvTranspose2d(24, 8, 3), nn.Linear(24, 8),
+     nn.Conv2d(24, 8, 3, groups=4)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_sibling(layer):
+    assert nn.Sequential(layer, pgn(), nn.ReLU())[1].num_groups == 4
+
+
+def test_owner():
+    assert Conv2d(24, 8, 3, norm=pgn()).norm.num_groups == 4
+
+
+def test_takes_the_layer_right_before_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(16, 8, 1)
+            self.a_bn = pgn()
+            self.relu = nn.ReLU()
+            self.b = nn.Conv2d(40, 8, 1)
+            self.b_bn = pgn()
+
+    block = Block()
+    assert (block.a_bn.num_groups, block.b_bn.num_groups) == (2, 8)
+    # replaced by name: what stands before that name counts, not what was registered last
+    block.a_bn = pgn()
+    assert block.a_bn.num_groups == 2
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        lambda norm: [nn.Conv2d(24, 8, 1), nn.ReLU(), norm],  # not right before
+        lambda norm: [nn.Conv2d(24, 16, 1), norm],  # other width
+        lambda norm: [nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8), norm],
+        lambda norm: [Conv2d(24, 8, 1, norm=nn.BatchNorm2d(8)), norm],  # claimed by its own norm
+        lambda norm: [nn.Conv2d(24, 8, 1), pgn(), norm],  # claimed by the norm between
+        lambda norm: [norm, nn.Conv2d(24, 8, 1)],
+        lambda norm: [nn.Embedding(24, 8), norm],
+    ],
+)
+def test_no_guess(children):
+    norm = pgn()
+    nn.Sequential(*children(norm))
+    assert norm.num_groups is None
+
+
+def test_given_in_channels_win():
+    norm = PracticalGroupNorm(8, in_channels=16)
+    assert Conv2d(24, 8, 3, norm=norm).norm.num_groups == 2
+
+
+def test_a_new_owner_rebinds_and_a_new_neighbour_does_not():
+    norm = Conv2d(24, 8, 3, norm=pgn()).norm
+    nn.Sequential(nn.Conv2d(40, 8, 1), norm)
+    assert norm.num_groups == 4
+    assert Conv2d(40, 8, 3, norm=norm).norm.num_groups == 8
+
+
+def test_none_and_other_modules_pass_through():
+    block = nn.Module()
+    block.register_module("norm", None)
+    block.add_module("conv", nn.Conv2d(3, 4, 1))
+    assert block.norm is None
+
+
+def test_named_norms_finds_every_kind():
+    model = nn.Sequential(
+        Conv2d(3, 32, 1, norm=nn.GroupNorm(32, 32)),
+        nn.Sequential(nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)),
+        nn.Sequential(nn.ReLU(), nn.GroupNorm(4, 16)),
+        Conv2d(16, 8, 1, norm=GroupNorm(1, 8)),
+    )
+    found = [(name, layer_name) for name, _, layer_name, _ in named_norms(model)]
+    assert found == [("0.norm", "0"), ("1.1", "1.0"), ("2.1", None), ("3.norm", "3")]
+
+
+def test_shared_norm_is_listed_where_it_stands():
+    norm = pgn()
+    model = nn.Sequential(nn.Conv2d(24, 8, 1), norm, nn.Conv2d(8, 8, 1), norm)
+    assert norm.num_groups == 4
+    assert [row[2] for row in named_norms(model)] == ["0"]
+    assert model(torch.randn(1, 24, 2, 2)).shape == (1, 8, 2, 2)

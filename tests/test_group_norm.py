@@ -1,0 +1,153 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from gng_d2 import GroupNorm, PracticalGroupNorm
+from gng_d2.errors import InputError
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def brute_force(x, num_groups, weight, bias, eps):
+    """Equations 2 to 5 of the paper, one group of one image at a time, in float64."""
+    out = torch.empty(x.shape, dtype=torch.float64)
+    size = x.shape[1] // num_groups
+    for image in range(x.shape[0]):
+        for group in range(num_groups):
+            part = x[image, group * size : (group + 1) * size].double()
+            mean = part.mean()
+            out[image, group * size : (group + 1) * size] = (part - mean) / ((part - mean).square().mean() + eps).sqrt()
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    return out * weight.double().view(shape) + bias.double().view(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 24, 7, 5), (3, 24), (2, 24, 9), (1, 24, 3, 4, 2)])
+def test_equals_the_equations(shape, dtype):
+    torch.manual_seed(0)
+    norm = PracticalGroupNorm(24, in_channels=60).to(dtype)  # G_ideal 9 -> 8
+    assert norm.num_groups == 8
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(shape, dtype=dtype)
+    out = norm(x)
+    assert out.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    expected = brute_force(x, 8, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_needs_no_binding_where_in_channels_are_given():
+    assert PracticalGroupNorm(64, in_channels=256).num_groups == 64
+    assert PracticalGroupNorm(64, 128).num_groups == 16
+    assert PracticalGroupNorm(64, 128, gain_ratio=0.75).num_groups == 8
+    norm = PracticalGroupNorm(64, 64, eps=1e-3, affine=False)
+    assert norm.eps == 1e-3 and norm.weight is None
+
+
+def test_bad_sizes_are_refused_where_they_are_given():
+    with pytest.raises(ValueError, match="n_out"):
+        PracticalGroupNorm(0)
+    with pytest.raises(TypeError, match="n_in"):
+        PracticalGroupNorm(64, in_channels=2.0)
+    with pytest.raises(ValueError, match="gain_ratio"):
+        PracticalGroupNorm(64, gain_ratio=-1)
+
+
+def test_repr_shows_groups_and_source():
+    conv = nn.Sequential(nn.Conv2d(256, 128, 3), PracticalGroupNorm(128))
+    assert "num_groups=32" in repr(conv[1]) and "from Conv2d(256, 128)" in repr(conv[1])
+    assert "in_channels=256" in repr(PracticalGroupNorm(128, 256))
+    assert "num_groups=None" in repr(PracticalGroupNorm(128))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(48, 16, 3), PracticalGroupNorm(16), nn.ReLU())
+
+
+def test_copies_and_pickles(block):
+    x = torch.randn(2, 48, 6, 6)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert twin[1].num_groups == 8
+        assert torch.equal(twin(x), block(x))
+    unbound = copy.deepcopy(PracticalGroupNorm(16))
+    assert nn.Sequential(nn.Linear(48, 16), unbound)[1].num_groups == 8
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of PyTorch's own F.group_norm
+@pytest.mark.parametrize("compile", [torch.jit.trace, torch.jit.script])
+def test_trace_and_script(block, compile):
+    x = torch.randn(2, 48, 6, 6)
+    compiled = compile(block, x) if compile is torch.jit.trace else compile(block)
+    other = torch.randn(3, 48, 9, 5)
+    torch.testing.assert_close(compiled(other), block(other))
+
+
+def test_group_norm_checkpoint_loads(block):
+    plain = nn.Sequential(nn.Conv2d(48, 16, 3), nn.GroupNorm(8, 16), nn.ReLU())
+    nn.init.normal_(plain[1].weight)
+    assert block.state_dict().keys() == plain.state_dict().keys()
+    block.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 48, 6, 6)
+    torch.testing.assert_close(block(x), plain(x))
+
+
+def test_is_a_group_norm_to_detectron2s_optimizer(block):
+    from detectron2.solver.build import get_default_optimizer_params
+
+    groups = get_default_optimizer_params(block, weight_decay=0.5, weight_decay_norm=0.25)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert decay[id(block[1].weight)] == 0.25 and decay[id(block[0].weight)] == 0.5
+
+
+class Unbound(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.ModuleDict({"head": nn.ModuleList([nn.ReLU(), PracticalGroupNorm(8)])})
+
+    def forward(self, x):
+        return self.tower["head"][1](x)
+
+
+def test_never_bound_is_an_error_that_names_the_module():
+    model = nn.ModuleDict({"backbone": nn.Identity(), "neck": Unbound()})
+    with pytest.raises(InputError, match=r"^neck\.tower\.head\.1: .*never met a weight layer"):
+        model["neck"](torch.randn(2, 8, 4, 4))
+
+
+SINGLE = {
+    "linear": (nn.Sequential(nn.Linear(50, 10), PracticalGroupNorm(10)), (4, 50)),
+    "1x1 map": (nn.Sequential(nn.Conv2d(50, 10, 1), PracticalGroupNorm(10)), (4, 50, 1, 1)),
+    "fixed": (nn.Sequential(nn.Conv2d(6, 10, 1), GroupNorm(10, 10)), (4, 6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("training", [True, False])
+def test_group_of_a_single_number_is_an_error(name, training):
+    model, shape = SINGLE[name]
+    with pytest.raises(InputError, match=r"^1: each of the 10 groups .* single number"):
+        model.train(training)(torch.randn(shape))
+
+
+def test_instance_norm_on_a_map_is_allowed():
+    model = SINGLE["1x1 map"][0]
+    out = model(torch.randn(1, 50, 3, 3))
+    torch.testing.assert_close(out.mean((2, 3)), torch.zeros(1, 10), atol=1e-6, rtol=0)
+    assert model(torch.randn(0, 50, 3, 3)).shape == (0, 10, 3, 3)
+
+
+def test_groups_that_do_not_divide_are_refused_at_binding():
+    norm = GroupNorm(48, 64)  # as RetinaNet probes it, no error yet
+    with pytest.raises(InputError, match=r"GN48 cannot follow Conv2d\(3, 64\)"):
+        nn.Sequential(nn.Conv2d(3, 64, 3), norm)
+
+
+def test_moves_between_types_and_devices(block):
+    half = block.to(torch.bfloat16)
+    assert half[1].weight.dtype == torch.bfloat16 and half[1].num_groups == 8
+    assert block.to("meta")(torch.empty(1, 48, 5, 5, device="meta", dtype=torch.bfloat16)).shape == (1, 16, 3, 3)

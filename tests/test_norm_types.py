@@ -1,0 +1,80 @@
+import subprocess
+import sys
+
+import detectron2.layers
+import pytest
+from detectron2.layers import get_norm
+from detectron2.layers.batch_norm import FrozenBatchNorm2d
+from torch import nn
+
+import gng_d2
+from gng_d2.norm_types import extend_get_norm
+
+
+def test_our_names():
+    assert type(get_norm("PGN", 64)) is gng_d2.PracticalGroupNorm
+    for name, groups in [("GN1", 1), ("GN16", 16), ("GN64", 64)]:
+        norm = get_norm(name, 64)
+        assert isinstance(norm, nn.GroupNorm) and norm.num_groups == groups
+    get_norm("GN64", 32)  # what RetinaNet and FCOS do while they are built
+
+
+def test_detectron2s_own_stay_as_they_are():
+    assert get_norm("", 8) is None and get_norm(None, 8) is None
+    assert type(get_norm("FrozenBN", 8)) is FrozenBatchNorm2d
+    gn = get_norm("GN", 64)
+    assert type(gn) is nn.GroupNorm and gn.num_groups == 32
+    assert get_norm(nn.BatchNorm2d, 8).num_features == 8
+    assert type(get_norm(gng_d2.PracticalGroupNorm, 8)) is gng_d2.PracticalGroupNorm
+
+
+@pytest.mark.parametrize("name, near", [("PGM", "PGN"), ("pgn", "PGN"), ("bn", "BN"), ("frozenbn", "FrozenBN"),
+                                        ("GN0", "GN"), ("GN-4", "GN"), ("GroupNorm", "GN")])
+def test_unknown_name_lists_the_known_and_the_nearest(name, near):
+    with pytest.raises(ValueError, match=rf"unknown norm '{name}'; did you mean '{near}.*PGN; GN<k>.*FrozenBN"):
+        get_norm(name, 64)
+
+
+def test_a_key_error_of_a_users_own_norm_is_its_own():
+    def broken(channels):
+        return {}["mine"]
+
+    with pytest.raises(KeyError, match="mine"):
+        get_norm(broken, 8)
+
+
+def test_extending_twice_does_no_harm():
+    before = get_norm.__wrapped__
+    extend_get_norm()
+    assert get_norm.__wrapped__ is before and detectron2.layers.get_norm is get_norm
+    assert get_norm("PGN", 8).num_channels == 8
+
+
+PROGRAM = """
+{first}
+{second}
+import gng_d2
+from detectron2.modeling.backbone import fpn, resnet
+from detectron2.modeling.roi_heads import box_head
+for module in (fpn, resnet, box_head):
+    assert type(module.get_norm("PGN", 8)).__name__ == "PracticalGroupNorm"
+print(resnet.BasicStem(3, 64, norm="PGN").conv1.norm)
+"""
+
+
+@pytest.mark.parametrize("order", ["gng_d2 first", "detectron2 first"])
+def test_import_order_makes_no_difference(order):
+    imports = ["import gng_d2", "import detectron2.modeling, detectron2.projects.deeplab"]
+    first, second = imports if order == "gng_d2 first" else imports[::-1]
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM.format(first=first, second=second)],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "num_groups=1, in_channels=3, from Conv2d(3, 64)" in out.stdout
+
+
+def test_imports_without_detectron2():
+    program = "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n" \
+              "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n" \
+              "import gng_d2; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert out.stdout.strip() == "16", out.stderr
