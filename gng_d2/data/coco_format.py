@@ -1,0 +1,92 @@
+"""Write scenes as a COCO panoptic dataset: images, instances JSON, panoptic JSON and PNGs, semantic PNGs."""
+
+import json
+from pathlib import Path
+from typing import Dict, Iterable, Sequence
+
+import numpy as np
+import pycocotools.mask
+from PIL import Image
+
+from .shapes import Scene
+
+__all__ = ["VOID", "split_files", "write_split"]
+
+VOID = 255  # semantic label of pixels that do not count; every pixel of a scene does
+
+
+def split_files(root: Path, split: str) -> Dict[str, Path]:
+    """Where a split's files are, under the names of ``register_coco_panoptic_separated``'s arguments."""
+    return {
+        "image_root": root / split,
+        "panoptic_root": root / f"panoptic_{split}",
+        "panoptic_json": root / "annotations" / f"panoptic_{split}.json",
+        "sem_seg_root": root / f"panoptic_stuff_{split}",
+        "instances_json": root / "annotations" / f"instances_{split}.json",
+    }
+
+
+def write_split(
+    root: Path, split: str, scenes: Iterable[Scene], things: Sequence[str], stuff: Sequence[str]
+) -> None:
+    """Write ``scenes`` under ``root``. Category ids count from 1, things first."""
+    files = split_files(root, split)
+    for key in ("image_root", "panoptic_root", "sem_seg_root"):
+        files[key].mkdir(parents=True)
+    files["instances_json"].parent.mkdir(exist_ok=True)
+
+    names = [*things, *stuff]
+    categories = [
+        {"id": i, "name": name, "supercategory": "thing" if name in things else "stuff", "isthing": int(name in things)}
+        for i, name in enumerate(names, 1)
+    ]
+    images, instances, panoptic = [], [], []
+    for image_id, scene in enumerate(scenes, 1):
+        stem = f"{image_id:06d}"
+        height, width = scene.segments.shape
+        images.append({"id": image_id, "file_name": f"{stem}.jpg", "height": height, "width": width})
+        segments_info = [_segment(scene, index, names) for index in range(len(scene.classes))]
+        panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": segments_info})
+        for index, segment in enumerate(segments_info):
+            if scene.classes[index] in things:
+                instances.append(_instance(len(instances) + 1, image_id, segment, scene.segments == index))
+
+        # Detectron2's loader of semantic maps takes .jpg images only.
+        Image.fromarray(scene.image).save(files["image_root"] / f"{stem}.jpg", quality=95, subsampling=0)
+        ids = np.array([segment["id"] for segment in segments_info])[scene.segments]
+        rgb = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=-1).astype(np.uint8)
+        Image.fromarray(rgb).save(files["panoptic_root"] / f"{stem}.png")
+        # Detectron2's rule for semantic maps: 0 for all things, stuff from 1 on
+        semantic = np.array([0 if c in things else 1 + stuff.index(c) for c in scene.classes], np.uint8)
+        Image.fromarray(semantic[scene.segments]).save(files["sem_seg_root"] / f"{stem}.png")
+
+    thing_categories = [c for c in categories if c["isthing"]]
+    for key, annotations, kept in (
+        ("instances_json", instances, thing_categories),
+        ("panoptic_json", panoptic, categories),
+    ):
+        content = {"info": {}, "images": images, "annotations": annotations, "categories": kept}
+        files[key].write_text(json.dumps(content))
+
+
+def _segment(scene, index, names):
+    mask = scene.segments == index
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+    return {
+        "id": 1000 * (1 + names.index(scene.classes[index])) + index,
+        "category_id": 1 + names.index(scene.classes[index]),
+        "area": int(mask.sum()),
+        "bbox": [int(x) for x in box],
+        "iscrowd": 0,
+    }
+
+
+def _instance(annotation_id, image_id, segment, mask):
+    rle = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {
+        **segment,
+        "id": annotation_id,
+        "image_id": image_id,
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+    }
