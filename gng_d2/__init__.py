@@ -1,18 +1,21 @@
 """Group normalization for Detectron2 whose number of groups follows from each layer's shape.
 
-Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes ``PGN`` and ``GN<k>``.
+Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes ``PGN``,
+``GN<k>``, and either with ``+WS``.
 """
 
 from importlib.util import find_spec
 
 from . import binding  # noqa: F401  installs the hook by which norms meet their weight layers
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
-from .layers import GroupNorm, PracticalGroupNorm
+from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, fold_weight_standardization
 from .norm_types import extend_get_norm
 
 __all__ = [
     "GroupNorm",
     "PracticalGroupNorm",
+    "WSConv2d",
+    "fold_weight_standardization",
     "ideal_num_groups",
     "isometry_ratio",
     "practical_num_groups",

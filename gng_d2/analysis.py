@@ -9,7 +9,7 @@ from torch import nn
 
 from .binding import layer_shape, named_norms
 from .groups import ideal_num_groups, isometry_ratio
-from .layers import PracticalGroupNorm
+from .layers import GroupNorm, WSConv2d
 
 __all__ = ["build_on_meta", "norm_name", "num_groups", "norm_table"]
 
@@ -25,8 +25,8 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
 
 def norm_name(norm: nn.Module) -> str:
     """The name by which a config asks for such a norm; its class where it has none."""
-    if isinstance(norm, PracticalGroupNorm):
-        return "PGN"
+    if isinstance(norm, GroupNorm):
+        return norm.norm_name()
     if isinstance(norm, nn.GroupNorm):
         return "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
     names = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
@@ -63,7 +63,7 @@ def norm_table(model: nn.Module) -> List[Dict]:
                 "num_groups": groups,
                 "ideal_num_groups": ideal_num_groups(n_in, n_out, gain_ratio) if layer is not None else None,
                 "isometry_ratio": isometry_ratio(n_in, n_out, groups, gain_ratio) if layer is not None and groups else None,
-                "weight_standardized": False,
+                "weight_standardized": isinstance(layer, WSConv2d),
             }
         )
     return rows

@@ -28,7 +28,8 @@ def num_channels(module: nn.Module) -> Optional[int]:
 
 def layer_shape(module: nn.Module) -> Optional[Tuple[int, int]]:
     """(n_in, n_out) of a weight layer (convolution, transposed, deformable, linear); None for others."""
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    # Detectron2's deformable convolutions take their norm before they make their weight.
+    if not isinstance(getattr(module, "weight", None), Tensor) and not hasattr(module, "kernel_size"):
         return None
     for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
         n_in, n_out = (getattr(module, name, None) for name in names)

@@ -12,6 +12,13 @@ from .errors import InputError
 __all__ = ["Checkpointer"]
 
 
+# what pickle, zipfile and torch.load raise for a file that is none of theirs, or cut
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError,
+    AttributeError, AssertionError, ImportError, IndexError,
+)  # fmt: skip
+
+
 class Checkpointer(DetectionCheckpointer):
     """:class:`detectron2.checkpoint.DetectionCheckpointer` with two more checks.
 
@@ -22,8 +29,9 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename):
         try:
             return super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError, TypeError,
-                KeyError, AttributeError, AssertionError, ImportError, IndexError) as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except UNREADABLE as error:
             raise InputError(
                 f"MODEL.WEIGHTS: {filename} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
                 f"Is the download whole? A run's own last checkpoint is named in its last_checkpoint file"

@@ -11,26 +11,31 @@ from .layers import GroupNorm, PracticalGroupNorm
 
 __all__ = ["KNOWN_NORMS", "norm_from_name", "extend_get_norm"]
 
-KNOWN_NORMS = ("PGN", "GN<k>, for instance GN1 or GN16", "GN", "LN", "BN", "FrozenBN", "SyncBN")
+KNOWN_NORMS = (
+    "PGN", "GN<k>, for instance GN1 or GN16", "PGN+WS, GN+WS, GN<k>+WS", "GN", "LN", "BN", "FrozenBN", "SyncBN"
+)
 
 
 def norm_from_name(name: str) -> Optional[Callable]:
     """What makes the norm ``name`` from a channel number; None where ``name`` is none of ours.
 
-    ============  ==============================================
+    ============  =================================================================
     ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
     ``GN<k>``     :class:`~gng_d2.layers.GroupNorm` with k groups
-    ============  ==============================================
+    ``...+WS``    either of them, or ``GN``, whose convolution is weight-standardized
+    ============  =================================================================
     """
-    if name == "PGN":
-        return PracticalGroupNorm
-    fixed = re.fullmatch(r"GN([1-9]\d*)", name)
-    return partial(GroupNorm, int(fixed.group(1))) if fixed else None
+    match = re.fullmatch(r"(PGN|GN([1-9]\d*)?)(\+WS)?", name)
+    if match is None or name == "GN":
+        return None
+    base, groups, standardized = match.groups()
+    make = PracticalGroupNorm if base == "PGN" else partial(GroupNorm, int(groups or 32))
+    return partial(make, weight_standardization=True) if standardized else make
 
 
 def unknown_norm(name: str) -> InputError:
-    near = difflib.get_close_matches(name.upper(), ["PGN", "GN", "GN1", "LN", "BN", "FROZENBN", "SYNCBN"], 1, 0.0)
-    near = {"FROZENBN": "FrozenBN", "SYNCBN": "SyncBN"}.get(near[0], near[0])
+    names = {n.upper(): n for n in ("PGN", "GN", "GN1", "PGN+WS", "GN+WS", "LN", "BN", "FrozenBN", "SyncBN")}
+    near = names[difflib.get_close_matches(name.upper(), names, 1, 0.0)[0]]
     return InputError(f"unknown norm {name!r}; did you mean {near!r}? Known norms: {'; '.join(KNOWN_NORMS)}")
 
 

@@ -36,7 +36,7 @@ def main(args):
         raise InputError(f"config file {args.config_file}: its model has no norms")
     headers = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
     print(tabulate([{headers.get(k, k): v for k, v in row.items()} for row in rows], headers="keys", missingval="-"))
-    unbound = [row["name"] for row in rows if row["norm"] == "PGN" and row["num_groups"] is None]
+    unbound = [row["name"] for row in rows if row["norm"].startswith("PGN") and row["num_groups"] is None]
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -10,9 +10,7 @@ from PIL import Image
 
 from .shapes import Scene
 
-__all__ = ["VOID", "split_files", "write_split"]
-
-VOID = 255  # semantic label of pixels that do not count; every pixel of a scene does
+__all__ = ["split_files", "write_split"]
 
 
 def split_files(root: Path, split: str) -> Dict[str, Path]:

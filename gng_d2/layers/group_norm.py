@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
+from .weight_standardization import standardize
+
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
 
 
@@ -26,18 +28,28 @@ class GroupNorm(nn.GroupNorm):
         num_groups: groups to separate the channels into.
         num_channels: channels of the input.
         eps, affine: as in :class:`torch.nn.GroupNorm`.
+        weight_standardization: make the weight layer a :class:`~gng_d2.layers.WSConv2d` when the two meet.
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_channels``.
 
     Raises:
         InputError: in ``forward``, where each group would hold a single number, whose normalization
-            is 0 whatever the input.
+            is 0 whatever the input, or where there is no weight layer to standardize.
     """
 
-    def __init__(self, num_groups: int, num_channels: int, *, eps: float = 1e-5, affine: bool = True):
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        weight_standardization: bool = False,
+    ):
         super().__init__(1, num_channels, eps, affine)
         self.num_groups = num_groups
+        self.weight_standardization = weight_standardization
         self.in_channels: Optional[int] = None
         self.weight_layer: Optional[str] = None
 
@@ -45,12 +57,19 @@ class GroupNorm(nn.GroupNorm):
         """Take ``weight_layer``, with ``in_channels`` input channels, as the layer that feeds this norm."""
         if self.num_channels % self.num_groups:
             raise InputError(
-                f"GN{self.num_groups} cannot follow {_describe(weight_layer)}: its {self.num_channels} "
+                f"{self.norm_name()} cannot follow {_describe(weight_layer)}: its {self.num_channels} "
                 f"output channels do not divide into {self.num_groups} groups. Choose a divisor of "
                 f"{self.num_channels}, or PGN, which does."
             )
+        if self.weight_standardization:
+            standardize(weight_layer, self.norm_name())
         self.in_channels = in_channels
         self.weight_layer = _describe(weight_layer)
+
+    def norm_name(self) -> str:
+        """The name by which a config asks for this norm, for instance "GN16+WS"."""
+        name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
+        return name + "+WS" * self.weight_standardization
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -58,6 +77,8 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def _check(self, input):
+        if self.weight_standardization and self.weight_layer is None:
+            raise self._unbound_error("so there is no weight to standardize")
         # Group norm of a single number is its bias: PyTorch refuses it for one image only.
         if self.num_groups == self.num_channels and not torch.jit.is_tracing() and input.shape[2:].numel() == 1:
             raise InputError(
@@ -66,11 +87,18 @@ class GroupNorm(nn.GroupNorm):
                 f"larger input or another norm here, for instance GN1."
             )
 
+    def _unbound_error(self, consequence):
+        return InputError(
+            f"{_module_path(self)}: this {self.norm_name()} never met a weight layer with {self.num_channels} "
+            f"output channels, {consequence}. Register it as `norm` of its convolution or right after it in "
+            f"the same module (PGN without WS also takes in_channels=)"
+        )
+
     def extra_repr(self) -> str:
         source = f", from {self.weight_layer}" if self.weight_layer else ""
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, in_channels={self.in_channels}{source}, "
-            f"eps={self.eps}, affine={self.affine}"
+            f"eps={self.eps}, affine={self.affine}" + ", weight_standardization=True" * self.weight_standardization
         )
 
 
@@ -85,7 +113,7 @@ class PracticalGroupNorm(GroupNorm):
         num_channels: channels of the input, the output channels of the weight layer.
         in_channels: input channels of the weight layer. None: taken from the layer.
         gain_ratio: F/B of the activation that follows (Section 2.3), 1 for ReLU and its relatives.
-        eps, affine: as in :class:`torch.nn.GroupNorm`.
+        eps, affine, weight_standardization: as in :class:`GroupNorm`.
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_channels``.
@@ -111,10 +139,17 @@ class PracticalGroupNorm(GroupNorm):
         gain_ratio: float = 1.0,
         eps: float = 1e-5,
         affine: bool = True,
+        weight_standardization: bool = False,
     ):
         # Fails here, where the caller sees it, for sizes that have no number of groups.
         num_groups = practical_num_groups(1 if in_channels is None else in_channels, num_channels, gain_ratio)
-        super().__init__(None if in_channels is None else num_groups, num_channels, eps=eps, affine=affine)
+        super().__init__(
+            None if in_channels is None else num_groups,
+            num_channels,
+            eps=eps,
+            affine=affine,
+            weight_standardization=weight_standardization,
+        )
         self.in_channels = in_channels
         self.gain_ratio = gain_ratio
 
@@ -122,13 +157,12 @@ class PracticalGroupNorm(GroupNorm):
         self.num_groups = practical_num_groups(in_channels, self.num_channels, self.gain_ratio)
         super().bind(weight_layer, in_channels)
 
+    def norm_name(self) -> str:
+        return "PGN" + "+WS" * self.weight_standardization
+
     def _check(self, input):
         if self.num_groups is None:
-            raise InputError(
-                f"{_module_path(self)}: this PGN never met a weight layer with {self.num_channels} output "
-                f"channels, so its number of groups is not known. Register it as `norm` of its convolution "
-                f"or right after it in the same module, or give in_channels="
-            )
+            raise self._unbound_error("so its number of groups is not known")
         super()._check(input)
 
 

@@ -1,0 +1,100 @@
+"""Training data whose order and augmentation follow from the seed and the iteration alone.
+
+Detectron2's own loader starts its shuffled stream anew when a run resumes, and augments with whatever the
+random state is then. Here every sample is seeded by its place in the stream, and a resumed run goes on at
+the place where the interrupted one was, images waiting for a partner of their shape included.
+"""
+
+import itertools
+import random
+from typing import Callable, Hashable, Iterator, List, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["seed_everything", "seed_step", "build_reproducible_loader"]
+
+Place = Tuple[int, int]  # in the stream, in the dataset
+AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seed Python, NumPy and PyTorch by a few numbers together, for instance (seed, rank, iteration)."""
+    state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def seed_step(cfg: CfgNode, iteration: int) -> None:
+    """Seed what the model draws in a training step (proposals) by seed, process and iteration."""
+    seed_everything(cfg.SEED, comm.get_rank(), STEP, iteration)
+
+
+class _SeededDataset(Dataset):
+    """Maps the record at each place of the stream, with the random state that the place has."""
+
+    def __init__(self, records: List[dict], mapper: Callable, *seeds: int):
+        self.records, self.mapper, self.seeds = records, mapper, seeds
+
+    def __getitem__(self, place: Place):
+        position, index = place
+        seed_everything(*self.seeds, position)
+        return self.mapper(self.records[index])
+
+
+class _PlaceSampler:
+    def __init__(self, sampler, start: Callable[[Iterator[Place]], Iterator[Place]]):
+        self.sampler, self.start = sampler, start
+
+    def __iter__(self):
+        return iter(self.start(enumerate(self.sampler)))
+
+
+def after_batches(
+    places: Iterator[Place], shape: Callable[[int], Hashable], batch_size: int, num_batches: int
+) -> Iterator[Place]:
+    """What is left of a stream after ``num_batches`` batches, each of images of one ``shape(index)``: first
+    those that were drawn and still wait for a partner, then the rest."""
+    waiting = {}
+    while num_batches:
+        place = next(places)
+        group = waiting.setdefault(shape(place[1]), [])
+        group.append(place)
+        if len(group) == batch_size:
+            group.clear()
+            num_batches -= 1
+    return itertools.chain(sorted(itertools.chain.from_iterable(waiting.values())), places)
+
+
+def build_reproducible_loader(cfg: CfgNode, start_iter: int = 0):
+    """The loader of Detectron2's ``build_detection_train_loader(cfg)`` from iteration ``start_iter`` on.
+
+    The same dataset, sampler, mapper and batches; needs SOLVER.IMS_PER_BATCH, SEED >= 0, and gives the same
+    batches for any number of DATALOADER.NUM_WORKERS.
+    """
+    seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
+    parts = _train_loader_from_config(cfg)
+    records, grouped = parts["dataset"], parts["aspect_ratio_grouping"]
+    batch_size = parts["total_batch_size"] // comm.get_world_size()
+
+    def shape(index):
+        return records[index]["width"] > records[index]["height"] if grouped else None
+
+    loader = DataLoader(
+        _SeededDataset(records, parts["mapper"], cfg.SEED, comm.get_rank(), AUGMENTATION),
+        sampler=_PlaceSampler(parts["sampler"], lambda s: after_batches(s, shape, batch_size, start_iter)),
+        batch_size=None if grouped else batch_size,
+        collate_fn=_as_it_is if grouped else trivial_batch_collator,
+        num_workers=parts["num_workers"],
+    )
+    return AspectRatioGroupedDataset(loader, batch_size) if grouped else loader
+
+
+def _as_it_is(sample):
+    return sample

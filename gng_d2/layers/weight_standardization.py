@@ -1,0 +1,92 @@
+"""Convolution with standardized weights.
+
+Paper: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization".
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from gng_d2.errors import InputError
+
+__all__ = ["WSConv2d", "standardize_weight", "standardize", "fold_weight_standardization"]
+
+# Without Detectron2 there is no norm= and activation=, the rest is the same.
+if find_spec("detectron2") is not None:
+    from detectron2.layers import Conv2d
+else:
+    from torch.nn import Conv2d
+
+EPS = 1e-5
+
+
+def standardize_weight(weight: Tensor) -> Tensor:
+    """(w - mean) / (std + 1e-5) of each output filter, with the unbiased standard deviation.
+
+    A filter of equal weights becomes 0. A filter of a single weight, which has no deviation, is left as
+    it is.
+
+    Shape:
+        - Input, output: :math:`(C_{out}, *)`. Computed in float32 at least, returned in the input's type.
+
+    Examples::
+        >>> standardize_weight(torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000]])
+    """
+    if weight.shape[1:].numel() == 1:
+        return weight
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    std, mean = torch.std_mean(wide, dim=tuple(range(1, weight.dim())), keepdim=True)
+    return ((wide - mean) / (std + EPS)).to(weight.dtype)
+
+
+class WSConv2d(Conv2d):
+    """Detectron2's ``Conv2d`` that convolves with the standardized weight.
+
+    ``weight`` stays the raw parameter: initializers, checkpoints, optimizers and weight decay see what they
+    always see. Arguments and shapes are those of :class:`detectron2.layers.Conv2d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x, standardize_weight(self.weight), self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+def standardize(layer: nn.Module, norm_name: str) -> None:
+    """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
+
+    By its class, as PyTorch's lazy modules do: the layer may be under construction, and its parameters,
+    children and hooks stay.
+
+    Raises:
+        InputError: for anything but exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
+    """
+    if type(layer) is WSConv2d:
+        return
+    if type(layer) not in (Conv2d, nn.Conv2d):
+        raise InputError(
+            f"{norm_name} cannot follow a {type(layer).__name__}: only Conv2d can be weight-standardized. "
+            f"Use {norm_name.removesuffix('+WS')} there"
+        )
+    if type(layer) is nn.Conv2d:
+        layer.norm = layer.activation = None
+    layer.__class__ = WSConv2d
+
+
+def fold_weight_standardization(model: nn.Module) -> nn.Module:
+    """Replace, in place, each :class:`WSConv2d` by a plain convolution with the standardized weight.
+
+    For inference: the outputs are the same, and the weights are no longer standardized in every forward.
+    Returns ``model``.
+    """
+    for layer in model.modules():
+        if type(layer) is WSConv2d:
+            with torch.no_grad():
+                layer.weight.copy_(standardize_weight(layer.weight))
+            layer.__class__ = Conv2d
+    return model

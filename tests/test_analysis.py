@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gng_d2.analysis import build_on_meta, norm_table
+from gng_d2.config import load_config
+
+KEYS = ["name", "norm", "layer", "n_in", "n_out", "num_groups", "ideal_num_groups", "isometry_ratio",
+        "weight_standardized"]
+EVERYWHERE = ["MODEL.RESNETS.NORM", "PGN", "MODEL.FPN.NORM", "PGN"]
+# (n_in, n_out) of the layers of R-50 and of FPN -> groups
+R50 = {(3, 64): 1, (64, 64): 1, (64, 256): 1, (256, 64): 64, (256, 128): 32, (128, 128): 1, (128, 512): 1,
+       (256, 512): 1, (512, 128): 128, (512, 256): 64, (256, 256): 1, (256, 1024): 1, (512, 1024): 1,
+       (1024, 256): 256, (1024, 512): 128, (512, 512): 1, (512, 2048): 1, (1024, 2048): 1, (2048, 512): 512}
+FPN = {(256, 256): 1, (512, 256): 64, (1024, 256): 256, (2048, 256): 256}
+
+
+def rows(*overrides):
+    return norm_table(build_on_meta(load_config("configs/pfpn_pgn.yaml", overrides)))
+
+
+def test_panoptic_fpn_as_configured():
+    table = rows()
+    assert all(list(row) == KEYS for row in table)
+    head = [row for row in table if row["name"].startswith("sem_seg_head")]
+    assert sorted((r["n_in"], r["n_out"], r["num_groups"]) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
+    assert all(r["norm"] == "PGN" and r["layer"] + ".norm" == r["name"] for r in head)
+    assert {r["isometry_ratio"] for r in head} == {1, 1.03125} and {r["ideal_num_groups"] for r in head} == {32, 0}
+    backbone = [row for row in table if row["name"].startswith("backbone")]
+    assert len(backbone) == 53
+    assert all(r["norm"] == "FrozenBN" and r["num_groups"] is None and r["isometry_ratio"] is None for r in backbone)
+
+
+def test_panoptic_fpn_with_pgn_everywhere():
+    table = rows(*EVERYWHERE)
+    lateral = {(r["n_in"], r["n_out"]): r["num_groups"] for r in table if "fpn_lateral" in r["name"]}
+    assert lateral == FPN
+    bottom_up = {(r["n_in"], r["n_out"], r["num_groups"]) for r in table if "bottom_up" in r["name"]}
+    assert bottom_up == {(*shape, groups) for shape, groups in R50.items()}
+
+
+@pytest.mark.parametrize("norm, groups", [("GN", 32), ("GN1", 1), ("GN16", 16), ("LN", 1)])
+def test_other_norms_are_listed_too(norm, groups):
+    head = [r for r in rows("MODEL.SEM_SEG_HEAD.NORM", norm) if r["name"].startswith("sem_seg_head")]
+    assert {r["norm"] for r in head} == {norm} and {r["num_groups"] for r in head} == {groups}
+    assert {r["isometry_ratio"] for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
+
+
+def test_tool(tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    done = subprocess.run([sys.executable, "tools/analyze_groups.py", "--config-file", "configs/pfpn_pgn.yaml", "--json",
+                           str(out), "--plot", str(plot), *EVERYWHERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text()) == rows(*EVERYWHERE)
+    assert "sem_seg_head.p2.0.norm" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tool_says_what_is_wrong_in_a_line():
+    done = subprocess.run([sys.executable, "-W", "ignore", "tools/analyze_groups.py", "--config-file",
+                           "configs/pfpn_pgn.yaml", "MODEL.FPN.NORM", "PGGN"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.FPN.NORM: unknown norm 'PGGN'")
+    assert "Traceback" not in done.stderr

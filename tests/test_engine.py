@@ -1,0 +1,148 @@
+"""Training jobs on the embedded data: a process, two processes, resuming, evaluating."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.engine import create_ddp_model, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from gng_d2.config import load_config
+
+CONFIG = "configs/quick/pfpn_pgn.yaml"
+SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
+         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
+
+
+def loss_of_image(model, sample, index):
+    """The loss of one image, its proposals sampled by its own seed."""
+    torch.manual_seed(100 + index)
+    with EventStorage():
+        return sum(model([sample]).values())
+
+
+def two_images_and_a_model():
+    cfg = load_config(CONFIG, SMALL)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
+    samples = [mapper(record) for record in DatasetCatalog.get("gng_shapes_val_separated")[:2]]
+    return model.train(), samples
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one_image_each(path):
+    """What each of two processes does."""
+    torch.set_num_threads(1)  # in the one process too: sums in another order could sample other proposals
+    rank = comm.get_rank()
+    model, samples = two_images_and_a_model()
+    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    loss_of_image(ddp, samples[rank], rank).backward()
+    if rank == 0:
+        torch.save(gradients(model), path)
+
+
+def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
+    path = str(tmp_path / "gradients.pth")
+    launch(one_image_each, 2, dist_url="auto", args=(path,))
+    single, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, samples = two_images_and_a_model()
+    for index, sample in enumerate(samples):
+        model.zero_grad()
+        loss_of_image(model, sample, index).backward()
+        single.append(gradients(model))
+    torch.set_num_threads(threads)
+    averaged = torch.load(path)
+    assert averaged.keys() == single[0].keys() | single[1].keys()
+    for name, gradient in averaged.items():
+        zero = torch.zeros_like(gradient)
+        expected = (single[0].get(name, zero) + single[1].get(name, zero)) / 2
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    # the two images do differ, so that an average is told from either one
+    name = "sem_seg_head.p2.0.norm.weight"
+    assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
+
+
+def train_net(*args, script="tools/train_net.py", check=True):
+    command = [sys.executable, "-W", "ignore", script, "--dist-url", "auto", *args]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def test_train_resume_and_evaluate(shapes, tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
+    train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
+    first = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert first["iteration"] == 1
+
+    train_net("--config-file", CONFIG, "--resume", *opts, "SOLVER.MAX_ITER", "3")
+    second = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert second["iteration"] == 2
+    name = "backbone.bottom_up.stem.conv1.weight"
+    assert not torch.equal(first["model"][name], second["model"][name])
+
+    done = train_net("--config-file", CONFIG, "--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    for metric in ("PQ", "mIoU", "AP50"):
+        assert metric in done.stdout
+    assert (tmp_path / "inference" / "predictions.json").exists()
+
+
+def test_resuming_repeats_the_uninterrupted_run(shapes, tmp_path):
+    """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
+    opts = [*SMALL, "SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "0",
+            "DATASETS.TEST", "()"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
+    command = [sys.executable, "-W", "ignore", "-c", KILL_AT_4, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert (cut / "last_checkpoint").read_text() == "model_0000002.pth" and not (cut / "model_final.pth").exists()
+    train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(cut), *opts)
+    expected, got = (torch.load(f / "model_final.pth", weights_only=False)["model"] for f in (whole, cut))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+KILL_AT_4 = """
+import os, signal, sys
+from detectron2.engine import default_argument_parser
+from gng_d2.engine import Trainer, run_job
+step = Trainer.run_step
+def run_step(self):
+    step(self)
+    if self.iter == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.run_step = run_step
+run_job(default_argument_parser().parse_args())
+"""
+
+
+def test_two_processes_train_and_evaluate(shapes, tmp_path):
+    train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
+    with open(tmp_path / "metrics.json") as file:
+        metrics = [json.loads(line) for line in file]
+    assert "panoptic_seg/PQ" in metrics[-1] and "bbox/AP" in metrics[-1]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS: the file nothing.pth"),
+        (["--config-file", CONFIG, "MODEL.FPN.NORM", "PNG"], "MODEL.FPN.NORM: unknown norm 'PNG'"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, tmp_path):
+    done = train_net(*args, *(["OUTPUT_DIR", str(tmp_path)] if len(args) == 4 else []), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,39 @@
+import itertools
+import random
+
+import pytest
+from detectron2.data.common import AspectRatioGroupedDataset
+
+from gng_d2.config import load_config
+from gng_d2.data.loader import after_batches, build_reproducible_loader
+
+
+@pytest.mark.parametrize("batch_size, skipped", [(1, 5), (2, 0), (2, 7), (4, 13)])
+def test_what_is_left_is_what_grouping_would_go_on_with(batch_size, skipped):
+    rng = random.Random(0)
+    wide = [rng.random() < 0.7 for _ in range(50)]
+    order = [rng.randrange(50) for _ in range(400)]
+
+    def batches(places):
+        records = ({"width": 2, "height": 1 + 2 * (not wide[i]), "place": (p, i)} for p, i in places)
+        return [[r["place"] for r in batch] for batch in AspectRatioGroupedDataset(records, batch_size)]
+
+    whole = batches(enumerate(order))
+    left = after_batches(iter(enumerate(order)), wide.__getitem__, batch_size, skipped)
+    assert batches(left) == whole[skipped:] and len(whole) > skipped + 10
+
+
+def first_batches(count, start_iter=0, *overrides):
+    cfg = load_config("configs/quick/pfpn_pgn.yaml", ["INPUT.MIN_SIZE_TRAIN", "(96, 128)", *overrides])
+    batches = itertools.islice(build_reproducible_loader(cfg, start_iter), count)
+    return [[(d["image_id"], tuple(d["image"].shape), int(d["image"].long().sum())) for d in batch] for batch in batches]
+
+
+def test_order_and_augmentation_follow_from_seed_and_iteration(shapes):
+    whole = first_batches(6)
+    assert first_batches(6) == whole
+    assert first_batches(3, 3) == whole[3:]
+    assert first_batches(6, 0, "DATALOADER.NUM_WORKERS", "2") == whole
+    assert first_batches(6, 0, "DATALOADER.ASPECT_RATIO_GROUPING", "False") != []
+    assert first_batches(6, 0, "SEED", "2") != whole
+    assert len({shape for batch in whole for _, shape, _ in batch}) == 2  # the scales are drawn

@@ -1,0 +1,151 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from torch import nn
+from torch.nn import functional as F
+
+from gng_d2 import WSConv2d, fold_weight_standardization
+from gng_d2.analysis import build_on_meta
+from gng_d2.config import load_config
+from gng_d2.errors import InputError
+from gng_d2.layers import standardize_weight
+
+
+def brute_force(weight):
+    out = torch.empty(weight.shape, dtype=torch.float64)
+    for i, w in enumerate(weight.double()):
+        deviation = ((w - w.sum() / w.numel()).square().sum() / (w.numel() - 1)).sqrt()
+        out[i] = (w - w.sum() / w.numel()) / (deviation + 1e-5)
+    return out
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float16, 2e-3),
+                                              (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1e-3, 0), (0.1, 1)])
+def test_equals_the_definition(dtype, tolerance, scale, offset):
+    torch.manual_seed(0)
+    weight = (torch.randn(8, 5, 3, 3) * scale + offset).to(dtype)
+    out = standardize_weight(weight)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), brute_force(weight), rtol=tolerance, atol=tolerance)
+
+
+def test_half_weights_are_standardized_in_float32():
+    # in float16 the deviation of such weights would be 0 or infinite
+    weight = (torch.randn(4, 512, 3, 3, generator=torch.Generator().manual_seed(0)) * 2e-4 + 1e-2).half()
+    torch.testing.assert_close(standardize_weight(weight).double(), brute_force(weight), rtol=2e-3, atol=2e-3)
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(standardize_weight, weight)
+    assert torch.autograd.gradgradcheck(standardize_weight, weight)
+
+
+@pytest.mark.parametrize("shape, expected", [((4, 3, 3, 3), 0.0), ((4, 1, 1, 1), 0.25)])
+def test_constant_and_single_filters_are_finite(shape, expected):
+    weight = torch.full(shape, 0.25, requires_grad=True)
+    out = standardize_weight(weight)
+    assert torch.equal(out, torch.full(shape, expected))
+    (out * torch.randn(shape)).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name, groups", [("PGN+WS", 64), ("GN+WS", 32), ("GN16+WS", 16), ("GN1+WS", 1)])
+def test_names_standardize_the_convolution_that_they_follow(name, groups):
+    torch.manual_seed(0)
+    conv = Conv2d(256, 64, 3, bias=False, norm=get_norm(name, 64), activation=F.relu)
+    assert type(conv) is WSConv2d and isinstance(conv, Conv2d) and conv.norm.num_groups == groups
+    assert name in conv.norm.norm_name() and "weight_standardization=True" in repr(conv)
+    x = torch.randn(2, 256, 5, 5)
+    expected = F.relu(F.group_norm(F.conv2d(x, brute_force(conv.weight).float()), groups))
+    torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_convolution_before_a_sibling_norm():
+    block = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), get_norm("PGN+WS", 4), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4))
+    assert type(block[0]) is WSConv2d and type(block[2]) is nn.Conv2d
+    x = torch.randn(1, 6, 5, 5)
+    torch.testing.assert_close(block[0](x), F.conv2d(x, standardize_weight(block[0].weight), block[0].bias, padding=1))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.ConvTranspose2d(6, 4, 2), nn.Conv1d(6, 4, 3)],
+                         ids=lambda layer: type(layer).__name__)
+def test_other_layers_are_refused_by_name(layer):
+    with pytest.raises(InputError, match=rf"PGN\+WS cannot follow a {type(layer).__name__}.*Use PGN there"):
+        nn.Sequential(layer, get_norm("PGN+WS", 4))
+
+
+class DeformConv(nn.Module):
+    """Takes its norm before it makes its weight, as Detectron2's does, which needs compiled code."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size = 256, 64, (3, 3)
+        self.norm = norm
+        self.weight = nn.Parameter(torch.zeros(64, 256, 3, 3))
+
+
+def test_deformable_convolution():
+    assert DeformConv(get_norm("PGN", 64)).norm.num_groups == 64
+    with pytest.raises(InputError, match=r"GN\+WS cannot follow a DeformConv"):
+        DeformConv(get_norm("GN+WS", 64))
+
+
+def test_a_norm_with_ws_that_met_no_layer_is_an_error():
+    with pytest.raises(InputError, match=r"^0: this GN4\+WS never met .* no weight to standardize"):
+        nn.Sequential(get_norm("GN4+WS", 8))(torch.randn(1, 8, 2, 2))
+
+
+def test_only_what_the_norm_follows_is_standardized():
+    model = build_on_meta(load_config("configs/faster_rcnn_pgn_ws.yaml"))
+    ws = {name for name, m in model.named_modules() if isinstance(m, WSConv2d)}
+    followed = {name for name, m in model.named_modules() if isinstance(m, Conv2d) and m.norm is not None}
+    assert ws == followed
+    assert not any("rpn" in name or "predictor" in name for name in ws)
+    assert sum(name.startswith("roi_heads.box_head") for name in ws) == 4
+
+
+def test_weight_stays_the_raw_parameter():
+    torch.manual_seed(0)
+    plain = Conv2d(12, 8, 3, norm=get_norm("PGN", 8))
+    torch.manual_seed(0)
+    ws = Conv2d(12, 8, 3, norm=get_norm("PGN+WS", 8))
+    assert torch.equal(ws.weight, plain.weight)
+    assert ws.state_dict().keys() == plain.state_dict().keys()
+    assert [n for n, _ in ws.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    ws.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 12, 5, 5)
+    for twin in (copy.deepcopy(ws), pickle.loads(pickle.dumps(ws)), torch.jit.trace(ws, x)):
+        assert torch.equal(twin(x), ws(x))
+    optimizer = torch.optim.SGD(ws.parameters(), lr=0.1, weight_decay=0.1)
+    before = ws.weight.clone()
+    ws(x).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, ws.weight)
+
+
+def test_autocast_standardizes_in_float32():
+    conv = Conv2d(12, 8, 3, norm=get_norm("PGN+WS", 8))
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(standardize_weight(conv.weight).dtype)
+        out = conv(torch.randn(1, 12, 5, 5))
+    assert seen == [torch.float32] and out.isfinite().all()
+
+
+def test_folding_keeps_the_outputs():
+    cfg = load_config("configs/quick/faster_rcnn_pgn_ws.yaml")
+    torch.manual_seed(0)
+    backbone = build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    before = backbone(images)
+    folded = fold_weight_standardization(backbone)
+    assert not [m for m in folded.modules() if isinstance(m, WSConv2d)]
+    for name, feature in folded(images).items():
+        torch.testing.assert_close(feature, before[name], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Make a ResNet's ImageNet weights Detectron2's: MODEL.WEIGHTS OUT.pkl.
+
+    tools/convert_weights.py resnet50_gn_a1h2-8fe6c4d0.pth R-50-GN.pkl
+    tools/convert_weights.py resnet50_gn_ws-15beedd8.pth R-50-GN-WS.pkl --depth 50
+
+IN has torchvision's names (conv1, bn1 or gn1, layer1.0.downsample.0, ...), as timm's and mmdetection's
+ResNets have: .pth, .pt, .pth.tar or .safetensors, with or without a state_dict or model around it and
+module. or backbone. before the names. Nothing in it is executed. Weight-standardized convolutions keep
+their raw weights. The names do not tell the preprocessing: timm's resnet50_gn and resnet50_gn_ws of Qiao
+et al. expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675,116.28,103.53], MODEL.PIXEL_STD
+[58.395,57.12,57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False.
+"""
+
+import argparse
+import sys
+
+from gng_d2.convert import DEPTHS, abbreviated, convert_file
+from gng_d2.errors import InputError
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet under torchvision's names")
+    parser.add_argument("output", metavar="OUT.pkl", help="where Detectron2's goes; replaced if it is there")
+    parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
+    return parser.parse_args()
+
+
+def main(args):
+    done = convert_file(args.input, args.output, args.depth)
+    norms = {"GN": "GroupNorm", "BN": "BatchNorm"}
+    print(f"{args.output}: ResNet-{done.depth} with {norms[done.norm]}, {len(done.weights)} tensors")
+    for reason, names in done.dropped.items():
+        print(f"dropped, {reason}: {abbreviated(names)}")
+    needs = {"DEPTH": done.depth, "NUM_GROUPS": done.num_groups, "WIDTH_PER_GROUP": done.width_per_group}
+    if done.depth < 50:
+        needs["RES2_OUT_CHANNELS"] = 64
+    print("It needs " + " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in needs.items()))
+    if done.norm == "BN":
+        print(
+            "note: these are BatchNorm weights, for NORM BN, SyncBN or FrozenBN. They do not fit GN or PGN: a "
+            "BatchNorm's weight and bias belong to its running statistics"
+        )
+    else:
+        print("The file does not tell whether its convolutions were weight-standardized: NORM GN if not, GN+WS if so")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
