@@ -105,6 +105,7 @@ def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> 
     content = {"model": dict(weights), "__author__": author, "matching_heuristics": True}
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             pickle.dump(content, file)
         os.replace(temporary, path)

@@ -35,6 +35,7 @@ from .checkpoint import Checkpointer
 from .config import check_config, check_datasets, check_output_dir, check_weights, load_config
 from .data.loader import build_reproducible_loader, seed_step
 from .errors import InputError
+from .layers import fold_weight_standardization
 
 __all__ = ["Trainer", "build_evaluator", "train_or_evaluate", "setup_job", "run_job"]
 
@@ -129,7 +130,10 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         trainer.train()
         return
     model = Trainer.build_model(cfg)
-    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    resume = args.resume and checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS)
+    fold_weight_standardization(model)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from gng_d2.checkpoint import Checkpointer
@@ -61,6 +62,55 @@ def test_batch_norms_with_statistics(heuristics, tmp_path, caplog):
     # R-18: a stem, 8 blocks of 2, and 3 shortcuts
     (message,) = warnings_of_loading(model("MODEL.RESNETS.NORM", "GN"), file, caplog)
     assert message.startswith("20 GroupNorm layers")
+
+
+HEAD = "MODEL.SEM_SEG_HEAD.NORM"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of the quick model with PGN+WS in its semantic head."""
+    folder = tmp_path_factory.mktemp("run")
+    Checkpointer(model(HEAD, "PGN+WS"), str(folder)).save("model_final", iteration=7)
+    return folder / "model_final.pth"
+
+
+def test_a_checkpoint_records_its_norms_and_plain_detectron2_loads_it(trained):
+    recorded = torch.load(trained, weights_only=True)["norms"]
+    assert recorded["sem_seg_head.p2.0.norm"] == {"num_groups": 8, "weight_standardized": True}
+    assert recorded["backbone.bottom_up.stem.conv1.norm"] == {"num_groups": 32, "weight_standardized": False}
+    plain = model(HEAD, "PGN+WS")
+    rest = DetectionCheckpointer(plain).load(str(trained))
+    assert rest["iteration"] == 7
+    Checkpointer(plain).load(str(trained))
+
+
+@pytest.mark.parametrize("norm, here", [("GN", "32 groups"), ("GN1+WS", "1 group and WS"), ("PGN", "8 groups")])
+def test_other_norms_are_an_error_when_evaluated_or_resumed(norm, here, trained):
+    other = model(HEAD, norm)
+    message = rf"7 of 35 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint, {here} here"
+    if norm == "GN1+WS":  # the 32->32 convolutions have one group under PGN too
+        message = message.replace("7 of", "4 of")
+    with pytest.raises(InputError, match=message):
+        Checkpointer(other).load(str(trained))
+    with pytest.raises(InputError, match="other norms"):
+        Checkpointer(other, str(trained.parent)).resume_or_load("", resume=True)
+
+
+def test_other_norms_are_a_warning_when_fine_tuned(trained, caplog):
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        Checkpointer(model(HEAD, "GN1")).resume_or_load(str(trained), resume=False)
+    (message,) = [r.message for r in caplog.records if r.name == "gng_d2.checkpoint"]
+    assert message.startswith("7 of 35 norms") and "sem_seg_head.p2.0.norm" in message
+
+
+def test_a_checkpoint_without_the_record_is_taken_as_it_is(trained, tmp_path, caplog):
+    data = torch.load(trained)
+    del data["norms"]
+    torch.save(data, tmp_path / "elsewhere.pth")
+    other = model(HEAD, "GN1")
+    assert warnings_of_loading(other, tmp_path / "elsewhere.pth", caplog) == []
+    assert torch.equal(other.state_dict()["sem_seg_head.p2.0.weight"], data["model"]["sem_seg_head.p2.0.weight"])
 
 
 @pytest.mark.parametrize("name", ["text.pth", "text.pkl", "cut.pth", "other.pkl"])

@@ -17,7 +17,8 @@ from gng_d2.config import load_config
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
-         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
+         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.002", "SOLVER.WARMUP_ITERS", "0",
+         "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"]
 
 
 def loss_of_image(model, sample, index):
@@ -109,8 +110,10 @@ def test_resuming_repeats_the_uninterrupted_run(shapes, tmp_path):
     assert done.returncode == -9, done.stderr[-2000:]
     assert (cut / "last_checkpoint").read_text() == "model_0000002.pth" and not (cut / "model_final.pth").exists()
     train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(cut), *opts)
-    expected, got = (torch.load(f / "model_final.pth", weights_only=False)["model"] for f in (whole, cut))
+    files = (whole / "model_final.pth", cut / "model_final.pth", cut / "model_0000002.pth")
+    expected, got, early = (torch.load(file, weights_only=False)["model"] for file in files)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert not torch.equal(early["sem_seg_head.p2.0.norm.weight"], got["sem_seg_head.p2.0.norm.weight"])
 
 
 KILL_AT_4 = """

@@ -5,8 +5,10 @@ Draws the embedded dataset, evaluates the untrained model, trains it, evaluates 
 predictions beside the ground truth, its loss curve and its groups.
 """
 
+import json
 import os
 import sys
+import time
 
 from detectron2.engine import default_argument_parser, default_setup
 
@@ -26,7 +28,11 @@ def main(args):
     trainer = Trainer(cfg)
     before = Trainer.test(cfg, trainer.model)["panoptic_seg"]
     trainer.resume_or_load(resume=args.resume)
+    start = time.perf_counter()
     after = trainer.train()["panoptic_seg"]
+    results = {"before": before, "after": after, "seconds_of_training_and_evaluation": time.perf_counter() - start}
+    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as file:
+        json.dump(results, file, indent=1, default=float)
 
     pictures = {name: os.path.join(cfg.OUTPUT_DIR, f"{name}.png") for name in ("predictions", "losses", "groups")}
     draw_validation(cfg, trainer.model, pictures["predictions"])

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from tqdm import tqdm
 
-import gng_d2  # noqa: F401  makes its norm names known
+import gng_d2
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import check_config, check_output_dir, check_weights, load_config
 from gng_d2.errors import InputError
@@ -58,6 +58,7 @@ def main(args):
     check_output_dir(cfg)
     model = build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    gng_d2.fold_weight_standardization(model)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if len(cfg.DATASETS.TEST) else "__unused")
     for path, name in zip(tqdm(args.input, unit="image"), names):
         try:
