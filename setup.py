@@ -9,6 +9,6 @@ setup(
     packages=find_packages(include=["gng_d2", "gng_d2.*"]),
     # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, tabulate, yacs) are
     # not listed: an environment that has a Detectron2 keeps it as it is.
-    install_requires=["torch>=1.13", "numpy"],
+    install_requires=["torch>=2.0", "numpy"],
     extras_require={"panoptic": ["panopticapi-lite"], "test": ["pytest"]},
 )

@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from .data import embedded
 from .errors import InputError
 
-__all__ = ["load_config", "norm_keys", "check_config", "check_datasets", "check_weights", "check_output_dir"]
+__all__ = ["find_config_file", "load_config", "norm_keys", "check_config", "check_datasets", "check_weights", "check_output_dir"]
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -31,7 +31,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(_find(config_file))
+        cfg.merge_from_file(find_config_file(config_file))
     except FileNotFoundError as error:
         raise InputError(f"config file {config_file}: {error.filename or error} does not exist") from error
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
@@ -51,7 +51,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def _find(config_file):
+def find_config_file(config_file: str) -> str:
+    """``config_file`` itself, or where it is in Detectron2's model zoo."""
     if config_file.endswith(".py"):
         raise InputError(
             f"config file {config_file} is a lazy (Python) config. Add `import gng_d2` to Detectron2's "
@@ -127,6 +128,11 @@ def check_weights(cfg: CfgNode) -> None:
     path = cfg.MODEL.WEIGHTS.split("?")[0]
     if path and "://" not in path and not PathManager.isfile(path):
         raise InputError(f"MODEL.WEIGHTS: the file {path} does not exist. MODEL.WEIGHTS '' starts from scratch")
+    if not path and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
+        logging.getLogger(__name__).warning(
+            "MODEL.WEIGHTS '' with MODEL.RESNETS.NORM FrozenBN: without weights a FrozenBN normalizes nothing, and "
+            "training will likely diverge. From scratch, set MODEL.RESNETS.NORM PGN and MODEL.BACKBONE.FREEZE_AT 0"
+        )
 
 
 def check_output_dir(cfg: CfgNode) -> None:

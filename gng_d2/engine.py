@@ -32,8 +32,15 @@ from PIL import Image
 from torch import nn
 
 from .checkpoint import Checkpointer
-from .config import check_config, check_datasets, check_output_dir, check_weights, load_config
-from .data.loader import build_reproducible_loader, seed_step
+from .config import (
+    check_config,
+    check_datasets,
+    check_output_dir,
+    check_weights,
+    find_config_file,
+    load_config,
+)
+from .data.loader import build_train_loader, seed_step
 from .errors import InputError
 from .layers import fold_weight_standardization
 
@@ -107,9 +114,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg, start_iter=0):
-        if cfg.SEED >= 0:
-            return build_reproducible_loader(cfg, start_iter)
-        return super().build_train_loader(cfg)
+        return build_train_loader(cfg, start_iter)
 
     def train(self):
         """Train, evaluate, and return the metrics by task (in the main process)."""
@@ -145,6 +150,7 @@ def setup_job(args) -> CfgNode:
     Raises:
         InputError: something that the user gave cannot be used. Nothing was written.
     """
+    args.config_file = find_config_file(args.config_file)  # default_setup reads it again
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg, args.num_gpus * args.num_machines)
     check_output_dir(cfg)

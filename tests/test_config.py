@@ -120,3 +120,10 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="OUTPUT_DIR: cannot write to .*file"):
         check_output_dir(quick("OUTPUT_DIR", str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_frozen_batch_norm_without_weights_is_a_warning(caplog):
+    check_weights(quick())
+    assert not caplog.records
+    check_weights(quick("MODEL.RESNETS.NORM", "FrozenBN"))
+    assert "MODEL.RESNETS.NORM PGN" in caplog.text

@@ -149,3 +149,17 @@ def test_bad_input_is_one_line(args, message, tmp_path):
     done = train_net(*args, *(["OUTPUT_DIR", str(tmp_path)] if len(args) == 4 else []), check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
+    """And a checkpoint of PGN+WS evaluated with a GN config stops, naming the layers."""
+    opts = [*SMALL[:4], "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "SOLVER.IMS_PER_BATCH", "2"]
+    train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "OUTPUT_DIR", str(tmp_path), *opts,
+              "SOLVER.MAX_ITER", "2")
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval")]
+    same = train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "--eval-only", *weights, *opts)
+    assert "AP50" in same.stdout
+    other = train_net("--config-file", "configs/quick/faster_rcnn_gn_ws.yaml", "--eval-only", *weights, *opts, check=False)
+    assert other.returncode == 1
+    assert "error: the checkpoint was trained with other norms" in other.stderr
+    assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr

@@ -5,7 +5,7 @@ import pytest
 from detectron2.data.common import AspectRatioGroupedDataset
 
 from gng_d2.config import load_config
-from gng_d2.data.loader import after_batches, build_reproducible_loader
+from gng_d2.data.loader import after_batches, build_train_loader
 
 
 @pytest.mark.parametrize("batch_size, skipped", [(1, 5), (2, 0), (2, 7), (4, 13)])
@@ -25,7 +25,7 @@ def test_what_is_left_is_what_grouping_would_go_on_with(batch_size, skipped):
 
 def first_batches(count, start_iter=0, *overrides):
     cfg = load_config("configs/quick/pfpn_pgn.yaml", ["INPUT.MIN_SIZE_TRAIN", "(96, 128)", *overrides])
-    batches = itertools.islice(build_reproducible_loader(cfg, start_iter), count)
+    batches = itertools.islice(build_train_loader(cfg, start_iter), count)
     return [[(d["image_id"], tuple(d["image"].shape), int(d["image"].long().sum())) for d in batch] for batch in batches]
 
 
@@ -34,6 +34,16 @@ def test_order_and_augmentation_follow_from_seed_and_iteration(shapes):
     assert first_batches(6) == whole
     assert first_batches(3, 3) == whole[3:]
     assert first_batches(6, 0, "DATALOADER.NUM_WORKERS", "2") == whole
-    assert first_batches(6, 0, "DATALOADER.ASPECT_RATIO_GROUPING", "False") != []
+    ungrouped = first_batches(6, 0, "DATALOADER.ASPECT_RATIO_GROUPING", "False")
+    assert first_batches(2, 4, "DATALOADER.ASPECT_RATIO_GROUPING", "False") == ungrouped[4:]
     assert first_batches(6, 0, "SEED", "2") != whole
     assert len({shape for batch in whole for _, shape, _ in batch}) == 2  # the scales are drawn
+
+
+def test_run_length_encoded_masks_are_taken_whatever_the_mask_format(shapes):
+    assert first_batches(2, 0, "INPUT.MASK_FORMAT", "polygon") == first_batches(2)
+
+
+def test_without_a_seed_the_order_is_detectron2s(shapes):
+    batches = first_batches(2, 0, "SEED", "-1")
+    assert [len(batch) for batch in batches] == [2, 2]

@@ -6,18 +6,23 @@ the place where the interrupted one was, images waiting for a partner of their s
 """
 
 import itertools
+import logging
 import random
 from typing import Callable, Hashable, Iterator, List, Tuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.build import (
+    _train_loader_from_config,
+    build_detection_train_loader,
+    trivial_batch_collator,
+)
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["seed_everything", "seed_step", "build_reproducible_loader"]
+__all__ = ["seed_everything", "seed_step", "build_train_loader"]
 
 Place = Tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
@@ -72,14 +77,19 @@ def after_batches(
     return itertools.chain(sorted(itertools.chain.from_iterable(waiting.values())), places)
 
 
-def build_reproducible_loader(cfg: CfgNode, start_iter: int = 0):
-    """The loader of Detectron2's ``build_detection_train_loader(cfg)`` from iteration ``start_iter`` on.
+def build_train_loader(cfg: CfgNode, start_iter: int = 0):
+    """The loader of Detectron2's ``build_detection_train_loader(cfg)``, from iteration ``start_iter`` on.
 
-    The same dataset, sampler, mapper and batches; needs SOLVER.IMS_PER_BATCH, SEED >= 0, and gives the same
-    batches for any number of DATALOADER.NUM_WORKERS.
+    The same dataset, sampler, mapper and batches. Where SEED is set (0 or more), they are the same in every
+    run, for any number of DATALOADER.NUM_WORKERS; without it, ``start_iter`` means nothing.
     """
-    seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
+    if cfg.SEED >= 0:
+        seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
     parts = _train_loader_from_config(cfg)
+    _take_rle_masks(parts["dataset"], parts["mapper"])
+    if cfg.SEED < 0:
+        return build_detection_train_loader(**parts)
+
     records, grouped = parts["dataset"], parts["aspect_ratio_grouping"]
     batch_size = parts["total_batch_size"] // comm.get_world_size()
 
@@ -94,6 +104,15 @@ def build_reproducible_loader(cfg: CfgNode, start_iter: int = 0):
         num_workers=parts["num_workers"],
     )
     return AspectRatioGroupedDataset(loader, batch_size) if grouped else loader
+
+
+def _take_rle_masks(records, mapper):
+    """Detectron2 stops at a run-length encoded mask unless INPUT.MASK_FORMAT is bitmask. The data decides."""
+    if getattr(mapper, "use_instance_mask", False) and mapper.instance_mask_format == "polygon":
+        annotations = itertools.chain.from_iterable(record.get("annotations", ()) for record in records)
+        if any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd", 0) for a in annotations):
+            logging.getLogger(__name__).info("masks are run-length encoded: taken as INPUT.MASK_FORMAT bitmask")
+            mapper.instance_mask_format = "bitmask"
 
 
 def _as_it_is(sample):

@@ -1,0 +1,57 @@
+"""The tools that end in pictures, on a model that has hardly trained."""
+
+import json
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
+        "SOLVER.MAX_ITER", "21"]
+
+
+def run(*command, check=True):
+    done = subprocess.run([sys.executable, "-W", "ignore", *command], capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    done = run("tools/demo.py", "OUTPUT_DIR", str(folder), *TINY)
+    return folder, done.stdout
+
+
+def test_demo_ends_with_its_results_and_pictures(demo):
+    folder, out = demo
+    results = json.loads((folder / "results.json").read_text())
+    for when in ("before", "after"):
+        assert f"{when} training" in out and f"{results[when]['PQ']:.2f}" in out
+        assert 0 <= results[when]["PQ"] < 50
+    for name in ("predictions", "losses", "groups"):
+        picture = matplotlib.image.imread(folder / f"{name}.png")
+        assert str(folder / f"{name}.png") in out
+        assert picture.shape[0] > 300 and np.std(picture[..., :3]) > 0.02  # not empty
+
+
+def test_predict_draws_each_image(demo, shapes, tmp_path):
+    folder, _ = demo
+    images = sorted((shapes / "gng_shapes" / "val").iterdir())[:2]
+    base = ["tools/predict.py", "--config-file", "configs/quick/pfpn_pgn.yaml", "--weights",
+            str(folder / "model_final.pth"), "--output", str(tmp_path)]
+    run(*base, "--input", *map(str, images), "--opts", *TINY)
+    for image in images:
+        assert Image.open(tmp_path / f"{image.stem}.png").size == (512, 512)
+
+
+@pytest.mark.parametrize("image, message", [("nothing.jpg", "--input: nothing.jpg not found"),
+                                            ("README.md", "--input: README.md cannot be read as an image")])
+def test_predict_names_the_bad_image(image, message, demo, tmp_path):
+    folder, _ = demo
+    done = run("tools/predict.py", "--config-file", "configs/quick/pfpn_pgn.yaml", "--weights",
+               str(folder / "model_final.pth"), "--output", str(tmp_path), "--input", image, "--opts", *TINY, check=False)
+    assert done.returncode == 1 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr
