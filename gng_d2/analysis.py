@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .binding import layer_shape, named_norms
+from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
 
@@ -15,12 +16,21 @@ __all__ = ["build_on_meta", "norm_name", "num_groups", "norm_table"]
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model of ``cfg`` without memory for its weights: for its structure, in a second."""
+    """The model of ``cfg`` without memory for its weights: for its structure, in a second.
+
+    Raises:
+        InputError: Detectron2 cannot build it.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
+    try:
+        with torch.device("meta"):
+            return build_model(cfg)
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: it runs every constructor that the config names
+        raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
 
 
 def norm_name(norm: nn.Module) -> str:

@@ -20,17 +20,18 @@ def num_channels(module: nn.Module) -> Optional[int]:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
     if isinstance(module, _NormBase) or type(module).__name__ == "FrozenBatchNorm2d":
-        return module.num_features
+        return getattr(module, "num_features", None)
     if type(module).__name__ == "LayerNorm":
-        return module.normalized_shape[-1]
+        return getattr(module, "normalized_shape", (None,))[-1]
     return None
 
 
 def layer_shape(module: nn.Module) -> Optional[Tuple[int, int]]:
     """(n_in, n_out) of a weight layer (convolution, transposed, deformable, linear); None for others."""
-    # Detectron2's deformable convolutions take their norm before they make their weight.
-    if not isinstance(getattr(module, "weight", None), Tensor) and not hasattr(module, "kernel_size"):
-        return None
+    return _sizes(module) if isinstance(getattr(module, "weight", None), Tensor) else None
+
+
+def _sizes(module):
     for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
         n_in, n_out = (getattr(module, name, None) for name in names)
         if n_in and n_out:
@@ -47,14 +48,16 @@ def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> Optional[nn.M
     if _feeds(parent, norm):
         return parent
     before = None
-    for sibling_name, sibling in parent.named_children():
+    for sibling_name, sibling in parent._modules.items():  # named_children() leaves out repeated ones
         if sibling_name == name:
             break
-        before = sibling
-    if before is None or not _feeds(before, norm):
-        return None
-    claimed = any(num_channels(child) is not None for child in before.children())
-    return None if claimed else before
+        before = sibling if sibling is not None else before
+    if before is not None and _feeds(before, norm):
+        claimed = any(num_channels(child) is not None for child in before.children())
+        return None if claimed else before
+    # Detectron2's deformable convolutions take their norm before they make their weight.
+    unfinished = name == "norm" and before is None and hasattr(parent, "kernel_size")
+    return parent if unfinished and (_sizes(parent) or (0, 0))[1] == num_channels(norm) else None
 
 
 def _feeds(layer, norm):
@@ -76,14 +79,23 @@ def named_norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module, Optional[str
 
 
 def bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
-    """The hook: binds ``child``, if it is a norm of ours, to its weight layer."""
-    if not isinstance(child, GroupNorm):
-        return
-    given = child.in_channels is not None and child.weight_layer is None
-    layer = None if given else weight_layer(parent, name, child)
-    # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
-    if layer is not None and (layer is parent or child.in_channels is None):
-        child.bind(layer, layer_shape(layer)[0])
+    """The hook: binds ``child``, if it is a norm of ours, to its weight layer. If it is a layer that takes
+    the place of another, the norm right after it is bound anew."""
+    if isinstance(child, GroupNorm):
+        layer = None if _given(child) else weight_layer(parent, name, child)
+        # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
+        if layer is not None and (layer is parent or child.in_channels is None):
+            child.bind(layer, _sizes(layer)[0])
+    elif parent._modules.get(name) is not None and child is not None:
+        names = list(parent._modules)
+        after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
+        if isinstance(after, GroupNorm) and not _given(after) and _feeds(child, after):
+            after.bind(child, _sizes(child)[0])
+
+
+def _given(norm):
+    """Whether its in_channels were given, and not taken from a layer."""
+    return norm.in_channels is not None and norm.weight_layer is None
 
 
 register_module_module_registration_hook(bind_on_registration)

@@ -34,13 +34,17 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(find_config_file(config_file))
     except FileNotFoundError as error:
         raise InputError(f"config file {config_file}: {error.filename or error} does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+    except RecursionError as error:
+        raise InputError(f"config file {config_file}: its _BASE_ leads back to itself") from error
+    except OSError as error:
+        raise InputError(f"config file {config_file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"config file {config_file} is no YAML config: {error}") from error
     except (KeyError, ValueError, AssertionError) as error:
         raise InputError(f"config file {config_file}: {_message(error)}") from error
     try:
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise InputError(
             f"config overrides {' '.join(overrides)!r}: {_message(error)}. They are pairs, KEY VALUE, of keys "
             f"that Detectron2's config has"
@@ -87,10 +91,12 @@ def check_config(cfg: CfgNode, world_size: int = 1) -> None:
             get_norm(value, 32)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and cfg.SOLVER.IMS_PER_BATCH % world_size:
+    images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if images % (reference or max(world_size, 1)):
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide among {world_size} processes. "
-            f"Set it to a multiple, or SOLVER.REFERENCE_WORLD_SIZE, which scales the schedule"
+            f"SOLVER.IMS_PER_BATCH {images} does not divide among "
+            + (f"SOLVER.REFERENCE_WORLD_SIZE {reference}" if reference else f"{world_size} processes")
+            + ". Set it to a multiple; SOLVER.REFERENCE_WORLD_SIZE scales a schedule to fewer or more processes"
         )
 
 

@@ -1,7 +1,9 @@
 """Detectron2's training job for every dataset of its evaluators, on one GPU, many, or CPUs."""
 
+import inspect
 import os
 import weakref
+from typing import Callable, List, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -26,12 +28,15 @@ from detectron2.evaluation import (
     SemSegEvaluator,
     verify_results,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
-from .checkpoint import Checkpointer
+from .analysis import build_on_meta
+from .checkpoint import Checkpointer, check_norms
 from .config import (
     check_config,
     check_datasets,
@@ -44,7 +49,7 @@ from .data.loader import build_train_loader, seed_step
 from .errors import InputError
 from .layers import fold_weight_standardization
 
-__all__ = ["Trainer", "build_evaluator", "train_or_evaluate", "setup_job", "run_job"]
+__all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
 
 
 def _read_labels(path, dtype):
@@ -54,7 +59,10 @@ def _read_labels(path, dtype):
 
 
 def _semantic(dataset_name, output_folder):
-    return SemSegEvaluator(dataset_name, output_dir=output_folder, sem_seg_loading_fn=_read_labels)
+    # Detectron2 0.6 does not take it
+    takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
+    reader = {"sem_seg_loading_fn": _read_labels} if takes_reader else {}
+    return SemSegEvaluator(dataset_name, output_dir=output_folder, **reader)
 
 
 def _coco(dataset_name, output_folder):
@@ -73,11 +81,12 @@ EVALUATORS = {
 }
 
 
-def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluators:
+def evaluators_of(dataset_name: str) -> List[Callable]:
+    """What makes the evaluators of a dataset, from its name and an output folder."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
         raise InputError(f"DATASETS.TEST: {dataset_name!r} has evaluator_type {kind!r}; known: {', '.join(EVALUATORS)}")
-    return DatasetEvaluators([make(dataset_name, output_folder) for make in EVALUATORS[kind]])
+    return EVALUATORS[kind]
 
 
 class Trainer(DefaultTrainer):
@@ -105,7 +114,11 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         if self.start_iter > 0 and self.cfg.SEED >= 0:
-            self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg, self.start_iter))
+            loader = self.build_train_loader(self.cfg, self.start_iter)
+            if hasattr(self._trainer, "reset_data_loader"):
+                self._trainer.reset_data_loader(lambda: loader)
+            else:  # Detectron2 0.6
+                self._trainer.data_loader, self._trainer._data_loader_iter = loader, iter(loader)
 
     def run_step(self):
         if self.cfg.SEED >= 0:
@@ -123,7 +136,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        return build_evaluator(dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators([make(dataset_name, output_folder) for make in evaluators_of(dataset_name)])
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluate; with TEST.AUG.ENABLED once more with test-time augmentation, under names that end in _TTA."""
+        results = super().test(cfg, model, evaluators)
+        if cfg.TEST.AUG.ENABLED and evaluators is None:
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+            augmented = super().test(
+                cfg,
+                GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model)),
+                [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
+            )
+            results.update({f"{name}_TTA": metrics for name, metrics in augmented.items()})
+        return results
 
 
 def train_or_evaluate(cfg: CfgNode, args) -> None:
@@ -144,35 +172,74 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         verify_results(cfg, results)
 
 
-def setup_job(args) -> CfgNode:
-    """The config that Detectron2's command line arguments name, after checking all that can be.
+def setup_job(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    resume: bool = False,
+    eval_only: bool = False,
+) -> CfgNode:
+    """The config of a job, after checking all that can be checked before it starts.
 
     Raises:
-        InputError: something that the user gave cannot be used. Nothing was written.
+        InputError: something that the user gave cannot be used.
     """
-    args.config_file = find_config_file(args.config_file)  # default_setup reads it again
-    cfg = load_config(args.config_file, args.opts)
-    check_config(cfg, args.num_gpus * args.num_machines)
+    cfg = load_config(config_file, overrides)
+    check_config(cfg, world_size)
+    _check_checkpoint(cfg, resume, eval_only)
     check_output_dir(cfg)
-    if not (args.resume and Checkpointer(nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()):
-        check_weights(cfg)
-    check_datasets(cfg, args.eval_only)
+    check_datasets(cfg, eval_only)
+    for name in cfg.DATASETS.TEST:
+        evaluators_of(name)
     cfg.freeze()
     return cfg
+
+
+def _check_checkpoint(cfg, resume, eval_only):
+    """The file that the job will load can be read, and was trained with the norms of the config."""
+    checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
+    resume = resume and checkpointer.has_checkpoint()
+    if not resume:
+        check_weights(cfg)
+    path = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+    if resume and not os.path.isfile(path):
+        raise InputError(
+            f"--resume: {cfg.OUTPUT_DIR}/last_checkpoint names {path}, which is not there. Write the name of a "
+            f"checkpoint of that folder into it"
+        )
+    if not path or "://" in path:
+        return
+    recorded = checkpointer.read(path).get("norms")
+    if recorded is not None and (resume or eval_only):
+        check_norms(build_on_meta(cfg), recorded)
 
 
 def run_job(args) -> None:
     """Run what Detectron2's command line arguments say, in as many processes.
 
     Raises:
-        InputError: as :func:`setup_job`.
+        InputError: as :func:`setup_job`, or in one of the processes.
     """
-    cfg = setup_job(args)
-    launch(
-        train_or_evaluate,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
+    args.config_file = find_config_file(args.config_file)  # default_setup reads it again
+    cfg = setup_job(
+        args.config_file,
+        args.opts,
+        world_size=args.num_gpus * args.num_machines,
+        resume=args.resume,
+        eval_only=args.eval_only,
     )
+    try:
+        launch(
+            train_or_evaluate,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(cfg, args),
+        )
+    except ProcessRaisedException as error:
+        _, found, message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")
+        if not found:
+            raise
+        raise InputError(message.strip()) from None

@@ -11,9 +11,8 @@ from .layers import GroupNorm, PracticalGroupNorm
 
 __all__ = ["KNOWN_NORMS", "norm_from_name", "extend_get_norm"]
 
-KNOWN_NORMS = (
-    "PGN", "GN<k>, for instance GN1 or GN16", "PGN+WS, GN+WS, GN<k>+WS", "GN", "LN", "BN", "FrozenBN", "SyncBN"
-)
+# <k>: any number of groups
+KNOWN_NORMS = ("PGN", "GN<k>", "PGN+WS", "GN+WS", "GN<k>+WS", "GN", "LN", "BN", "FrozenBN", "SyncBN")
 
 
 def norm_from_name(name: str) -> Optional[Callable]:
@@ -34,9 +33,10 @@ def norm_from_name(name: str) -> Optional[Callable]:
 
 
 def unknown_norm(name: str) -> InputError:
-    names = {n.upper(): n for n in ("PGN", "GN", "GN1", "PGN+WS", "GN+WS", "LN", "BN", "FrozenBN", "SyncBN")}
+    names = {known.replace("<k>", "1").upper(): known.replace("<k>", "1") for known in KNOWN_NORMS}
     near = names[difflib.get_close_matches(name.upper(), names, 1, 0.0)[0]]
-    return InputError(f"unknown norm {name!r}; did you mean {near!r}? Known norms: {'; '.join(KNOWN_NORMS)}")
+    known = ", ".join(KNOWN_NORMS)
+    return InputError(f"unknown norm {name!r}; did you mean {near!r}? Known norms: {known} (<k>: a number of groups)")
 
 
 def get_norm(norm, out_channels, detectron2_get_norm):
@@ -60,22 +60,28 @@ def extend_get_norm() -> None:
     """Make Detectron2's ``get_norm`` know our names, wherever it was imported to already.
 
     Its modules import the function by name, so the function itself has to change: its code is
-    replaced, and what it was goes on under ``__wrapped__``. Does nothing the second time.
+    replaced, and what it was goes on under ``gng_d2_original``. Does nothing the second time.
     """
     from detectron2.layers import batch_norm
 
     function = batch_norm.get_norm
-    if hasattr(function, "__wrapped__"):
+    if hasattr(function, "gng_d2_original"):
         return
-
-    function.__wrapped__ = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    if function.__closure__:
+        raise InputError(
+            f"detectron2.layers.get_norm was replaced by {function.__module__}, so gng_d2 cannot add its norms to it. "
+            f"Import gng_d2 before {function.__module__}"
+        )
+    function.gng_d2_original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
     )
 
     def extended(norm, out_channels):
-        # runs with the globals of detectron2.layers.batch_norm
+        # runs with the globals of the module of the function whose code it becomes
+        from detectron2.layers.batch_norm import get_norm
+
         from gng_d2.norm_types import get_norm as ours
 
-        return ours(norm, out_channels, get_norm.__wrapped__)
+        return ours(norm, out_channels, get_norm.gng_d2_original)
 
     function.__code__ = extended.__code__

@@ -57,8 +57,13 @@ def plot_groups(rows: List[Dict], path: str) -> None:
 
 def plot_losses(metrics_json: str, path: str) -> None:
     """The loss curves of a run, from the metrics.json that Detectron2 writes."""
+    records = []
     with open(metrics_json) as file:
-        records = [r for r in map(json.loads, file) if "total_loss" in r]
+        for record in map(json.loads, file):
+            while records and records[-1]["iteration"] >= record["iteration"]:
+                records.pop()  # of a run before, in the same folder
+            if "total_loss" in record:
+                records.append(record)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key in sorted({k for r in records for k in r if k.startswith("loss_")}, key=lambda k: -records[0].get(k, 0)):
         axes.plot([r["iteration"] for r in records if key in r], [r[key] for r in records if key in r], lw=1, label=key)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 from detectron2.layers import Conv2d
 from torch import nn
 
@@ -72,6 +73,31 @@ def test_a_new_owner_rebinds_and_a_new_neighbour_does_not():
     assert Conv2d(40, 8, 3, norm=norm).norm.num_groups == 8
 
 
+def test_a_layer_that_takes_anothers_place_rebinds_the_norm_after_it():
+    block = nn.Sequential(nn.Conv2d(24, 8, 1), pgn(), nn.Conv2d(8, 8, 1), PracticalGroupNorm(8, in_channels=24))
+    block[0] = nn.Conv2d(40, 8, 1)
+    block[2] = nn.Conv2d(40, 8, 1)
+    assert block[1].num_groups == 8
+    assert block[3].num_groups == 4  # its in_channels were given
+
+
+def test_a_block_that_looks_like_a_layer_is_none():
+    class ExpandProject(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_channels, self.out_channels, self.kernel_size = 16, 8, 3
+            self.expand = nn.Conv2d(16, 64, 1)
+            self.project = nn.Conv2d(64, 8, 1)
+            self.norm = pgn()
+
+    assert ExpandProject().norm.num_groups == 8
+
+
+def test_a_module_used_twice_still_stands_between():
+    relu = nn.ReLU()
+    assert nn.Sequential(relu, nn.Conv2d(24, 8, 1), relu, pgn())[3].num_groups is None
+
+
 def test_none_and_other_modules_pass_through():
     block = nn.Module()
     block.register_module("norm", None)
@@ -88,6 +114,14 @@ def test_named_norms_finds_every_kind():
     )
     found = [(name, layer_name) for name, _, layer_name, _ in named_norms(model)]
     assert found == [("0.norm", "0"), ("1.1", "1.0"), ("2.1", None), ("3.norm", "3")]
+
+
+def test_norms_of_other_packages_are_no_trouble():
+    class LayerNorm(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), torchvision.ops.FrozenBatchNorm2d(8), LayerNorm())
+    assert list(named_norms(model)) == []
 
 
 def test_shared_norm_is_listed_where_it_stands():

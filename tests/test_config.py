@@ -47,6 +47,8 @@ def test_zoo_names_are_found_and_overridden():
 
 
 BROKEN = {
+    "empty": ("", "no YAML config"),
+    "circle": ("_BASE_: 'broken.yaml'", "leads back to itself"),
     "not yaml": ("MODEL: [1, 2", "no YAML config"),
     "binary": (b"\x80\x02\xff", "no YAML config"),
     "no mapping": ("just words", "broken.yaml"),
@@ -73,7 +75,7 @@ def test_missing_config_file(name, message):
         load_config(name)
 
 
-@pytest.mark.parametrize("overrides", [["MODEL.NOROM", "PGN"], ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "many"]])
+@pytest.mark.parametrize("overrides", [["MODEL.NOROM", "PGN"], ["VERSION.X", "3"], ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "many"]])
 def test_bad_overrides(overrides):
     with pytest.raises(InputError, match=overrides[0]):
         load_config("configs/quick/pfpn_pgn.yaml", overrides)
@@ -92,6 +94,9 @@ def test_images_that_do_not_divide_among_processes():
     with pytest.raises(InputError, match="SOLVER.IMS_PER_BATCH 2 .* 3 processes"):
         check_config(quick("SOLVER.IMS_PER_BATCH", "2"), world_size=3)
     check_config(quick("SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_WORLD_SIZE", "2"), world_size=3)
+    check_config(quick(), world_size=0)  # --num-gpus 0, which Detectron2 takes
+    with pytest.raises(InputError, match="SOLVER.REFERENCE_WORLD_SIZE 8"):
+        check_config(quick("SOLVER.REFERENCE_WORLD_SIZE", "8"))
 
 
 def test_datasets_that_are_not_there(shapes):

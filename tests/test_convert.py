@@ -294,8 +294,10 @@ def test_bad_paths(folder, resnet18):
         convert_file(str(folder), str(folder / "out.pkl"))
     with pytest.raises(InputError, match=r"out\.pth must end in \.pkl"):
         convert_file(good, str(folder / "out.pth"))
-    with pytest.raises(InputError, match=r"cannot write .*absent/out\.pkl"):
-        convert_file(good, str(folder / "absent" / "out.pkl"))
+    with pytest.raises(InputError, match=r"cannot write .*in\.pth/out\.pkl"):
+        convert_file(good, str(folder / "in.pth" / "out.pkl"))
+    convert_file(good, str(folder / "made" / "out.pkl"))
+    assert (folder / "made" / "out.pkl").stat().st_size > 40e6
     (folder / "taken.pkl").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*taken\.pkl"):
         convert_file(good, str(folder / "taken.pkl"))
@@ -307,7 +309,7 @@ def test_bad_paths(folder, resnet18):
     with pytest.raises(InputError, match=r"real\.pth\.tar is a tar archive"):
         convert_file(str(folder / "real.pth.tar"), str(folder / "out.pkl"))
     assert Path(good).read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["in.pth", "real.pth.tar", "same.pkl", "taken.pkl"]
+    assert sorted(os.listdir(folder)) == ["in.pth", "made", "real.pth.tar", "same.pkl", "taken.pkl"]
 
 
 def test_failed_write_leaves_what_was_there(folder, resnet18, monkeypatch):

@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from gng_d2.config import load_config
+from gng_d2.engine import Trainer
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
@@ -28,13 +29,11 @@ def loss_of_image(model, sample, index):
         return sum(model([sample]).values())
 
 
-def two_images_and_a_model():
+def two_images():
     cfg = load_config(CONFIG, SMALL)
-    torch.manual_seed(0)
-    model = build_model(cfg)
     mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
     samples = [mapper(record) for record in DatasetCatalog.get("gng_shapes_val_separated")[:2]]
-    return model.train(), samples
+    return cfg, samples
 
 
 def gradients(model):
@@ -45,11 +44,12 @@ def one_image_each(path):
     """What each of two processes does."""
     torch.set_num_threads(1)  # in the one process too: sums in another order could sample other proposals
     rank = comm.get_rank()
-    model, samples = two_images_and_a_model()
-    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    cfg, samples = two_images()
+    torch.manual_seed(0)
+    ddp = Trainer(cfg).model
     loss_of_image(ddp, samples[rank], rank).backward()
     if rank == 0:
-        torch.save(gradients(model), path)
+        torch.save(gradients(ddp.module), path)
 
 
 def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
@@ -57,7 +57,9 @@ def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     launch(one_image_each, 2, dist_url="auto", args=(path,))
     single, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
-    model, samples = two_images_and_a_model()
+    cfg, samples = two_images()
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
     for index, sample in enumerate(samples):
         model.zero_grad()
         loss_of_image(model, sample, index).backward()
@@ -99,10 +101,11 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
     assert (tmp_path / "inference" / "predictions.json").exists()
 
 
-def test_resuming_repeats_the_uninterrupted_run(shapes, tmp_path):
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
     opts = [*SMALL, "SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "0",
-            "DATASETS.TEST", "()"]
+            "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", workers]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
     command = [sys.executable, "-W", "ignore", "-c", KILL_AT_4, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
@@ -157,9 +160,28 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "OUTPUT_DIR", str(tmp_path), *opts,
               "SOLVER.MAX_ITER", "2")
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval")]
-    same = train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "--eval-only", *weights, *opts)
+    same = train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "--eval-only", *weights, *opts,
+                     "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.FLIP", "False")
     assert "AP50" in same.stdout
+    for folder in ("inference", "inference_TTA"):
+        assert (tmp_path / "eval" / folder / "coco_instances_results.json").exists()
     other = train_net("--config-file", "configs/quick/faster_rcnn_gn_ws.yaml", "--eval-only", *weights, *opts, check=False)
     assert other.returncode == 1
     assert "error: the checkpoint was trained with other norms" in other.stderr
     assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr
+
+
+def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
+    """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
+    done = train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2",
+                     "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "MODEL.RESNETS.NORM", "PGN",
+                     "INPUT.MIN_SIZE_TRAIN", "(32,)", "SOLVER.MAX_ITER", "1", check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
+
+
+def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)
+    assert done.returncode == 1 and "model_0000009.pth, which is not there" in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["last_checkpoint"]

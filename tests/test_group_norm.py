@@ -147,6 +147,19 @@ def test_groups_that_do_not_divide_are_refused_at_binding():
         nn.Sequential(nn.Conv2d(3, 64, 3), norm)
 
 
+def test_exports_with_any_size():
+    block = nn.Sequential(nn.Conv2d(256, 8, 1), PracticalGroupNorm(8))  # 8 groups of 8: the check for single numbers
+    size = torch.export.Dim("size", min=2, max=64)
+    program = torch.export.export(block, (torch.randn(1, 256, 6, 6),), dynamic_shapes=({2: size},))
+    x = torch.randn(1, 256, 9, 6)
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
+def test_compiles_without_a_graph_break(block):
+    x = torch.randn(2, 48, 6, 6)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
+
+
 def test_moves_between_types_and_devices(block):
     half = block.to(torch.bfloat16)
     assert half[1].weight.dtype == torch.bfloat16 and half[1].num_groups == 8

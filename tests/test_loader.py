@@ -1,11 +1,13 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
+import torch
 from detectron2.data.common import AspectRatioGroupedDataset
 
 from gng_d2.config import load_config
-from gng_d2.data.loader import after_batches, build_train_loader
+from gng_d2.data.loader import after_batches, build_train_loader, seed_step
 
 
 @pytest.mark.parametrize("batch_size, skipped", [(1, 5), (2, 0), (2, 7), (4, 13)])
@@ -38,6 +40,27 @@ def test_order_and_augmentation_follow_from_seed_and_iteration(shapes):
     assert first_batches(2, 4, "DATALOADER.ASPECT_RATIO_GROUPING", "False") == ungrouped[4:]
     assert first_batches(6, 0, "SEED", "2") != whole
     assert len({shape for batch in whole for _, shape, _ in batch}) == 2  # the scales are drawn
+
+
+def test_step_and_augmentation_do_not_disturb_each_other(shapes):
+    """What the model draws is the same whether images are made in this process or in workers."""
+    drawn = []
+    for workers in ("0", "2"):
+        cfg = load_config("configs/quick/pfpn_pgn.yaml", ["DATALOADER.NUM_WORKERS", workers])
+        loader = build_train_loader(cfg)
+        seed_step(cfg, 5)
+        next(iter(loader))
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
+    seed_step(cfg, 6)
+    assert torch.rand(1).item() != drawn[0][0]
+
+
+def test_resumes_on_a_semantic_dataset_whose_records_have_no_sizes(shapes):
+    stuff = ["DATASETS.TRAIN", "('gng_shapes_train_stuffonly',)", "MODEL.MASK_ON", "False"]
+    cfg = load_config("configs/quick/pfpn_pgn.yaml", stuff)
+    names = [[d["file_name"] for d in b] for b in itertools.islice(build_train_loader(cfg), 4)]
+    assert [[d["file_name"] for d in b] for b in itertools.islice(build_train_loader(cfg, 2), 2)] == names[2:]
 
 
 def test_run_length_encoded_masks_are_taken_whatever_the_mask_format(shapes):

@@ -31,7 +31,7 @@ def test_detectron2s_own_stay_as_they_are():
 @pytest.mark.parametrize("name, near", [("PGM", "PGN"), ("pgn", "PGN"), ("bn", "BN"), ("frozenbn", "FrozenBN"),
                                         ("GN0", "GN"), ("GN-4", "GN"), ("GroupNorm", "GN")])
 def test_unknown_name_lists_the_known_and_the_nearest(name, near):
-    with pytest.raises(ValueError, match=rf"unknown norm '{name}'; did you mean '{near}.*PGN; GN<k>.*FrozenBN"):
+    with pytest.raises(ValueError, match=rf"unknown norm '{name}'; did you mean '{near}.*PGN, GN<k>.*FrozenBN"):
         get_norm(name, 64)
 
 
@@ -44,9 +44,9 @@ def test_a_key_error_of_a_users_own_norm_is_its_own():
 
 
 def test_extending_twice_does_no_harm():
-    before = get_norm.__wrapped__
+    before = get_norm.gng_d2_original
     extend_get_norm()
-    assert get_norm.__wrapped__ is before and detectron2.layers.get_norm is get_norm
+    assert get_norm.gng_d2_original is before and detectron2.layers.get_norm is get_norm
     assert get_norm("PGN", 8).num_channels == 8
 
 
@@ -75,6 +75,8 @@ def test_import_order_makes_no_difference(order):
 def test_imports_without_detectron2():
     program = "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n" \
               "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n" \
-              "import gng_d2; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)"
+              "import gng_d2, torch; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)\n" \
+              "norm = gng_d2.GroupNorm(2, 4, weight_standardization=True)\n" \
+              "conv = gng_d2.WSConv2d(3, 4, 3, norm=norm); conv(torch.ones(1, 3, 4, 4)).sum().backward()"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert out.stdout.strip() == "16", out.stderr

@@ -48,6 +48,16 @@ def test_predict_draws_each_image(demo, shapes, tmp_path):
         assert Image.open(tmp_path / f"{image.stem}.png").size == (512, 512)
 
 
+def test_predict_never_overwrites_its_input(demo, tmp_path):
+    folder, _ = demo
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(photo)
+    before = photo.read_bytes()
+    done = run("tools/predict.py", "--config-file", "configs/quick/pfpn_pgn.yaml", "--weights",
+               str(folder / "model_final.pth"), "--output", str(tmp_path), "--input", str(photo), "--opts", *TINY, check=False)
+    assert done.returncode == 1 and "would overwrite" in done.stderr and photo.read_bytes() == before
+
+
 @pytest.mark.parametrize("image, message", [("nothing.jpg", "--input: nothing.jpg not found"),
                                             ("README.md", "--input: README.md cannot be read as an image")])
 def test_predict_names_the_bad_image(image, message, demo, tmp_path):

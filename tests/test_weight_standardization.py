@@ -131,12 +131,32 @@ def test_weight_stays_the_raw_parameter():
 
 
 def test_autocast_standardizes_in_float32():
+    torch.manual_seed(0)
     conv = Conv2d(12, 8, 3, norm=get_norm("PGN+WS", 8))
-    seen = []
     with torch.autocast("cpu", torch.bfloat16):
-        seen.append(standardize_weight(conv.weight).dtype)
+        inside = standardize_weight(conv.weight)
         out = conv(torch.randn(1, 12, 5, 5))
-    assert seen == [torch.float32] and out.isfinite().all()
+    assert torch.equal(inside, standardize_weight(conv.weight)) and inside.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripts():
+    scripted = torch.jit.script(standardize_weight)
+    weight = torch.randn(4, 3, 3, 3)
+    torch.testing.assert_close(scripted(weight), standardize_weight(weight))
+
+
+def test_tied_weights_are_folded_once():
+    torch.manual_seed(0)
+    convs = nn.ModuleList(Conv2d(6, 4, 3, norm=get_norm("GN1+WS", 4)) for _ in range(2))
+    convs[0].weight.data *= 1e-4  # small: standardized twice would be something else
+    convs[1].weight = convs[0].weight
+    x = torch.randn(1, 6, 5, 5)
+    before = [conv(x) for conv in convs]
+    fold_weight_standardization(convs)
+    for conv, expected in zip(convs, before):
+        torch.testing.assert_close(conv(x), expected)
 
 
 def test_folding_keeps_the_outputs():

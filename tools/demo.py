@@ -5,12 +5,13 @@ Draws the embedded dataset, evaluates the untrained model, trains it, evaluates 
 predictions beside the ground truth, its loss curve and its groups.
 """
 
+import argparse
 import json
 import os
 import sys
 import time
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import norm_table
@@ -23,11 +24,11 @@ CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 
 def main(args):
-    cfg = setup_job(args)
+    cfg = setup_job(args.config_file, args.opts)
     default_setup(cfg, args)
     trainer = Trainer(cfg)
     before = Trainer.test(cfg, trainer.model)["panoptic_seg"]
-    trainer.resume_or_load(resume=args.resume)
+    trainer.resume_or_load(resume=False)
     start = time.perf_counter()
     after = trainer.train()["panoptic_seg"]
     results = {"before": before, "after": after, "seconds_of_training_and_evaluation": time.perf_counter() - start}
@@ -46,8 +47,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(epilog=__doc__)
-    parser.set_defaults(config_file=CONFIG)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default=CONFIG, metavar="FILE", help="a panoptic config; default: quick PGN")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     try:
         main(parser.parse_args())
     except InputError as error:

@@ -78,6 +78,8 @@ def main():
                  *sys.version_info[:2], sys.executable, *OLDEST, *NEWEST))
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(os.path.join(folder, "bin", "pip")):
+        if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(os.path.join(folder, "pyvenv.cfg")):
+            fail("making " + folder, "  the folder is there and is no virtual environment. Name another one")
         print("-- making " + folder, flush=True)
         try:
             venv.create(folder, clear=os.path.exists(folder), with_pip=True)

@@ -55,6 +55,9 @@ def main(args):
     names = [os.path.splitext(os.path.basename(path))[0] + ".png" for path in args.input]
     if len(set(names)) < len(names):
         raise InputError("--input: two images have the same name, their pictures would overwrite each other")
+    inputs = {os.path.realpath(path) for path in args.input}
+    if inputs & {os.path.realpath(os.path.join(args.output, name)) for name in names}:
+        raise InputError("--output: a picture would overwrite an image of --input. Name another folder")
     check_output_dir(cfg)
     model = build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)

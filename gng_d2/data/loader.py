@@ -8,6 +8,8 @@ the place where the interrupted one was, images waiting for a partner of their s
 import itertools
 import logging
 import random
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Callable, Hashable, Iterator, List, Tuple
 
 import numpy as np
@@ -18,7 +20,8 @@ from detectron2.data.build import (
     build_detection_train_loader,
     trivial_batch_collator,
 )
-from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +39,22 @@ def seed_everything(*seeds: int) -> None:
     torch.manual_seed(state)
 
 
+@contextmanager
+def _seeded(*seeds):
+    """Seed what the CPU draws inside, and leave the random states outside as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+        random.seed(state)
+        np.random.seed(state)
+        torch.default_generator.manual_seed(state)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
 def seed_step(cfg: CfgNode, iteration: int) -> None:
     """Seed what the model draws in a training step (proposals) by seed, process and iteration."""
     seed_everything(cfg.SEED, comm.get_rank(), STEP, iteration)
@@ -45,12 +64,14 @@ class _SeededDataset(Dataset):
     """Maps the record at each place of the stream, with the random state that the place has."""
 
     def __init__(self, records: List[dict], mapper: Callable, *seeds: int):
-        self.records, self.mapper, self.seeds = records, mapper, seeds
+        # serialized, so that worker processes share it
+        self.records = DatasetFromList(records, copy=False)
+        self.mapper, self.seeds = mapper, seeds
 
     def __getitem__(self, place: Place):
         position, index = place
-        seed_everything(*self.seeds, position)
-        return self.mapper(self.records[index])
+        with _seeded(*self.seeds, position):
+            return self.mapper(self.records[index])
 
 
 class _PlaceSampler:
@@ -90,20 +111,32 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     if cfg.SEED < 0:
         return build_detection_train_loader(**parts)
 
-    records, grouped = parts["dataset"], parts["aspect_ratio_grouping"]
+    dataset = _SeededDataset(parts["dataset"], parts["mapper"], cfg.SEED, comm.get_rank(), AUGMENTATION)
+    grouped = parts["aspect_ratio_grouping"]
     batch_size = parts["total_batch_size"] // comm.get_world_size()
 
+    @lru_cache(maxsize=None)
     def shape(index):
-        return records[index]["width"] > records[index]["height"] if grouped else None
+        return _is_wide(dataset.records[index]) if grouped else None
 
     loader = DataLoader(
-        _SeededDataset(records, parts["mapper"], cfg.SEED, comm.get_rank(), AUGMENTATION),
+        dataset,
         sampler=_PlaceSampler(parts["sampler"], lambda s: after_batches(s, shape, batch_size, start_iter)),
         batch_size=None if grouped else batch_size,
         collate_fn=_as_it_is if grouped else trivial_batch_collator,
         num_workers=parts["num_workers"],
+        # its own: the global one belongs to the training step
+        generator=torch.Generator().manual_seed(cfg.SEED),
     )
     return AspectRatioGroupedDataset(loader, batch_size) if grouped else loader
+
+
+def _is_wide(record):
+    """As Detectron2 groups images. Its semantic datasets do not say their sizes."""
+    if "width" in record:
+        return record["width"] > record["height"]
+    height, width = read_image(record["file_name"]).shape[:2]
+    return width > height
 
 
 def _take_rle_masks(records, mapper):

@@ -80,7 +80,8 @@ class GroupNorm(nn.GroupNorm):
         if self.weight_standardization and self.weight_layer is None:
             raise self._unbound_error("so there is no weight to standardize")
         # Group norm of a single number is its bias: PyTorch refuses it for one image only.
-        if self.num_groups == self.num_channels and not torch.jit.is_tracing() and input.shape[2:].numel() == 1:
+        single = self.num_groups == self.num_channels and all(size == 1 for size in input.shape[2:])
+        if single and not torch.jit.is_tracing():
             raise InputError(
                 f"{_module_path(self)}: each of the {self.num_groups} groups of this norm would hold a single "
                 f"number (input {tuple(input.shape)}), so its output would not depend on its input. Give it a "

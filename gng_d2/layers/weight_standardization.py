@@ -12,13 +12,18 @@ from gng_d2.errors import InputError
 
 __all__ = ["WSConv2d", "standardize_weight", "standardize", "fold_weight_standardization"]
 
-# Without Detectron2 there is no norm= and activation=, the rest is the same.
 if find_spec("detectron2") is not None:
     from detectron2.layers import Conv2d
 else:
-    from torch.nn import Conv2d
 
-EPS = 1e-5
+    class Conv2d(nn.Conv2d):
+        """What of Detectron2's ``Conv2d`` is needed where it is not installed."""
+
+        def __init__(self, *args, norm=None, activation=None, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.norm = norm
+            self.activation = activation
+
 
 
 def standardize_weight(weight: Tensor) -> Tensor:
@@ -34,11 +39,12 @@ def standardize_weight(weight: Tensor) -> Tensor:
         >>> standardize_weight(torch.tensor([[1.0, 2.0, 3.0]]))
         tensor([[-1.0000,  0.0000,  1.0000]])
     """
-    if weight.shape[1:].numel() == 1:
+    if weight.numel() == weight.shape[0]:
         return weight
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    std, mean = torch.std_mean(wide, dim=tuple(range(1, weight.dim())), keepdim=True)
-    return ((wide - mean) / (std + EPS)).to(weight.dtype)
+    filters = wide.flatten(1)
+    std, mean = torch.std_mean(filters, dim=1, keepdim=True)
+    return ((filters - mean) / (std + 1e-5)).view(weight.shape).to(weight.dtype)
 
 
 class WSConv2d(Conv2d):
@@ -84,9 +90,10 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
     For inference: the outputs are the same, and the weights are no longer standardized in every forward.
     Returns ``model``.
     """
-    for layer in model.modules():
-        if type(layer) is WSConv2d:
-            with torch.no_grad():
-                layer.weight.copy_(standardize_weight(layer.weight))
-            layer.__class__ = Conv2d
+    layers = [layer for layer in model.modules() if type(layer) is WSConv2d]
+    with torch.no_grad():
+        for weight in {id(layer.weight): layer.weight for layer in layers}.values():  # tied weights once
+            weight.copy_(standardize_weight(weight))
+    for layer in layers:
+        layer.__class__ = Conv2d
     return model
