@@ -1,8 +1,6 @@
 """Detectron2's checkpointer, which knows the groups that its weights were trained with."""
 
 import logging
-import pickle
-import zipfile
 from collections.abc import Mapping
 from typing import Dict, Optional
 from urllib.parse import urlparse
@@ -15,13 +13,6 @@ from .analysis import norm_table
 from .errors import InputError
 
 __all__ = ["Checkpointer", "norm_record", "check_norms"]
-
-
-# what pickle, zipfile and torch.load raise for a file that is none of theirs, or cut
-UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError,
-    AttributeError, AssertionError, ImportError, IndexError,
-)  # fmt: skip
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -66,7 +57,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename):
         try:
             checkpoint = super()._load_file(filename)
-        except UNREADABLE as error:
+        except Exception as error:  # a damaged file has raised a dozen kinds
             raise InputError(
                 f"MODEL.WEIGHTS: {filename} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
                 f"Is the download whole? A run's own last checkpoint is named in its last_checkpoint file"

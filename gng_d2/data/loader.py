@@ -33,10 +33,14 @@ AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
 
 def seed_everything(*seeds: int) -> None:
     """Seed Python, NumPy and PyTorch by a few numbers together, for instance (seed, rank, iteration)."""
+    _seed(torch.manual_seed, seeds)
+
+
+def _seed(seed_torch, seeds):
     state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-    torch.manual_seed(state)
+    seed_torch(state)
 
 
 @contextmanager
@@ -44,10 +48,7 @@ def _seeded(*seeds):
     """Seed what the CPU draws inside, and leave the random states outside as they were."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-        random.seed(state)
-        np.random.seed(state)
-        torch.default_generator.manual_seed(state)
+        _seed(torch.default_generator.manual_seed, seeds)
         try:
             yield
         finally:
