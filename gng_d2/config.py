@@ -21,7 +21,15 @@ from detectron2.utils.file_io import PathManager
 from .data import embedded
 from .errors import InputError
 
-__all__ = ["find_config_file", "load_config", "norm_keys", "check_config", "check_datasets", "check_weights", "check_output_dir"]
+__all__ = [
+    "find_config_file",
+    "load_config",
+    "norm_keys",
+    "check_config",
+    "check_datasets",
+    "check_weights",
+    "check_output_dir",
+]
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:

@@ -116,7 +116,7 @@ def test_a_checkpoint_without_the_record_is_taken_as_it_is(trained, tmp_path, ca
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_forgetting_the_norm_is_an_error(norm, trained):
     """PGN weights fit a batch norm as well, and its missing statistics would be made up."""
-    with pytest.raises(InputError, match=rf"sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint, a norm without"):
+    with pytest.raises(InputError, match=r"sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint, a norm without"):
         Checkpointer(model(HEAD, norm)).load(str(trained))
     with pytest.raises(InputError, match="8 groups and WS in the checkpoint, no norm here"):
         Checkpointer(model(HEAD, "")).load(str(trained))

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
 from tqdm import tqdm
 
@@ -84,10 +84,8 @@ def register_embedded(root: Path) -> None:
             continue
         files = {key: str(path) for key, path in split_files(root / NAME, split).items()}
         register_coco_panoptic_separated(name, metadata(), **files)
-        register_coco_instances(name, {}, files["instances_json"], files["image_root"])
-        MetadataCatalog.get(name).set(
-            thing_classes=metadata()["thing_classes"], thing_colors=metadata()["thing_colors"]
-        )
+        things = {key: metadata()[key] for key in ("thing_classes", "thing_colors")}
+        register_coco_instances(name, things, files["instances_json"], files["image_root"])
 
 
 register_embedded(datasets_root())
