@@ -1,0 +1,64 @@
+"""Measured rows as JSON: each says where it was measured, and no measurement is lost to a bad path."""
+
+import json
+import os
+import platform
+import tempfile
+from typing import Dict, List, Optional
+
+import torch
+
+from .errors import InputError
+
+__all__ = ["machine", "check_outputs", "read_rows", "write_rows"]
+
+
+def machine(device: str = "cpu") -> str:
+    """What a measurement ran on, for instance "2 threads of an AMD EPYC (AVX512), PyTorch 2.14.1"."""
+    pytorch = f"PyTorch {torch.__version__.partition('+')[0]}"
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {pytorch}"
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{threads} thread{'s' * (threads > 1)} of {_processor()} ({capability}), {pytorch}"
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def check_outputs(*paths: Optional[str]) -> None:
+    """Before a long measurement: each file of ``paths`` (None is skipped) can be written.
+
+    Raises:
+        InputError: names the file and what stands in its way.
+    """
+    for path in filter(None, paths):
+        folder = os.path.dirname(path) or "."
+        try:
+            if os.path.isdir(path):
+                raise IsADirectoryError(None, "it is a folder")
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_rows(path: str) -> List[Dict]:
+    with open(path) as file:
+        return json.load(file)
+
+
+def write_rows(path: str, rows: List[Dict]) -> None:
+    """Write ``rows`` as a JSON list, one row a line, whole or not at all."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    partial = f"{path}.partial"
+    with open(partial, "w") as file:
+        file.write(f"[\n{lines}\n]\n")
+    os.replace(partial, path)
