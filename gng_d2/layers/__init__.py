@@ -1,4 +1,12 @@
-from .group_norm import GroupNorm, PracticalGroupNorm
+from .functional import group_norm
+from .practical_group_norm import GroupNorm, PracticalGroupNorm
 from .weight_standardization import WSConv2d, fold_weight_standardization, standardize_weight
 
-__all__ = ["GroupNorm", "PracticalGroupNorm", "WSConv2d", "fold_weight_standardization", "standardize_weight"]
+__all__ = [
+    "GroupNorm",
+    "PracticalGroupNorm",
+    "WSConv2d",
+    "fold_weight_standardization",
+    "group_norm",
+    "standardize_weight",
+]

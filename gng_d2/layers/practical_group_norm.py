@@ -8,11 +8,11 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
+from .functional import group_norm
 from .weight_standardization import standardize
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
@@ -74,7 +74,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             self._check(input)
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def _check(self, input):
         if self.weight_standardization and self.weight_layer is None:

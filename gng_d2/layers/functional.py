@@ -1,0 +1,143 @@
+"""Group norm as fast as the hardware allows for any number of groups."""
+
+from importlib.util import find_spec
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import group_norm_cpu
+
+if find_spec("triton") is not None:
+    from . import group_norm_triton
+
+__all__ = ["group_norm"]
+
+# Older versions of PyTorch have no way to register an op that torch.compile can go through.
+_HAS_OPS = hasattr(torch.library, "register_fake")
+_HAS_TRITON = _HAS_OPS and find_spec("triton") is not None
+_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A group of fewer elements is read by one thread block in about the time that our additional launches take.
+_MIN_GROUP = 2**16
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None, eps: float = 1e-5
+) -> Tensor:
+    """:func:`torch.nn.functional.group_norm` in a time that does not depend on ``num_groups``.
+
+    PyTorch's op gives each (image, group) to one thread block of a GPU or one thread of a CPU. Where that leaves
+    most of the hardware idle, ours is used (:mod:`.group_norm_triton`, :mod:`.group_norm_cpu`), elsewhere PyTorch's.
+
+    On CUDA a float16 or bfloat16 input with float32 weights, as under autocast, keeps its type and is normalized
+    in float32 inside; PyTorch would copy it to float32.
+
+    Shape:
+        - input: :math:`(N, C, *)`
+        - weight, bias: :math:`(C)`
+        - Output: as the input
+
+    Examples::
+        >>> group_norm(torch.randn(2, 6, 8, 8), num_groups=1).shape
+        torch.Size([2, 6, 8, 8])
+    """
+    if not torch.jit.is_scripting():
+        if _HAS_OPS and _is_for_us(input, num_groups, weight, bias):
+            input = input.contiguous(memory_format=_memory_format(input))
+            return _GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def _is_for_us(input, num_groups, weight, bias):
+    """Whether ours takes what it is given, and is the faster one."""
+    if torch.jit.is_tracing() or _is_exporting():
+        return False
+    if input.dim() < 2 or not input.numel() or input.shape[1] % num_groups:
+        return False
+    affine = [p for p in (weight, bias) if p is not None]
+    if any(p.shape != input.shape[1:2] or p.device != input.device for p in affine):
+        return False
+    one_type = all(p.dtype == input.dtype for p in affine)
+    if input.device.type == "cpu":
+        return one_type and not torch.compiler.is_compiling() and group_norm_cpu.pays(input, num_groups)
+    if input.device.type != "cuda" or not _HAS_TRITON or input.dtype not in _TRITON_TYPES:
+        return False
+    keeps_type = not one_type or (input.dtype != torch.float32 and torch.is_autocast_enabled("cuda"))
+    if keeps_type or _memory_format(input) != torch.contiguous_format:
+        return True
+    thread_blocks = input.shape[0] * num_groups
+    multiprocessors = torch.cuda.get_device_properties(input.device).multi_processor_count
+    return thread_blocks < multiprocessors and input.numel() >= thread_blocks * _MIN_GROUP
+
+
+def _is_exporting():
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _memory_format(x):
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, num_groups, eps):
+        return torch.ops.gng_d2.group_norm(x, weight, bias, num_groups, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.num_groups, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(dy, x, weight, bias, ctx.num_groups, ctx.eps), None, None
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        dx, dweight, dbias = torch.ops.gng_d2.group_norm_backward(dy, x, mean, rstd, weight, ctx.num_groups)
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dx, dweight, dbias, None, None
+
+
+def _differentiable_gradients(dy, x, weight, bias, num_groups, eps):
+    """Gradients that can be differentiated again: those of PyTorch's op."""
+    wide = x if weight is None else x.to(weight.dtype)
+    y = F.group_norm(wide, num_groups, weight, bias, eps).to(x.dtype)
+    wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    gradients = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True)))
+    return [gradients.get(id(t)) for t in (x, weight, bias)]
+
+
+if _HAS_OPS:
+    torch.library.define(
+        "gng_d2::group_norm",
+        "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> (Tensor, Tensor, Tensor)",
+    )
+    torch.library.define(
+        "gng_d2::group_norm_backward",
+        "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl("gng_d2::group_norm", "cpu")(group_norm_cpu.forward)
+    torch.library.impl("gng_d2::group_norm_backward", "cpu")(group_norm_cpu.backward)
+    if _HAS_TRITON:
+        torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
+        torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)
+
+    @torch.library.register_fake("gng_d2::group_norm")
+    def _(x, weight, bias, num_groups, eps):
+        mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+        return torch.empty_like(x), mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("gng_d2::group_norm_backward")
+    def _(dy, x, mean, rstd, weight, num_groups):
+        dweight = x.new_empty(x.shape[1], dtype=torch.float32)
+        return torch.empty_like(x), dweight, torch.empty_like(dweight)
