@@ -2,6 +2,11 @@ import os
 import tempfile
 
 import pytest
+import torch
+
+# Before triton is imported: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Before anything of Detectron2 is imported: its dataset root is read once. The tests draw their own data.
 _root = tempfile.TemporaryDirectory(prefix="gng_d2-tests-")

@@ -20,7 +20,7 @@ _HAS_TRITON = _HAS_OPS and find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A group of fewer elements is read by one thread block in about the time that our additional launches take.
-_MIN_GROUP = 2**16
+_MIN_GROUP = 2**15
 
 
 def group_norm(
@@ -46,7 +46,7 @@ def group_norm(
     if not torch.jit.is_scripting():
         if _HAS_OPS and _is_for_us(input, num_groups, weight, bias):
             input = input.contiguous(memory_format=_memory_format(input))
-            return _GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
+            return _GroupNorm.apply(input, weight, bias, num_groups, eps)
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -85,19 +85,14 @@ def _memory_format(x):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, num_groups, eps):
-        return torch.ops.gng_d2.group_norm(x, weight, bias, num_groups, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.num_groups, ctx.eps = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, x, weight, bias, num_groups, eps):
+        y, mean, rstd = torch.ops.gng_d2.group_norm(x, weight, bias, num_groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.num_groups, ctx.eps = num_groups, eps
+        return y
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_gradients(dy, x, weight, bias, ctx.num_groups, ctx.eps), None, None

@@ -4,20 +4,20 @@ PyTorch's own gives each (image, group) to one thread. Here the threads share a 
 rows, merged in float64, then PyTorch's batch norm in evaluation mode as the affine map of each channel.
 """
 
+import math
 from functools import lru_cache
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = ["pays", "forward", "backward"]
 
 # from tools/benchmark_norm.py: below, what Python adds is more than what a second thread takes away
 _MIN_ELEMENTS = 2**18
-# Sums of squares lose the variance of features with a large mean: beyond 4 deviations PyTorch's own is used.
-_MAX_SQUARED_MEAN = 16.0
+_MAX_SQUARED_MEAN = 4.0  # of a variance
 _MAX_ROW = 2048  # terms that are summed in float32
+_BLOCK = 2**20  # elements
 
 
 def pays(x: Tensor, num_groups: int) -> bool:
@@ -42,14 +42,17 @@ def forward(
         - mean, 1 / std: :math:`(N, G)`
     """
     images, channels = x.shape[:2]
-    moments = _moments(x.view(images * num_groups, -1))
-    if moments is None:
+    mean, variance = _moments(x.view(images * num_groups, -1))
+    # Sums of squares lose the variance of features with a large mean. NaN goes the same way.
+    if not all(m * m <= _MAX_SQUARED_MEAN * v and v + eps > 0 for m, v in zip(mean, variance)):
         return torch.native_group_norm(x, weight, bias, images, channels, x[0, 0].numel(), num_groups, eps)
-    mean, variance = x.new_tensor(moments)
-    per_channel = [m.repeat_interleave(channels // num_groups) for m in (mean, variance)]
-    affine = [p if p is None or images == 1 else p.repeat(images) for p in (weight, bias)]
-    y = F.batch_norm(x.view(1, images * channels, -1), *per_channel, *affine, eps=eps).view(x.shape)
-    return y, mean.view(images, num_groups), (variance + eps).rsqrt().view(images, num_groups)
+    moments = x.new_tensor((mean, variance, [1 / math.sqrt(v + eps) for v in variance]))
+    per_channel = moments.repeat_interleave(channels // num_groups, 1)
+    weight, bias = (p if p is None or images == 1 else p.repeat(images) for p in (weight, bias))
+    folded = x.view(1, images * channels, -1)
+    y = torch.native_batch_norm(folded, weight, bias, per_channel[0], per_channel[1], False, 0.0, eps)[0]
+    mean, _, rstd = (m.clone().view(images, num_groups) for m in moments)  # outputs of an op share no memory
+    return y.view(x.shape), mean, rstd
 
 
 def backward(
@@ -62,16 +65,20 @@ def backward(
     )
 
 
-def _moments(groups: Tensor) -> Optional[Tuple[List[float], List[float]]]:
-    """Mean and variance of each row of a matrix; None where the mean is too large for this method."""
-    rows = groups.view(len(groups), -1, _row_length(groups.shape[1]))
-    sums = rows.sum(2).sum(1, dtype=torch.float64)
-    squares = torch.linalg.vector_norm(rows, dim=2).double().square_().sum(1)
-    mean = [value / groups.shape[1] for value in sums.tolist()]
-    variance = [value / groups.shape[1] - m * m for value, m in zip(squares.tolist(), mean)]
-    if not all(m * m <= _MAX_SQUARED_MEAN * v for m, v in zip(mean, variance)):  # NaN too
-        return None
-    return mean, variance
+def _moments(groups: Tensor) -> Tuple[List[float], List[float]]:
+    """Mean and variance of each row of a matrix."""
+    elements = groups.shape[1]
+    length = _row_length(elements)
+    rows = groups.view(-1, length)
+    sums, norms = groups.new_empty((2, len(groups), elements // length))
+    step = max(1, _BLOCK // length)
+    for first in range(0, len(rows), step):  # the second reading of a block finds it in the cache
+        block = slice(first, first + step)
+        torch.sum(rows[block], 1, out=sums.view(-1)[block])
+        torch.linalg.vector_norm(rows[block], dim=1, out=norms.view(-1)[block])
+    mean = [s / elements for s in sums.sum(1, dtype=torch.float64).tolist()]
+    norm = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64).tolist()
+    return mean, [n * n / elements - m * m for n, m in zip(norm, mean)]
 
 
 @lru_cache(maxsize=None)

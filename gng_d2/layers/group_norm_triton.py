@@ -54,7 +54,9 @@ def _moments_kernel(
         mean += delta / seen
         m2 += delta * (x - mean)
     count = ((end - start - lane + BLOCK_S - 1) // BLOCK_S).to(tl.float32)[None, :]
-    chunk_mean = tl.sum(mean * count, axis=1) / (end - start)
+    # relative to one of them: sums of large means would be rounded
+    first_mean = tl.sum(tl.where(lane == 0, mean, 0.0), axis=1)
+    chunk_mean = first_mean + tl.sum((mean - first_mean[:, None]) * count, axis=1) / (end - start)
     deviation = mean - chunk_mean[:, None]
     chunk_m2 = tl.sum(m2 + count * deviation * deviation, axis=1)
     partial = (n * num_chunks + k) * channels + c
@@ -72,6 +74,7 @@ def _merge_moments_kernel(
     g = tl.program_id(0) % num_groups
     size = channels // num_groups
     partials = n * num_chunks * channels + g * size
+    first_mean = tl.load(chunk_mean_ptr + partials)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, size * num_chunks, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -79,9 +82,9 @@ def _merge_moments_kernel(
         k = i // size
         count = tl.minimum(chunk, positions - k * chunk).to(tl.float32)
         mean = tl.load(chunk_mean_ptr + partials + k * channels + i % size, mask=inside, other=0.0)
-        total += mean * count
+        total += tl.where(inside, mean - first_mean, 0.0) * count
     elements = size.to(tl.float32) * positions
-    group_mean = tl.sum(total, axis=0) / elements
+    group_mean = first_mean + tl.sum(total, axis=0) / elements
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, size * num_chunks, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -255,8 +258,7 @@ def backward(
         _input_gradient_kernel[grid.programs](
             dy, x, dx, mean, rstd, weight, group_sums, *grid.layout, num_groups, *grid.chunks, groups, *grid.blocks
         )
-    dbias, dweight = sums.sum((1, 2))
-    return dx, dweight, dbias
+    return dx, sums[1].sum((0, 1)), sums[0].sum((0, 1))
 
 
 class _Grid:

@@ -1,0 +1,196 @@
+"""The op around the kernels: which one it picks, and what PyTorch does with it. Numbers: test_group_norm_{cpu,triton}.py"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+from gng_d2.layers import functional, group_norm
+
+triton_kernels = pytest.importorskip("gng_d2.layers.group_norm_triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Every input goes to the Triton kernels, on a CPU in Triton's interpreter."""
+    monkeypatch.setattr(functional, "_is_for_us", lambda *args: True)
+    if DEVICE == "cuda":
+        yield
+        return
+    library = torch.library.Library("gng_d2", "IMPL")
+    library.impl("group_norm", triton_kernels.forward, "CPU", allow_override=True)
+    library.impl("group_norm_backward", triton_kernels.backward, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+def leaves_of(*shape, dtype=torch.float32, parameters=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    return [x.requires_grad_(), *(torch.randn(shape[1], device=DEVICE).to(parameters).requires_grad_() for _ in range(2))]
+
+
+def gradients(function, leaves):
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))]
+
+
+SAMPLES = next(info for info in op_db if info.name == "nn.functional.group_norm")
+
+
+@pytest.mark.parametrize("samples", ["sample_inputs", "reference_inputs"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_pytorchs_own_samples(samples, forced, request):
+    if forced:
+        request.getfixturevalue("kernels")
+    seen = 0
+    for sample in getattr(SAMPLES, samples)(DEVICE, torch.float32, requires_grad=True):
+        x, (num_groups,), kwargs = sample.input, sample.args, sample.kwargs
+        if forced and not x.numel():
+            continue  # never gets there
+        leaves = [x, *(t for t in kwargs.values() if torch.is_tensor(t))]
+        ours, theirs = (f(x, num_groups, **kwargs) for f in (group_norm, F.group_norm))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        if kwargs.get("eps", 0) >= 0:
+            grad = torch.cos(theirs.detach())
+            for one, other in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad)):
+                torch.testing.assert_close(one, other)
+        seen += 1
+    assert seen > 10
+
+
+def test_pytorchs_own_errors():
+    for case in SAMPLES.error_inputs(DEVICE):
+        sample = case.sample_input
+        with pytest.raises(case.error_type, match=case.error_regex):
+            group_norm(sample.input, *sample.args, **sample.kwargs)
+
+
+def test_autograd_through_the_kernels(kernels):
+    leaves = leaves_of(2, 6, 5, 7)
+    for one, other in zip(
+        gradients(lambda *t: group_norm(t[0], 3, *t[1:]), leaves), gradients(lambda *t: F.group_norm(t[0], 3, *t[1:]), leaves)
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradient_in_another_layout_than_the_input(kernels):
+    x, weight, bias = leaves_of(2, 6, 5, 7)
+    for x in (x, x.contiguous(memory_format=torch.channels_last)):
+        for format in (torch.contiguous_format, torch.channels_last):
+            grad = torch.randn(x.shape, device=DEVICE).contiguous(memory_format=format)
+            ours, theirs = (torch.autograd.grad(f(x, 2, weight, bias), x, grad)[0] for f in (group_norm, F.group_norm))
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_input_that_is_neither_contiguous_nor_channels_last(kernels):
+    x, weight, bias = leaves_of(2, 6, 10, 7)
+    ours, theirs = (f(x[:, :, ::2], 2, weight, bias) for f in (group_norm, F.group_norm))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_second_derivatives(kernels):
+    leaves = leaves_of(2, 4, 3, 3)
+
+    def second(function):
+        y = function(leaves[0], 2, *leaves[1:])
+        first = torch.autograd.grad(torch.sin(y).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for one, other in zip(second(group_norm), second(F.group_norm)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_with_parameters_in_float32(kernels):
+    leaves = leaves_of(1, 4, 8, 8, dtype=torch.float16)
+    first = torch.autograd.grad(group_norm(leaves[0], 2, *leaves[1:]).float().square().sum(), leaves[0], create_graph=True)
+    assert torch.autograd.grad(first[0].float().square().sum(), leaves[0])[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keeps_the_type_of_its_input(kernels, dtype):
+    """As under autocast, where the parameters stay in float32."""
+    leaves = leaves_of(2, 6, 9, 9, dtype=dtype)
+    y, dx, dweight, dbias = gradients(lambda *t: group_norm(t[0], 3, *t[1:]), leaves)
+    assert y.dtype == dx.dtype == dtype and dweight.dtype == dbias.dtype == torch.float32
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    expected = F.group_norm(wide[0], 3, *wide[1:])
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+    assert ((dweight - torch.autograd.grad(expected, wide[1], torch.cos(y.detach()).float())[0]).abs() < 1e-3).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (3, 6)])
+def test_the_ops_keep_pytorchs_rules(kernels, shape):
+    """Schema, fake tensors, and tracing by AOTAutograd."""
+    x, weight, bias = (t.detach() for t in leaves_of(*shape))
+    y, mean, rstd = torch.ops.gng_d2.group_norm(x, weight, bias, 2, 1e-5)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.gng_d2.group_norm.default, (x, weight, bias, 2, 1e-5), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.gng_d2.group_norm_backward.default, (y, x, mean, rstd, weight, 2), test_utils=tests
+    )
+
+
+def test_compiles_without_a_graph_break(kernels):
+    leaves = leaves_of(2, 6, 5, 7)
+
+    def function(x, weight, bias):
+        return group_norm(x.relu(), 2, weight, bias).square()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for one, other in zip(gradients(compiled, leaves), gradients(function, leaves)):
+        torch.testing.assert_close(one, other)
+
+
+def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
+    x, weight, bias = (t.detach() for t in leaves_of(1, 32, 128, 128))
+    monkeypatch.setattr(functional.group_norm_cpu, "pays", lambda *args: True)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return group_norm(x, 1, weight, bias)
+
+    graphs = [
+        str(torch.jit.trace(Norm(), x, check_trace=False).graph),
+        str(torch.jit.script(group_norm).graph),
+        str(torch.export.export(Norm(), (x,)).graph),
+    ]
+    assert not any("gng_d2::" in graph or "ops.gng_d2" in graph for graph in graphs)
+    assert torch.equal(torch.jit.script(group_norm)(x, 1, weight, bias), F.group_norm(x, 1, weight, bias))
+
+
+def fake(*shape, dtype=torch.float32, **kwargs):
+    return torch.empty(shape, dtype=dtype, device="cuda", **kwargs)
+
+
+def test_choice_on_cuda(monkeypatch):
+    """PyTorch's kernels where they fill the machine, ours where they do not or would copy the input."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+
+    def ours(x, num_groups, parameters=torch.float32):
+        weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
+        return functional._is_for_us(x, num_groups, weight, bias)
+
+    with FakeTensorMode():
+        assert ours(fake(2, 256, 200, 304), 1)
+        assert ours(fake(2, 64, 200, 304), 64)
+        assert not ours(fake(2, 256, 200, 304), 128)
+        assert not ours(fake(512, 256, 7, 7), 1)
+        assert not ours(fake(1, 64, 13, 19), 1)
+        assert ours(fake(512, 256, 7, 7).contiguous(memory_format=torch.channels_last), 1)
+        assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1)
+        assert not ours(fake(512, 256, 7, 7, dtype=torch.float16), 1, torch.float16)
+        with torch.autocast("cuda"):
+            assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1, torch.float16)
+            assert not ours(fake(512, 256, 7, 7), 1)
+        assert not ours(fake(2, 256, 200, 304, dtype=torch.float64), 1, torch.float64)
+        assert not ours(fake(0, 256, 200, 304), 1)
+        # what PyTorch refuses is left to it
+        assert not ours(fake(2, 256, 200, 304), 3)
+        assert not functional._is_for_us(fake(2, 256, 200, 304), 1, fake(255), None)
+        assert not functional._is_for_us(fake(2, 256, 200, 304), 1, torch.empty(256, device="cpu"), None)
