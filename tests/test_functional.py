@@ -185,7 +185,8 @@ def test_choice_on_cuda(monkeypatch):
         assert ours(fake(512, 256, 7, 7).contiguous(memory_format=torch.channels_last), 1)
         assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1)
         assert not ours(fake(512, 256, 7, 7, dtype=torch.float16), 1, torch.float16)
-        with torch.autocast("cuda"):
+        with monkeypatch.context() as autocast:
+            autocast.setattr(torch, "is_autocast_enabled", lambda device: True)
             assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1, torch.float16)
             assert not ours(fake(512, 256, 7, 7), 1)
         assert not ours(fake(2, 256, 200, 304, dtype=torch.float64), 1, torch.float64)

@@ -79,10 +79,10 @@ def test_copies_and_pickles(block):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of PyTorch's own F.group_norm
-@pytest.mark.parametrize("compile", [torch.jit.trace, torch.jit.script])
-def test_trace_and_script(block, compile):
+@pytest.mark.parametrize("compiler", ["trace", "script"])
+def test_trace_and_script(block, compiler):
     x = torch.randn(2, 48, 6, 6)
-    compiled = compile(block, x) if compile is torch.jit.trace else compile(block)
+    compiled = torch.jit.trace(block, x) if compiler == "trace" else torch.jit.script(block)
     other = torch.randn(3, 48, 9, 5)
     torch.testing.assert_close(compiled(other), block(other))
 
