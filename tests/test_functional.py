@@ -148,7 +148,7 @@ def test_compiles_without_a_graph_break(kernels):
 
 
 def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
-    x, weight, bias = (t.detach() for t in leaves_of(1, 32, 128, 128))
+    x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128))
     monkeypatch.setattr(functional.group_norm_cpu, "pays", lambda *args: True)
 
     class Norm(torch.nn.Module):

@@ -27,12 +27,12 @@ def gradients(function, x, *parameters):
 
 
 CASES = [
-    ((1, 32, 128, 128), 1),
-    ((1, 32, 121, 75), 1),
-    ((1, 48, 128, 128), 3),
-    ((3, 16, 80, 80), 1),
-    ((1, 512, 1024), 2),
-    ((1, 16, 32, 32, 32), 1),
+    ((1, 64, 128, 128), 1),
+    ((1, 128, 121, 75), 1),
+    ((1, 96, 128, 128), 3),
+    ((3, 64, 80, 80), 1),
+    ((1, 1024, 1100), 2),
+    ((1, 64, 32, 32, 32), 1),
 ]
 
 
@@ -77,24 +77,30 @@ def _spy(function, calls):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_comes_out_as_from_pytorch(value):
-    x, weight, bias = draw(1, 32, 128, 128)
+    x, weight, bias = draw(1, 64, 128, 128)
     x[0, 3, 5, 7] = value
     torch.testing.assert_close(group_norm(x, 2, weight, bias), F.group_norm(x, 2, weight, bias), equal_nan=True)
 
 
 def test_constant_input():
-    x = torch.full((1, 32, 128, 128), 3.0)
+    x = torch.full((1, 64, 128, 128), 3.0)
     torch.testing.assert_close(group_norm(x, 1), torch.zeros_like(x), atol=1e-4, rtol=0)
     assert not group_norm(torch.zeros_like(x), 1).any()
 
 
 def test_without_affine():
-    x, weight, _ = draw(1, 32, 128, 128)
+    x, weight, _ = draw(1, 64, 128, 128)
     torch.testing.assert_close(group_norm(x, 1), F.group_norm(x, 1))
     torch.testing.assert_close(group_norm(x, 1, weight), F.group_norm(x, 1, weight))
+
+
+def test_several_blocks(monkeypatch):
+    monkeypatch.setattr(group_norm_cpu, "_BLOCK", 2**17)
+    x, weight, bias = draw(3, 64, 80, 80)
+    torch.testing.assert_close(group_norm(x, 1, weight, bias), F.group_norm(x, 1, weight, bias))
 
 
 def test_rows_hold_the_group():
     assert group_norm_cpu._row_length(64 * 200 * 304) == 2048
     assert group_norm_cpu._row_length(2**21 + 17) is None  # a prime number
-    assert all(n % group_norm_cpu._row_length(n) == 0 for n in (2**20, 512 * 25 * 38, 32 * 121 * 75))
+    assert all(n % group_norm_cpu._row_length(n) == 0 for n in (2**20, 512 * 25 * 38, 128 * 121 * 75))

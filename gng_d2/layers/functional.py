@@ -46,7 +46,9 @@ def group_norm(
     if not torch.jit.is_scripting():
         if _HAS_OPS and _is_for_us(input, num_groups, weight, bias):
             input = input.contiguous(memory_format=_memory_format(input))
-            return _GroupNorm.apply(input, weight, bias, num_groups, eps)
+            if torch.is_grad_enabled():
+                return _GroupNorm.apply(input, weight, bias, num_groups, eps)
+            return torch.ops.gng_d2.group_norm(input, weight, bias, num_groups, eps)[0]
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 __all__ = ["pays", "forward", "backward"]
 
 # from tools/benchmark_norm.py: below, what Python adds is more than what a second thread takes away
-_MIN_ELEMENTS = 2**18
+_MIN_ELEMENTS = 2**20
 _MAX_SQUARED_MEAN = 4.0  # of a variance
 _MAX_ROW = 2048  # terms that are summed in float32
-_BLOCK = 2**20  # elements
+_BLOCK = 2**22  # elements that a cache holds
 
 
 def pays(x: Tensor, num_groups: int) -> bool:
@@ -46,13 +46,12 @@ def forward(
     # Sums of squares lose the variance of features with a large mean. NaN goes the same way.
     if not all(m * m <= _MAX_SQUARED_MEAN * v and v + eps > 0 for m, v in zip(mean, variance)):
         return torch.native_group_norm(x, weight, bias, images, channels, x[0, 0].numel(), num_groups, eps)
-    moments = x.new_tensor((mean, variance, [1 / math.sqrt(v + eps) for v in variance]))
-    per_channel = moments.repeat_interleave(channels // num_groups, 1)
+    per_channel = x.new_tensor((mean, variance)).repeat_interleave(channels // num_groups, 1)
     weight, bias = (p if p is None or images == 1 else p.repeat(images) for p in (weight, bias))
     folded = x.view(1, images * channels, -1)
     y = torch.native_batch_norm(folded, weight, bias, per_channel[0], per_channel[1], False, 0.0, eps)[0]
-    mean, _, rstd = (m.clone().view(images, num_groups) for m in moments)  # outputs of an op share no memory
-    return y.view(x.shape), mean, rstd
+    rstd = [1 / math.sqrt(v + eps) for v in variance]
+    return y.view(x.shape), *(x.new_tensor(values).view(images, num_groups) for values in (mean, rstd))
 
 
 def backward(
@@ -70,12 +69,9 @@ def _moments(groups: Tensor) -> Tuple[List[float], List[float]]:
     elements = groups.shape[1]
     length = _row_length(elements)
     rows = groups.view(-1, length)
-    sums, norms = groups.new_empty((2, len(groups), elements // length))
-    step = max(1, _BLOCK // length)
-    for first in range(0, len(rows), step):  # the second reading of a block finds it in the cache
-        block = slice(first, first + step)
-        torch.sum(rows[block], 1, out=sums.view(-1)[block])
-        torch.linalg.vector_norm(rows[block], dim=1, out=norms.view(-1)[block])
+    blocks = rows.split(_BLOCK // length)  # the second reading of a block finds it in the cache
+    partial = [(block.sum(1), torch.linalg.vector_norm(block, dim=1)) for block in blocks]
+    sums, norms = (torch.cat(parts).view(len(groups), -1) for parts in zip(*partial))
     mean = [s / elements for s in sums.sum(1, dtype=torch.float64).tolist()]
     norm = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64).tolist()
     return mean, [n * n / elements - m * m for n, m in zip(norm, mean)]
