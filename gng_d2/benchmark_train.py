@@ -1,0 +1,130 @@
+"""What a whole training step costs under one norm or another."""
+
+import itertools
+from typing import Dict, Iterator, List
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from .benchmark_norm import milliseconds
+from .config import load_config
+from .layers import WSConv2d, standardize_weight
+
+__all__ = ["MODELS", "NORMS", "config_of", "random_batch", "step_rows"]
+
+MODELS = {
+    "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "pfpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
+}
+NORMS = ("FrozenBN", "GN", "GN+WS", "PGN", "PGN+WS")
+
+
+def config_of(model: str, norm: str, device: str, overrides=()) -> CfgNode:
+    """Detectron2's own R-50-FPN config from scratch, all layers trained, ``norm`` in backbone, FPN and semantic head.
+
+    With FrozenBN the FPN has no norm and the semantic head GN, as in Detectron2's configs.
+    """
+    norms = {"MODEL.RESNETS.NORM": norm}
+    if norm != "FrozenBN":
+        norms |= {"MODEL.FPN.NORM": norm, "MODEL.SEM_SEG_HEAD.NORM": norm}
+    words = [word for pair in norms.items() for word in pair]
+    scratch = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.DEVICE", device]
+    return load_config(MODELS[model], [*scratch, *words, *overrides])
+
+
+def random_batch(cfg: CfgNode, images: int, height: int, width: int, seed: int = 0) -> List[Dict]:
+    """A batch of noise with eight objects an image, in the format of Detectron2's training loader."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    batch = []
+    for _ in range(images):
+        corner = torch.stack([draw(0, width * 3 // 4, 8), draw(0, height * 3 // 4, 8)], 1)
+        size = torch.stack([draw(width // 16, width // 4, 8), draw(height // 16, height // 4, 8)], 1)
+        masks = torch.zeros(8, height, width, dtype=torch.bool)
+        for mask, (x, y), (w, h) in zip(masks, corner.tolist(), size.tolist()):
+            mask[y : y + h, x : x + w] = True
+        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corner, corner + size], 1).float()))
+        instances.gt_classes = draw(0, cfg.MODEL.ROI_HEADS.NUM_CLASSES, 8)
+        instances.gt_masks = BitMasks(masks)
+        semantic = draw(0, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, height, width)
+        image = draw(0, 256, 3, height, width).to(torch.uint8)
+        batch.append({"image": image, "instances": instances, "sem_seg": semantic, "height": height, "width": width})
+    return batch
+
+
+def step_rows(
+    model: str, amp: bool, images: int, height: int, width: int, device: str, seconds: float, overrides=()
+) -> Iterator[Dict]:
+    """One row for each norm; their steps run in turn.
+
+    Peak memory is that of a model alone: what it and its optimizer hold, and what a step adds. CUDA only.
+    """
+    jobs = {norm: _Job(config_of(model, norm, device, overrides), amp, images, height, width) for norm in NORMS}
+    times = milliseconds([job.step for job in jobs.values()], device, seconds)
+    step = dict(zip(jobs, times))
+    peak = {norm: job.peak_memory() for norm, job in jobs.items()}
+    for norm, job in jobs.items():
+        yield {
+            "model": model,
+            "norm": norm,
+            "amp": amp,
+            "images": images,
+            "size": [height, width],
+            "step_milliseconds": step[norm],
+            "ratio_to_frozen_bn": step[norm] / step["FrozenBN"],
+            "ratio_to_gn": step[norm] / step["GN"],
+            "peak_memory_bytes": peak[norm],
+            "memory_ratio_to_gn": peak[norm] / peak["GN"] if peak["GN"] else None,
+            "share_of_weight_standardization": job.weight_standardization_milliseconds(device, seconds) / step[norm],
+        }
+
+
+class _Job:
+    def __init__(self, cfg, amp, images, height, width):
+        torch.manual_seed(0)
+        before = _allocated(cfg)
+        self.cfg = cfg
+        self.model = DefaultTrainer.build_model(cfg).train()
+        for module in self.model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.weight.fill_(0.5)  # without pretrained weights it normalizes nothing, and float16 overflows
+        optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        batch = random_batch(cfg, images, height, width)
+        self.trainer = (AMPTrainer if amp else SimpleTrainer)(self.model, itertools.repeat(batch), optimizer)
+        self.trainer.iter = 0
+        self.step()
+        self.held = _allocated(cfg) - before
+
+    def step(self):
+        with EventStorage():
+            self.trainer.run_step()
+
+    def peak_memory(self):
+        if self.cfg.MODEL.DEVICE != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = _allocated(self.cfg)
+        self.step()
+        return self.held + torch.cuda.max_memory_allocated() - before
+
+    def weight_standardization_milliseconds(self, device, seconds):
+        weights = [layer.weight for layer in self.model.modules() if isinstance(layer, WSConv2d)]
+
+        def standardize():
+            for weight in weights:
+                torch.autograd.grad(standardize_weight(weight), weight, weight.detach())
+
+        return milliseconds([standardize], device, seconds)[0] if weights else 0.0
+
+
+def _allocated(cfg):
+    return torch.cuda.memory_allocated() if cfg.MODEL.DEVICE == "cuda" else 0
