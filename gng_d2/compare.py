@@ -1,0 +1,326 @@
+"""Train one config under several norms and seeds, all else equal, each run by itself in a folder of its own.
+
+A comparison's folder holds ``comparison.yaml``, what all its runs share, and for each run ``NORM/seed_SEED``:
+what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from tqdm import tqdm
+
+from .analysis import build_on_meta, norm_table
+from .config import load_config, norm_keys
+from .engine import setup_job
+from .errors import InputError
+from .norm_types import norm_from_name
+from .records import machine
+
+__all__ = ["Run", "Comparison", "default_norm_keys", "train_all"]
+
+TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools", "train_net.py")
+WS = "+WS"
+
+
+class Run(NamedTuple):
+    norm: str
+    seed: int
+    folder: str
+
+    def __str__(self):
+        return f"{self.norm} seed {self.seed}"
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def state(self) -> Dict:
+        """How the run ended: ``status`` (finished, failed, or started where it has not ended), ``reason``, ``machine``."""
+        try:
+            with open(self.path("run.json")) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return {"status": "not finished", "reason": None, "machine": None}
+
+
+class Comparison:
+    """The runs of ``config_file`` under each of ``norms`` and ``seeds``.
+
+    Args:
+        keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
+        overrides: ``KEY VALUE`` pairs for all runs.
+        num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+    """
+
+    def __init__(
+        self,
+        config_file: str,
+        norms: Sequence[str],
+        seeds: Sequence[int],
+        output: str,
+        keys: Optional[Sequence[str]] = None,
+        overrides: Sequence[str] = (),
+        *,
+        num_gpus: int = 1,
+        num_machines: int = 1,
+        machine_rank: int = 0,
+        dist_url: str = "auto",
+    ):
+        for option, values in (("--norms", norms), ("--seeds", seeds)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{option}: {' '.join(map(str, values))} has one twice")
+        if min(seeds) < 0:
+            raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
+        if num_machines > 1 and dist_url == "auto":
+            raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
+        self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
+        self.overrides = list(overrides)
+        self.world_size = num_gpus * num_machines
+        self.machine_rank = machine_rank
+        self.launch = {
+            "--num-gpus": num_gpus,
+            "--num-machines": num_machines,
+            "--machine-rank": machine_rank,
+            "--dist-url": dist_url,
+        }
+        cfg = load_config(config_file, self.overrides)
+        self.keys = list(keys) if keys else default_norm_keys(cfg)
+        known = dict(norm_keys(cfg))
+        for key in self.keys:
+            if key not in known:
+                raise InputError(f"--norm-keys: {key} is no NORM key of the config; it has {', '.join(known)}")
+        self.standardized = {key for key in self.keys if known[key].endswith(WS)}
+
+    @cached_property
+    def runs(self) -> List[Run]:
+        """Seed by seed, so that what has run at any time can be compared."""
+        return [
+            Run(norm, seed, os.path.join(self.output, norm, f"seed_{seed}"))
+            for seed in self.seeds
+            for norm in self.norms
+        ]
+
+    def norm_overrides(self, norm: str) -> List[str]:
+        pairs = [(key, norm + WS if key in self.standardized and not norm.endswith(WS) else norm) for key in self.keys]
+        return [word for pair in pairs for word in pair]
+
+    def run_overrides(self, run: Run) -> List[str]:
+        return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
+
+    def command(self, run: Run) -> List[str]:
+        launch = [str(word) for pair in self.launch.items() for word in pair]
+        return [
+            *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
+            *(*launch, *self.run_overrides(run)),
+        ]
+
+    @cached_property
+    def cfg(self) -> CfgNode:
+        """What the runs share, scaled to the number of processes as Detectron2 does it."""
+        cfg = load_config(self.config_file, [*self.overrides, *self.norm_overrides(self.norms[0])])
+        return DefaultTrainer.auto_scale_workers(cfg, self.world_size)
+
+    def settings(self) -> Dict:
+        cfg = self.cfg.clone()
+        cfg.merge_from_list(self.norm_overrides("<norm>"))
+        cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
+        return {"processes": self.world_size, "config": yaml.safe_load(cfg.dump())}
+
+    def check(self) -> None:
+        """Refuse before the first run what no run could finish with, and a folder that compares something else.
+
+        Raises:
+            InputError: says what.
+        """
+        for run in self.runs[: len(self.norms)]:
+            setup_job(self.config_file, self.run_overrides(run), world_size=self.world_size)
+        path = os.path.join(self.output, "comparison.yaml")
+        settings = self.settings()
+        if not os.path.exists(path):
+            partial = f"{path}.{os.getpid()}"
+            with open(partial, "w") as file:
+                yaml.safe_dump(settings, file)
+            os.replace(partial, path)
+        with open(path) as file:
+            differences = describe_differences(yaml.safe_load(file), settings)
+        if differences:
+            lines = "\n  ".join(differences)
+            raise InputError(
+                f"--output: {self.output} holds runs of another comparison, these would mix with them. It differs in\n"
+                f"  {lines}\nName another folder"
+            )
+
+
+def default_norm_keys(cfg: CfgNode) -> List[str]:
+    """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` follows.
+
+    Raises:
+        InputError: there are none.
+    """
+    chosen = [key for key, value in norm_keys(cfg) if value == "GN" or norm_from_name(value) is not None]
+    norms = norm_table(build_on_meta(cfg))
+    keys = [key for key in chosen if norm_table(build_on_meta(_with(cfg, key, "BN"))) != norms]
+    if not keys:
+        raise InputError("the config has no norm that is GN, GN<k> or PGN: name what to vary with --norm-keys")
+    return keys
+
+
+def _with(cfg, key, value):
+    cfg = cfg.clone()
+    cfg.merge_from_list([key, value])
+    return cfg
+
+
+def flatten(tree: Dict, prefix: str = "") -> Iterator[Tuple[str, object]]:
+    """(dotted key, value) of each leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def describe_differences(there: Dict, here: Dict) -> List[str]:
+    there, here = dict(flatten(there)), dict(flatten(here))
+    return [
+        f"{key.removeprefix('config.')}: {there.get(key)} there, {here.get(key)} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+
+
+def train_all(comparison: Comparison) -> None:
+    """Train what is not finished, one run after the other, with a progress bar over all of them.
+
+    A run that fails is recorded so in its folder and the next one starts.
+    """
+    iterations = comparison.cfg.SOLVER.MAX_ITER
+    done = [_iterations_done(run, iterations) for run in comparison.runs]
+    with tqdm(total=iterations * len(done), initial=sum(done), unit="it", smoothing=0, dynamic_ncols=True) as bar:
+        for index, run in enumerate(comparison.runs):
+            bar.set_description(str(run))
+
+            def progress():
+                done[index] = _iterations_done(run, iterations)
+                bar.n = sum(done)
+                bar.refresh()
+
+            state = train(comparison, run, progress)
+            bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
+            if state["status"] == "failed":
+                bar.total -= iterations - done[index]
+            progress()
+
+
+def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dict:
+    """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended."""
+    os.makedirs(run.folder, exist_ok=True)
+    with _lock(run.path("lock.%d" % comparison.machine_rank)) as free:
+        if not free:
+            return {"status": "running", "reason": "in another process"}
+        if run.state()["status"] == "finished":
+            return run.state()
+        _end_line(run.path("metrics.json"))
+        with open(run.path("output.txt"), "ab") as output:
+            start = output.tell()
+            code = _call(comparison.command(run), output, progress)
+        reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
+        state = {"status": "failed" if reason else "finished", "reason": reason, "machine": _machine(comparison)}
+        if comparison.machine_rank == 0:
+            partial = run.path("run.json.partial")
+            with open(partial, "w") as file:
+                json.dump(state, file)
+            os.replace(partial, run.path("run.json"))
+        return state
+
+
+@contextmanager
+def _lock(path):
+    """Whether this process alone has ``path`` now."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _call(command, output, progress):
+    """Exit status of ``command``, which does not outlive this process."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=1)
+            progress()
+    finally:
+        if process.poll() != 0:  # with the processes that it started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent():
+    PR_SET_PDEATHSIG = 1
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _reason(code, path, start):
+    """The message of the error that a job ended with, from what it printed after ``start``."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
+    with open(path, errors="replace") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
+
+
+def _machine(comparison):
+    processes = f"{comparison.world_size} processes, " if comparison.world_size > 1 else ""
+    return processes + machine(comparison.cfg.MODEL.DEVICE)
+
+
+def _end_line(path):
+    """A killed run may leave half a line, which must not become the start of the next one."""
+    with suppress(FileNotFoundError), open(path, "rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
+def _iterations_done(run, iterations):
+    """As its metrics.json says."""
+    if run.state()["status"] == "finished":
+        return iterations
+    try:
+        with open(run.path("metrics.json"), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
+            found = re.findall(rb'"iteration": (\d+)', file.read())
+    except FileNotFoundError:
+        return 0
+    return min(int(found[-1]) + 1, iterations) if found else 0
