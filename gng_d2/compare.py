@@ -7,11 +7,13 @@ what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -26,9 +28,9 @@ from .config import load_config, norm_keys
 from .engine import setup_job
 from .errors import InputError
 from .norm_types import norm_from_name
-from .records import machine
+from .records import check_outputs, machine, read_metrics
 
-__all__ = ["Run", "Comparison", "default_norm_keys", "train_all"]
+__all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 
 TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools", "train_net.py")
 WS = "+WS"
@@ -52,6 +54,18 @@ class Run(NamedTuple):
                 return json.load(file)
         except FileNotFoundError:
             return {"status": "not finished", "reason": None, "machine": None}
+
+    def iterations_done(self, max_iter: int) -> int:
+        """As far as its metrics.json says."""
+        if self.state()["status"] == "finished":
+            return max_iter
+        try:
+            with open(self.path("metrics.json"), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
+                found = re.findall(rb'"iteration": (\d+)', file.read())
+        except FileNotFoundError:
+            return 0
+        return min(int(found[-1]) + 1, max_iter) if found else 0
 
 
 class Comparison:
@@ -128,11 +142,16 @@ class Comparison:
             *(*launch, *self.run_overrides(run)),
         ]
 
+    def norm_cfg(self, norm: str) -> CfgNode:
+        return load_config(self.config_file, [*self.overrides, *self.norm_overrides(norm)])
+
     @cached_property
     def cfg(self) -> CfgNode:
-        """What the runs share, scaled to the number of processes as Detectron2 does it."""
-        cfg = load_config(self.config_file, [*self.overrides, *self.norm_overrides(self.norms[0])])
-        return DefaultTrainer.auto_scale_workers(cfg, self.world_size)
+        """The first norm's config, scaled to the number of processes as Detectron2 does it."""
+        return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
+
+    def machine(self) -> str:
+        return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
 
     def settings(self) -> Dict:
         cfg = self.cfg.clone()
@@ -141,27 +160,34 @@ class Comparison:
         return {"processes": self.world_size, "config": yaml.safe_load(cfg.dump())}
 
     def check(self) -> None:
-        """Refuse before the first run what no run could finish with, and a folder that compares something else.
+        """Refuse before the first run what no run could finish with.
 
         Raises:
             InputError: says what.
         """
-        for run in self.runs[: len(self.norms)]:
-            setup_job(self.config_file, self.run_overrides(run), world_size=self.world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            for norm in self.norms:
+                overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
+                setup_job(self.config_file, overrides, world_size=self.world_size)
+
+    def claim_output(self) -> None:
+        """Make the folder, or see that what is in it compares the same.
+
+        Raises:
+            InputError: it cannot be written, or says what differs.
+        """
         path = os.path.join(self.output, "comparison.yaml")
-        settings = self.settings()
+        check_outputs(path)
         if not os.path.exists(path):
-            partial = f"{path}.{os.getpid()}"
-            with open(partial, "w") as file:
-                yaml.safe_dump(settings, file)
-            os.replace(partial, path)
+            with _written_whole(path) as file:
+                yaml.safe_dump(self.settings(), file)
         with open(path) as file:
-            differences = describe_differences(yaml.safe_load(file), settings)
-        if differences:
-            lines = "\n  ".join(differences)
+            differ = differences(yaml.safe_load(file), self.settings())
+        if differ:
+            lines = "\n  ".join(f"{key.removeprefix('config.')}: {a} there, {b} here" for key, (a, b) in differ.items())
             raise InputError(
-                f"--output: {self.output} holds runs of another comparison, these would mix with them. It differs in\n"
-                f"  {lines}\nName another folder"
+                f"--output: {self.output} holds runs of another comparison, which must not mix with these. It differs "
+                f"in\n  {lines}\nName another folder"
             )
 
 
@@ -185,51 +211,50 @@ def _with(cfg, key, value):
     return cfg
 
 
-def flatten(tree: Dict, prefix: str = "") -> Iterator[Tuple[str, object]]:
-    """(dotted key, value) of each leaf."""
+def differences(there: Dict, here: Dict) -> Dict[str, Tuple]:
+    """What two nested dicts (configs, say) have differently: both values by dotted key."""
+    there, here = dict(_leaves(there)), dict(_leaves(here))
+    return {
+        key: (there.get(key), here.get(key))
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    }
+
+
+def _leaves(tree, prefix=""):
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def describe_differences(there: Dict, here: Dict) -> List[str]:
-    there, here = dict(flatten(there)), dict(flatten(here))
-    return [
-        f"{key.removeprefix('config.')}: {there.get(key)} there, {here.get(key)} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-
-
-def train_all(comparison: Comparison) -> None:
-    """Train what is not finished, one run after the other, with a progress bar over all of them.
-
-    A run that fails is recorded so in its folder and the next one starts.
-    """
+def train_all(comparison: Comparison) -> Iterator[Run]:
+    """Train what is not finished, one run after the other, with a progress bar over all of them; yields each
+    run that ended. A run that fails is recorded so in its folder, and the next one starts."""
     iterations = comparison.cfg.SOLVER.MAX_ITER
-    done = [_iterations_done(run, iterations) for run in comparison.runs]
+    done = [run.iterations_done(iterations) for run in comparison.runs]
     with tqdm(total=iterations * len(done), initial=sum(done), unit="it", smoothing=0, dynamic_ncols=True) as bar:
         for index, run in enumerate(comparison.runs):
             bar.set_description(str(run))
 
             def progress():
-                done[index] = _iterations_done(run, iterations)
+                done[index] = run.iterations_done(iterations)
                 bar.n = sum(done)
                 bar.refresh()
 
             state = train(comparison, run, progress)
-            bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
             if state["status"] == "failed":
                 bar.total -= iterations - done[index]
+            bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
             progress()
+            yield run
 
 
 def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dict:
     """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended."""
     os.makedirs(run.folder, exist_ok=True)
-    with _lock(run.path("lock.%d" % comparison.machine_rank)) as free:
+    with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
         if not free:
             return {"status": "running", "reason": "in another process"}
         if run.state()["status"] == "finished":
@@ -239,13 +264,46 @@ def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dic
             start = output.tell()
             code = _call(comparison.command(run), output, progress)
         reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
-        state = {"status": "failed" if reason else "finished", "reason": reason, "machine": _machine(comparison)}
+        state = {"status": "failed" if reason else "finished", "reason": reason, "machine": comparison.machine()}
         if comparison.machine_rank == 0:
-            partial = run.path("run.json.partial")
-            with open(partial, "w") as file:
+            with _written_whole(run.path("run.json")) as file:
                 json.dump(state, file)
-            os.replace(partial, run.path("run.json"))
         return state
+
+
+TIMED = 25  # iterations
+
+
+def time_iteration(comparison: Comparison, norm: str) -> float:
+    """Seconds per iteration under ``norm``: the median of the last of a few, in a folder that is deleted again.
+
+    Raises:
+        InputError: the job failed; says why.
+    """
+    scale = comparison.world_size / (comparison.norm_cfg(norm).SOLVER.REFERENCE_WORLD_SIZE or comparison.world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(norm, comparison.seeds[0], folder)
+        command = [
+            *comparison.command(run),
+            *("SOLVER.MAX_ITER", str(math.ceil(TIMED * scale)), "DATASETS.TEST", "()"),
+            # a step from which no loss explodes
+            *("SOLVER.BASE_LR", "1e-10", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
+            *("SOLVER.WARMUP_ITERS", "0"),
+        ]
+        with open(run.path("output.txt"), "wb") as output:
+            code = _call(command, output, lambda: None)
+        if code:
+            raise InputError(f"{norm}: {_reason(code, run.path('output.txt'), 0)}")
+        return [record["time"] for record in read_metrics(run.path("metrics.json")) if "time" in record][-1]
+
+
+@contextmanager
+def _written_whole(path):
+    """A text file that appears under its name when it is whole."""
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as file:
+        yield file
+    os.replace(partial, path)
 
 
 @contextmanager
@@ -301,26 +359,8 @@ def _reason(code, path, start):
     return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
 
 
-def _machine(comparison):
-    processes = f"{comparison.world_size} processes, " if comparison.world_size > 1 else ""
-    return processes + machine(comparison.cfg.MODEL.DEVICE)
-
-
 def _end_line(path):
     """A killed run may leave half a line, which must not become the start of the next one."""
     with suppress(FileNotFoundError), open(path, "rb+") as file:
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)
-
-
-def _iterations_done(run, iterations):
-    """As its metrics.json says."""
-    if run.state()["status"] == "finished":
-        return iterations
-    try:
-        with open(run.path("metrics.json"), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
-            found = re.findall(rb'"iteration": (\d+)', file.read())
-    except FileNotFoundError:
-        return 0
-    return min(int(found[-1]) + 1, iterations) if found else 0

@@ -11,10 +11,16 @@ was: what finished is not run again, what was interrupted resumes, what failed i
 
 import argparse
 import sys
+from collections import Counter
+
+from tabulate import tabulate
+from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.compare import Comparison, train_all
+from gng_d2.analysis import build_on_meta, norm_table
+from gng_d2.compare import Comparison, time_iteration, train_all
 from gng_d2.errors import InputError
+from gng_d2.summary import write_report
 
 
 def parse_args():
@@ -30,8 +36,37 @@ def parse_args():
     parser.add_argument("--num-machines", type=int, default=1, help="default: 1; all need DIR in common")
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
+    parser.add_argument("--plan", action="store_true", help="print what would run and about how long; time a few iterations")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config in all runs")
     return parser.parse_args()
+
+
+def print_plan(comparison):
+    solver, runs = comparison.cfg.SOLVER, comparison.runs
+    print(
+        f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
+        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images on {comparison.world_size} GPUs or processes"
+    )
+    lines, hours = [], 0.0
+    for norm in tqdm(comparison.norms, desc="timing a few iterations", unit="norm"):
+        left = sum(solver.MAX_ITER - run.iterations_done(solver.MAX_ITER) for run in runs if run.norm == norm)
+        line = {"norm": norm, "iterations left": left}
+        try:
+            line["layers x groups"] = describe_norms(comparison.norm_cfg(norm))
+            seconds = time_iteration(comparison, norm)
+            line["s/iteration"] = f"{seconds:.3f}"
+            hours += seconds * left / 3600
+        except InputError as error:
+            line["s/iteration"] = f"fails: {error}"
+        lines.append(line)
+    print(tabulate(lines, headers="keys", disable_numparse=True))
+    print(f"{hours:.2g} hours of training on {comparison.machine()}, evaluation not counted")
+
+
+def describe_norms(cfg):
+    """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
+    counts = Counter(row["num_groups"] or row["norm"] for row in norm_table(build_on_meta(cfg)))
+    return ", ".join(f"{count} x {groups}" for groups, count in counts.items())
 
 
 def main(args):
@@ -48,7 +83,18 @@ def main(args):
         dist_url=args.dist_url,
     )
     comparison.check()
-    train_all(comparison)
+    if args.plan:
+        print_plan(comparison)
+        return
+    comparison.claim_output()
+    for _ in train_all(comparison):
+        if args.machine_rank == 0:
+            write_report(comparison)
+    if args.machine_rank == 0:
+        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json, curves.png")
+    failed = [run for run in comparison.runs if run.state()["status"] == "failed"]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(comparison.runs)} runs failed. The same command tries them once more")
 
 
 if __name__ == "__main__":
