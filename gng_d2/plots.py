@@ -81,11 +81,12 @@ def plot_comparison(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
         for norm, by_seed in by_norm.items():
             iterations, values = _binned(list(by_seed.values()))
             mean = values.mean(axis=0)
-            sparse = "o" if len(iterations) < 20 else ""
-            (line,) = axes.plot(iterations, mean, sparse + "-", lw=1.2, ms=4, label=f"{norm}, seeds {', '.join(map(str, by_seed))}")
+            marker = "o" if len(iterations) < 20 else ""
+            (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=f"{norm}, {len(values)} seeds")
             if len(values) > 1:
                 deviation = values.std(axis=0, ddof=1)
-                axes.fill_between(iterations, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, lw=0)
+                band = axes.fill_between if len(iterations) > 1 else axes.vlines
+                band(iterations, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25)
         axes.set(xlabel="iteration", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="mean ± standard deviation", title_fontsize=8)
