@@ -48,7 +48,7 @@ class Run(NamedTuple):
         return os.path.join(self.folder, name)
 
     def state(self) -> Dict:
-        """How the run ended: ``status`` (finished, failed, or started where it has not ended), ``reason``, ``machine``."""
+        """How the run ended: ``status`` (finished, failed, not finished), ``reason`` of a failure, ``machine``."""
         try:
             with open(self.path("run.json")) as file:
                 return json.load(file)
@@ -192,7 +192,7 @@ class Comparison:
 
 
 def default_norm_keys(cfg: CfgNode) -> List[str]:
-    """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` follows.
+    """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` depends on.
 
     Raises:
         InputError: there are none.
@@ -244,15 +244,16 @@ def train_all(comparison: Comparison) -> Iterator[Run]:
                 bar.refresh()
 
             state = train(comparison, run, progress)
-            if state["status"] == "failed":
+            progress()
+            if state["status"] != "finished":
                 bar.total -= iterations - done[index]
             bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
-            progress()
             yield run
 
 
 def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dict:
-    """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended."""
+    """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended. What is
+    finished, or what another comparison in the same folder trains just now, is left alone."""
     os.makedirs(run.folder, exist_ok=True)
     with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
         if not free:
@@ -346,15 +347,17 @@ _libc = ctypes.CDLL(None)
 def _die_with_parent():
     PR_SET_PDEATHSIG = 1
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # which PyTorch's launcher sends in turn to its processes, and a shell lets its background jobs ignore
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _reason(code, path, start):
     """The message of the error that a job ended with, from what it printed after ``start``."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
-    with open(path, errors="replace") as file:
+    with open(path, "rb") as file:
         file.seek(start)
-        lines = [line.strip() for line in file if line.strip()]
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
 

@@ -1,4 +1,4 @@
-"""What the finished runs of a comparison say: mean and spread over seeds, paired differences, curves, the paper's row."""
+"""What the finished runs of a comparison say: mean and spread over seeds, paired differences, curves."""
 
 import math
 import os
@@ -131,14 +131,15 @@ def results_table(rows: List[Dict]) -> List[Dict]:
 def differences_table(rows: List[Dict]) -> List[Dict]:
     """A line for each norm but the first, ``paired difference ± its standard error``, the paper's line below."""
     (baseline, first), *others = _by_norm(rows).items()
+    paper_first = {metric: row["paper"] for metric, row in first.items()}
     lines = []
     for norm, by_metric in others:
         seeds = max(row["difference_seeds"] for row in by_metric.values())
         cells = {metric: _difference_cell(row) for metric, row in by_metric.items()}
         lines.append({"difference": f"{norm} - {baseline}", "seeds": seeds, **cells})
-        paper = {m: row["paper"] and first[m]["paper"] and row["paper"] - first[m]["paper"] for m, row in by_metric.items()}
-        if any(paper.values()):
-            cells = {metric: _cell(value, sign="+") for metric, value in paper.items()}
+        paper = {m: row["paper"] - paper_first[m] for m, row in by_metric.items() if row["paper"] and paper_first[m]}
+        if paper:
+            cells = {metric: _cell(paper.get(metric), sign="+") for metric in by_metric}
             lines.append({"difference": f"{norm} - {baseline} in the paper", "seeds": "", **cells})
     return lines
 
@@ -172,11 +173,12 @@ def write_report(comparison: Comparison) -> str:
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
         values[run.norm][run.seed] = final_values(run)
-        for quantity, points in curves_of(run).items():
+        for quantity, points in curves_of(run, comparison.cfg.SOLVER.MAX_ITER).items():
             curves.setdefault(quantity, {}).setdefault(run.norm, {})[run.seed] = points
     paper = {norm: paper_values(comparison.norm_cfg(norm)) for norm in comparison.norms}
     rows = summarize(values, paper)
-    write_rows(os.path.join(comparison.output, "results.json"), [{**row, "machine": "; ".join(machines)} for row in rows])
+    trained_on = {"machine": "; ".join(machines)}
+    write_rows(os.path.join(comparison.output, "results.json"), [{**row, **trained_on} for row in rows])
     if curves:
         plot_comparison(curves, os.path.join(comparison.output, "curves.png"))
     text = report(comparison, rows, machines)
@@ -185,12 +187,13 @@ def write_report(comparison: Comparison) -> str:
     return text
 
 
-def curves_of(run: Run) -> Dict[str, List]:
+def curves_of(run: Run, max_iter: int) -> Dict[str, List]:
     """(iteration, value) of the loss, and of the first of METRICS that the run has."""
     records = read_metrics(run.path("metrics.json"))
     metric = next((short for short, name in METRICS.items() if any(name in record for record in records)), None)
     names = {LOSS: LOSS, **({metric: METRICS[metric]} if metric else {})}
-    return {short: [(r["iteration"], r[name]) for r in records if name in r] for short, name in names.items()}
+    # a run resumed for its last evaluation alone counts one more
+    return {k: [(min(r["iteration"], max_iter), r[name]) for r in records if name in r] for k, name in names.items()}
 
 
 def report(comparison: Comparison, rows: List[Dict], machines: Sequence[str]) -> str:

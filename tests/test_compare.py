@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultTrainer, default_setup
 
-from gng_d2 import compare, summary
+from gng_d2 import compare, plots, summary
 from gng_d2.compare import Comparison, default_norm_keys, time_iteration, train_all
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
@@ -78,7 +79,8 @@ def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_pat
         ({"seeds": [0, -1]}, "--seeds: -1 is no seed"),
         ({"keys": ["MODEL.FPN"]}, "--norm-keys: MODEL.FPN is no NORM key"),
         ({"num_machines": 2}, "give --dist-url"),
-        ({"config_file": "configs/pfpn_gn.yaml", "keys": None, "overrides": ["MODEL.SEM_SEG_HEAD.NORM", "BN"]}, "--norm-keys"),
+        ({"keys": None, "overrides": [w for k in ("FPN", "RESNETS", "SEM_SEG_HEAD") for w in (f"MODEL.{k}.NORM", "BN")]},
+         "no norm that is GN"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, tmp_path):
@@ -132,9 +134,9 @@ def calls(comparison):
 
 def test_what_finished_is_not_run_again_and_what_failed_is(job, tmp_path):
     comparison = small(tmp_path, ["GN", "GN3", "GN5", "PGN"], [0])
-    expected = [("GN seed 0", "finished"), ("GN3 seed 0", "failed"), ("GN5 seed 0", "failed"), ("PGN seed 0", "finished")]
-    assert run(comparison) == expected
-    assert run(comparison) == expected
+    for _ in range(2):
+        assert run(comparison) == [("GN seed 0", "finished"), ("GN3 seed 0", "failed"), ("GN5 seed 0", "failed"),
+                                   ("PGN seed 0", "finished")]
     assert calls(comparison) == [1, 2, 2, 1]
     reasons = [run.state()["reason"] for run in comparison.runs]
     assert reasons == [None, "ValueError: it does not divide", "killed by SIGKILL (out of memory?)", None]
@@ -158,6 +160,17 @@ def test_a_run_that_another_process_has_is_left_alone(job, tmp_path):
     with compare._lock(comparison.runs[1].path("lock.0")):
         assert [status for _, status in run(comparison)] == ["finished", "not finished", "finished", "finished"]
     assert [status for _, status in run(comparison)] == ["finished"] * 4
+
+
+def test_an_interrupted_comparison_leaves_no_process(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with open(tmp_path / "output", "wb+") as output:
+        with pytest.raises(KeyboardInterrupt):
+            compare._call([sys.executable, "-c", "import time; time.sleep(600)"], output, interrupt)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not any(b"time.sleep(600)" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
 
 def test_another_comparison_in_the_folder_is_refused(tmp_path):
@@ -219,9 +232,8 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     """With a run that cannot work: 64 channels in 3 groups."""
 
     def tool(script):
-        command = [sys.executable, "-W", "ignore", script, "--config-file", CONFIG, "--norms", "PGN", "GN3", "--seeds", "0",
-                   "--output", str(cut), *TINY]
-        return subprocess.run(command, capture_output=True, text=True)
+        given = ["--config-file", CONFIG, "--norms", "PGN", "GN3", "--seeds", "0", "--output", str(cut), *TINY]
+        return subprocess.run([sys.executable, "-W", "ignore", script, *given], capture_output=True, text=True)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     killer, whole, cut = tmp_path / "killer.py", tmp_path / "whole", tmp_path / "cut"
@@ -237,10 +249,10 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     uninterrupted = Comparison(CONFIG, ["PGN", "GN3"], [0], str(whole), overrides=TINY)
     list(train_all(uninterrupted))
     write_report(uninterrupted)
-    tables = [[{k: v for k, v in row.items() if k != "machine"} for row in read_rows(f / "results.json")] for f in (whole, cut)]
-    assert tables[0] == tables[1]
+    expected, rows = ([{**row, "machine": ""} for row in read_rows(f / "results.json")] for f in (whole, cut))
+    assert rows == expected
     metrics = ["PQ", "PQ_th", "PQ_st", "SQ", "RQ", "AP", "AP50", "AP75", "mIoU"]
-    assert [(row["metric"], row["seeds"]) for row in tables[1]] == [*((m, [0]) for m in metrics), *((m, []) for m in metrics)]
+    assert [(row["metric"], row["seeds"]) for row in rows] == [*((m, [0]) for m in metrics), *((m, []) for m in metrics)]
 
 
 # what the report says
@@ -277,8 +289,8 @@ def test_the_report_of_finished_runs(job, tmp_path):
     comparison = small(tmp_path, ["GN", "PGN", "GN3"], [0, 1, 2])
     list(train_all(comparison))
     text = write_report(comparison)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    assert cells == [
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
         *(["norm", "seeds", "AP"], ["GN", "3", "41.00 ± 1.00"], ["PGN", "3", "42.00 ± 1.00"], ["GN3", "0", "-"]),
         *(["difference", "seeds", "AP"], ["PGN - GN", "3", "+1.00 ± 0.00 *"], ["GN3 - GN", "0", "-"]),
     ]
@@ -301,6 +313,14 @@ def test_the_paper_stands_beside_its_own_training_only(tmp_path):
     assert of("faster_rcnn_gn_ws", "GN", ["SOLVER.MAX_ITER", "1000"]) == {}
 
 
+def test_curves_are_averaged_over_stretches_that_all_seeds_have():
+    long = [(iteration, 2.0 * iteration) for iteration in range(100)]
+    short = [(iteration, 1.0) for iteration in range(50, 100)]
+    iterations, values = plots._binned([long, short], bins=4)
+    np.testing.assert_allclose(iterations, [62, 87])
+    np.testing.assert_allclose(values, [[124, 174], [1, 1]])
+
+
 def test_the_last_values_of_a_run(tmp_path):
     run = compare.Run("GN", 0, str(tmp_path))
     losses = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59, 79, 94, 99)]
@@ -311,5 +331,7 @@ def test_the_last_values_of_a_run(tmp_path):
 
     write([*losses[:2], {**losses[2], **evaluations[0]}, *losses[3:], evaluations[1]])
     assert summary.final_values(run) == {"AP": 2.0, "AP50": None}
+    assert summary.curves_of(run, 99)["AP"] == [(59, 1.0), (99, 2.0)]
+    assert run.iterations_done(200) == 101
     write(losses)
     assert summary.final_values(run) == {"total_loss": 96.5}  # of iterations 94 and 99

@@ -121,7 +121,7 @@ def test_what_is_unknown_is_named(tmp_path):
         semantic_values([{"id": i, "isthing": 0} for i in range(255)])
 
 
-def test_the_tool_makes_those_of_coco(tmp_path):
+def test_the_tool_makes_those_of_coco(tmp_path, monkeypatch):
     coco = tmp_path / "coco"
     (coco / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -131,10 +131,11 @@ def test_the_tool_makes_those_of_coco(tmp_path):
         (folder / "panoptic").rename(coco / f"panoptic_{split}")
         (folder / "panoptic.json").rename(coco / "annotations" / f"panoptic_{split}.json")
     command = [sys.executable, "-W", "ignore", "tools/prepare_coco_panoptic.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)})
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for split in ("train2017", "val2017"):
         np.testing.assert_array_equal(np.asarray(Image.open(coco / f"panoptic_stuff_{split}" / "a.png")), MAP)
     (coco / "annotations" / "panoptic_val2017.json").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

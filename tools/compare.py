@@ -6,7 +6,11 @@
         --num-gpus 8
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
-was: what finished is not run again, what was interrupted resumes, what failed is tried once more.
+was: what finished is not run again, what was interrupted resumes, what failed is tried once more. Started
+twice at the same time (under two CUDA_VISIBLE_DEVICES), each takes the runs that the other leaves.
+
+The report, results.md, results.json and curves.png in DIR, has for each metric that the model has (in percent)
+mean and standard deviation over the seeds, and the paired differences to the first norm.
 """
 
 import argparse
@@ -25,18 +29,18 @@ from gng_d2.summary import write_report
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo")
-    parser.add_argument("--norms", required=True, nargs="+", metavar="NORM", help="differences are taken to the first")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in the model zoo")
+    parser.add_argument("--norms", required=True, nargs="+", metavar="NORM", help="the first is the baseline")
     parser.add_argument("--seeds", required=True, nargs="+", type=int, metavar="SEED", help="0 or more each")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and the report")
     parser.add_argument(
         "--norm-keys", nargs="+", metavar="KEY", help="what to vary; default: each NORM of the model that is GN or ours"
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="of each machine; without a GPU, CPU processes; default: 1")
+    parser.add_argument("--num-gpus", type=int, default=1, help="of each machine; without GPUs, processes; default: 1")
     parser.add_argument("--num-machines", type=int, default=1, help="default: 1; all need DIR in common")
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
-    parser.add_argument("--plan", action="store_true", help="print what would run and about how long; time a few iterations")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config in all runs")
     return parser.parse_args()
 
@@ -83,6 +87,8 @@ def main(args):
         dist_url=args.dist_url,
     )
     comparison.check()
+    if args.plan and args.num_machines > 1:
+        raise InputError("--plan times the iterations of one machine: leave --num-machines away")
     if args.plan:
         print_plan(comparison)
         return
