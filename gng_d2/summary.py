@@ -202,8 +202,8 @@ def report(comparison: Comparison, rows: List[Dict], machines: Sequence[str]) ->
     open_runs = [run for run in comparison.runs if run.state()["status"] != "finished"]
     parts = [
         f"# {', '.join(comparison.norms)} in {comparison.config_file}",
-        f"{len(comparison.runs) - len(open_runs)} of {len(comparison.runs)} runs finished: {solver.MAX_ITER} iterations "
-        f"of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
+        f"{len(comparison.runs) - len(open_runs)} of {len(comparison.runs)} runs finished: "
+        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
         + f" Overrides: {' '.join(comparison.overrides)}." * bool(comparison.overrides)
         + f" Trained on {'; '.join(machines)}." * bool(machines),
     ]
