@@ -82,7 +82,8 @@ def plot_comparison(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
             iterations, values = _binned(list(by_seed.values()))
             mean = values.mean(axis=0)
             marker = "o" if len(iterations) < 20 else ""
-            (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=f"{norm}, {len(values)} seed{'s' * (len(values) > 1)}")
+            label = f"{norm}, {len(values)} seed{'s' * (len(values) > 1)}"
+            (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=label)
             if len(values) > 1:
                 deviation = values.std(axis=0, ddof=1)
                 band = axes.fill_between if len(iterations) > 1 else axes.vlines
