@@ -49,7 +49,7 @@ def print_plan(comparison):
     solver, runs = comparison.cfg.SOLVER, comparison.runs
     print(
         f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
-        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images on {comparison.world_size} GPUs or processes"
+        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} process{'es' * (comparison.world_size > 1)}"
     )
     lines, hours = [], 0.0
     for norm in tqdm(comparison.norms, desc="timing a few iterations", unit="norm"):
