@@ -47,9 +47,10 @@ def parse_args():
 
 def print_plan(comparison):
     solver, runs = comparison.cfg.SOLVER, comparison.runs
+    processes = f"{comparison.world_size} process{'es' * (comparison.world_size > 1)}"
     print(
         f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
-        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} process{'es' * (comparison.world_size > 1)}"
+        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {processes}"
     )
     lines, hours = [], 0.0
     for norm in tqdm(comparison.norms, desc="timing a few iterations", unit="norm"):
