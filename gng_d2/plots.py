@@ -1,6 +1,5 @@
-"""Plots: a model's groups along its depth, a run's loss curve."""
+"""Plots: a model's groups along its depth, a run's loss curve, curves of several norms and seeds."""
 
-import json
 from typing import Dict, List
 
 import matplotlib
@@ -8,10 +7,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import matplotlib.ticker  # noqa: E402
+import numpy as np  # noqa: E402
 
 from .groups import isometry_ratio, practical_num_groups  # noqa: E402
+from .records import read_metrics  # noqa: E402
 
-__all__ = ["plot_groups", "plot_losses"]
+__all__ = ["plot_groups", "plot_losses", "plot_comparison"]
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
@@ -57,13 +58,7 @@ def plot_groups(rows: List[Dict], path: str) -> None:
 
 def plot_losses(metrics_json: str, path: str) -> None:
     """The loss curves of a run, from the metrics.json that Detectron2 writes."""
-    records = []
-    with open(metrics_json) as file:
-        for record in map(json.loads, file):
-            while records and records[-1]["iteration"] >= record["iteration"]:
-                records.pop()  # of a run before, in the same folder
-            if "total_loss" in record:
-                records.append(record)
+    records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key in sorted({k for r in records for k in r if k.startswith("loss_")}, key=lambda k: -records[0].get(k, 0)):
         axes.plot([r["iteration"] for r in records if key in r], [r[key] for r in records if key in r], lw=1, label=key)
@@ -72,3 +67,40 @@ def plot_losses(metrics_json: str, path: str) -> None:
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_comparison(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
+    """A panel for each quantity, over iterations, with a line for each norm: the mean over its seeds in a band
+    of one standard deviation on either side.
+
+    Args:
+        curves: by quantity ("total_loss", "PQ"), norm and seed the list of (iteration, value).
+    """
+    figure, panels = plt.subplots(1, len(curves), figsize=(6.5 * len(curves), 4.5), layout="constrained", squeeze=False)
+    for axes, (quantity, by_norm) in zip(panels[0], curves.items()):
+        for norm, by_seed in by_norm.items():
+            iterations, values = _binned(list(by_seed.values()))
+            mean = values.mean(axis=0)
+            marker = "o" if len(iterations) < 20 else ""
+            label = f"{norm}, {len(values)} seed{'s' * (len(values) > 1)}"
+            (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=label)
+            if len(values) > 1:
+                deviation = values.std(axis=0, ddof=1)
+                band = axes.fill_between if len(iterations) > 1 else axes.vlines
+                band(iterations, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.25)
+        axes.set(xlabel="iteration", ylabel=quantity)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, title="mean ± standard deviation", title_fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _binned(series, bins=100):
+    """(mean iteration (n,), values (len(series), n)) in up to ``bins`` stretches of iterations that all series have."""
+    points = [np.array(s, dtype=float) for s in series]
+    last = max(p[-1, 0] for p in points)
+    numbers = [np.minimum(p[:, 0] * bins // (last + 1), bins - 1).astype(int) for p in points]
+    common = sorted(set.intersection(*(set(n) for n in numbers)))
+    values = [[p[n == b, 1].mean() for b in common] for p, n in zip(points, numbers)]
+    iterations = [points[0][numbers[0] == b, 0].mean() for b in common]
+    return np.array(iterations), np.array(values)

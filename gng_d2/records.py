@@ -10,7 +10,7 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["machine", "check_outputs", "read_rows", "write_rows"]
+__all__ = ["machine", "check_outputs", "read_rows", "write_rows", "read_metrics"]
 
 
 def machine(device: str = "cpu") -> str:
@@ -62,3 +62,22 @@ def write_rows(path: str, rows: List[Dict]) -> None:
     with open(partial, "w") as file:
         file.write(f"[\n{lines}\n]\n")
     os.replace(partial, path)
+
+
+def read_metrics(path: str) -> List[Dict]:
+    """The records in a run's metrics.json, as Detectron2 writes it, by iteration. What a run wrote after the
+    checkpoint from which it was resumed, and what an earlier run wrote to the same file, is left out."""
+    records, latest = {}, -1
+    with open(path) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the run was killed while it wrote
+                continue
+            iteration = record["iteration"]
+            if "total_loss" in record:  # an evaluation may be written after later losses
+                if iteration <= latest:
+                    records = {i: r for i, r in records.items() if i < iteration}
+                latest = iteration
+            records[iteration] = record
+    return [records[iteration] for iteration in sorted(records)]

@@ -8,6 +8,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image
 
+from .semantic import semantic_map, semantic_values
 from .shapes import Scene
 
 __all__ = ["split_files", "write_split"]
@@ -38,6 +39,7 @@ def write_split(
         {"id": i, "name": name, "supercategory": "thing" if name in things else "stuff", "isthing": int(name in things)}
         for i, name in enumerate(names, 1)
     ]
+    value_of = semantic_values(categories)
     images, instances, panoptic = [], [], []
     for image_id, scene in enumerate(scenes, 1):
         stem = f"{image_id:06d}"
@@ -54,9 +56,8 @@ def write_split(
         ids = np.array([segment["id"] for segment in segments_info])[scene.segments]
         rgb = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=-1).astype(np.uint8)
         Image.fromarray(rgb).save(files["panoptic_root"] / f"{stem}.png")
-        # Detectron2's rule for semantic maps: 0 for all things, stuff from 1 on
-        semantic = np.array([0 if c in things else 1 + stuff.index(c) for c in scene.classes], np.uint8)
-        Image.fromarray(semantic[scene.segments]).save(files["sem_seg_root"] / f"{stem}.png")
+        values = {segment["id"]: value_of[segment["category_id"]] for segment in segments_info}
+        Image.fromarray(semantic_map(ids, values)).save(files["sem_seg_root"] / f"{stem}.png")
 
     thing_categories = [c for c in categories if c["isthing"]]
     for key, annotations, kept in (

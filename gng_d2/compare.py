@@ -1,0 +1,369 @@
+"""Train one config under several norms and seeds, all else equal, each run by itself in a folder of its own.
+
+A comparison's folder holds ``comparison.yaml``, what all its runs share, and for each run ``NORM/seed_SEED``:
+what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended.
+"""
+
+import ctypes
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from tqdm import tqdm
+
+from .analysis import build_on_meta, norm_table
+from .config import load_config, norm_keys
+from .engine import setup_job
+from .errors import InputError
+from .norm_types import norm_from_name
+from .records import check_outputs, machine, read_metrics
+
+__all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
+
+TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools", "train_net.py")
+WS = "+WS"
+
+
+class Run(NamedTuple):
+    norm: str
+    seed: int
+    folder: str
+
+    def __str__(self):
+        return f"{self.norm} seed {self.seed}"
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def state(self) -> Dict:
+        """How the run ended: ``status`` (finished, failed, not finished), ``reason`` of a failure, ``machine``."""
+        try:
+            with open(self.path("run.json")) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return {"status": "not finished", "reason": None, "machine": None}
+
+    def iterations_done(self, max_iter: int) -> int:
+        """As far as its metrics.json says."""
+        if self.state()["status"] == "finished":
+            return max_iter
+        try:
+            with open(self.path("metrics.json"), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
+                found = re.findall(rb'"iteration": (\d+)', file.read())
+        except FileNotFoundError:
+            return 0
+        return min(int(found[-1]) + 1, max_iter) if found else 0
+
+
+class Comparison:
+    """The runs of ``config_file`` under each of ``norms`` and ``seeds``.
+
+    Args:
+        keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
+        overrides: ``KEY VALUE`` pairs for all runs.
+        num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+    """
+
+    def __init__(
+        self,
+        config_file: str,
+        norms: Sequence[str],
+        seeds: Sequence[int],
+        output: str,
+        keys: Optional[Sequence[str]] = None,
+        overrides: Sequence[str] = (),
+        *,
+        num_gpus: int = 1,
+        num_machines: int = 1,
+        machine_rank: int = 0,
+        dist_url: str = "auto",
+    ):
+        for option, values in (("--norms", norms), ("--seeds", seeds)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{option}: {' '.join(map(str, values))} has one twice")
+        if min(seeds) < 0:
+            raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
+        if num_machines > 1 and dist_url == "auto":
+            raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
+        self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
+        self.overrides = list(overrides)
+        self.world_size = num_gpus * num_machines
+        self.machine_rank = machine_rank
+        self.launch = {
+            "--num-gpus": num_gpus,
+            "--num-machines": num_machines,
+            "--machine-rank": machine_rank,
+            "--dist-url": dist_url,
+        }
+        cfg = load_config(config_file, self.overrides)
+        self.keys = list(keys) if keys else default_norm_keys(cfg)
+        known = dict(norm_keys(cfg))
+        for key in self.keys:
+            if key not in known:
+                raise InputError(f"--norm-keys: {key} is no NORM key of the config; it has {', '.join(known)}")
+        self.standardized = {key for key in self.keys if known[key].endswith(WS)}
+
+    @cached_property
+    def runs(self) -> List[Run]:
+        """Seed by seed, so that what has run at any time can be compared."""
+        return [
+            Run(norm, seed, os.path.join(self.output, norm, f"seed_{seed}"))
+            for seed in self.seeds
+            for norm in self.norms
+        ]
+
+    def norm_overrides(self, norm: str) -> List[str]:
+        pairs = [(key, norm + WS if key in self.standardized and not norm.endswith(WS) else norm) for key in self.keys]
+        return [word for pair in pairs for word in pair]
+
+    def run_overrides(self, run: Run) -> List[str]:
+        return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
+
+    def command(self, run: Run) -> List[str]:
+        launch = [str(word) for pair in self.launch.items() for word in pair]
+        return [
+            *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
+            *(*launch, *self.run_overrides(run)),
+        ]
+
+    def norm_cfg(self, norm: str) -> CfgNode:
+        return load_config(self.config_file, [*self.overrides, *self.norm_overrides(norm)])
+
+    @cached_property
+    def cfg(self) -> CfgNode:
+        """The first norm's config, scaled to the number of processes as Detectron2 does it."""
+        return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
+
+    def machine(self) -> str:
+        return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
+
+    def settings(self) -> Dict:
+        cfg = self.cfg.clone()
+        cfg.merge_from_list(self.norm_overrides("<norm>"))
+        cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
+        return {"processes": self.world_size, "config": yaml.safe_load(cfg.dump())}
+
+    def check(self) -> None:
+        """Refuse before the first run what no run could finish with.
+
+        Raises:
+            InputError: says what.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for norm in self.norms:
+                overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
+                setup_job(self.config_file, overrides, world_size=self.world_size)
+
+    def claim_output(self) -> None:
+        """Make the folder, or see that what is in it compares the same.
+
+        Raises:
+            InputError: it cannot be written, or says what differs.
+        """
+        path = os.path.join(self.output, "comparison.yaml")
+        check_outputs(path)
+        if not os.path.exists(path):
+            with _written_whole(path) as file:
+                yaml.safe_dump(self.settings(), file)
+        with open(path) as file:
+            differ = differences(yaml.safe_load(file), self.settings())
+        if differ:
+            lines = "\n  ".join(f"{key.removeprefix('config.')}: {a} there, {b} here" for key, (a, b) in differ.items())
+            raise InputError(
+                f"--output: {self.output} holds runs of another comparison, which must not mix with these. It differs "
+                f"in\n  {lines}\nName another folder"
+            )
+
+
+def default_norm_keys(cfg: CfgNode) -> List[str]:
+    """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` depends on.
+
+    Raises:
+        InputError: there are none.
+    """
+    chosen = [key for key, value in norm_keys(cfg) if value == "GN" or norm_from_name(value) is not None]
+    norms = norm_table(build_on_meta(cfg))
+    keys = [key for key in chosen if norm_table(build_on_meta(_with(cfg, key, "BN"))) != norms]
+    if not keys:
+        raise InputError("the config has no norm that is GN, GN<k> or PGN: name what to vary with --norm-keys")
+    return keys
+
+
+def _with(cfg, key, value):
+    cfg = cfg.clone()
+    cfg.merge_from_list([key, value])
+    return cfg
+
+
+def differences(there: Dict, here: Dict) -> Dict[str, Tuple]:
+    """What two nested dicts (configs, say) have differently: both values by dotted key."""
+    there, here = dict(_leaves(there)), dict(_leaves(here))
+    return {
+        key: (there.get(key), here.get(key))
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    }
+
+
+def _leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def train_all(comparison: Comparison) -> Iterator[Run]:
+    """Train what is not finished, one run after the other, with a progress bar over all of them; yields each
+    run that ended. A run that fails is recorded so in its folder, and the next one starts."""
+    iterations = comparison.cfg.SOLVER.MAX_ITER
+    done = [run.iterations_done(iterations) for run in comparison.runs]
+    with tqdm(total=iterations * len(done), initial=sum(done), unit="it", smoothing=0, dynamic_ncols=True) as bar:
+        for index, run in enumerate(comparison.runs):
+            bar.set_description(str(run))
+
+            def progress():
+                done[index] = run.iterations_done(iterations)
+                bar.n = sum(done)
+                bar.refresh()
+
+            state = train(comparison, run, progress)
+            progress()
+            if state["status"] != "finished":
+                bar.total -= iterations - done[index]
+            bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
+            yield run
+
+
+def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dict:
+    """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended. What is
+    finished, or what another comparison in the same folder trains just now, is left alone."""
+    os.makedirs(run.folder, exist_ok=True)
+    with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
+        if not free:
+            return {"status": "running", "reason": "in another process"}
+        if run.state()["status"] == "finished":
+            return run.state()
+        _end_line(run.path("metrics.json"))
+        with open(run.path("output.txt"), "ab") as output:
+            start = output.tell()
+            code = _call(comparison.command(run), output, progress)
+        reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
+        state = {"status": "failed" if reason else "finished", "reason": reason, "machine": comparison.machine()}
+        if comparison.machine_rank == 0:
+            with _written_whole(run.path("run.json")) as file:
+                json.dump(state, file)
+        return state
+
+
+TIMED = 25  # iterations
+
+
+def time_iteration(comparison: Comparison, norm: str) -> float:
+    """Seconds per iteration under ``norm``: the median of the last of a few, in a folder that is deleted again.
+
+    Raises:
+        InputError: the job failed; says why.
+    """
+    scale = comparison.world_size / (comparison.norm_cfg(norm).SOLVER.REFERENCE_WORLD_SIZE or comparison.world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(norm, comparison.seeds[0], folder)
+        command = [
+            *comparison.command(run),
+            *("SOLVER.MAX_ITER", str(math.ceil(TIMED * scale)), "DATASETS.TEST", "()"),
+            # a step from which no loss explodes
+            *("SOLVER.BASE_LR", "1e-10", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
+            *("SOLVER.WARMUP_ITERS", "0"),
+        ]
+        with open(run.path("output.txt"), "wb") as output:
+            code = _call(command, output, lambda: None)
+        if code:
+            raise InputError(f"{norm}: {_reason(code, run.path('output.txt'), 0)}")
+        return [record["time"] for record in read_metrics(run.path("metrics.json")) if "time" in record][-1]
+
+
+@contextmanager
+def _written_whole(path):
+    """A text file that appears under its name when it is whole."""
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as file:
+        yield file
+    os.replace(partial, path)
+
+
+@contextmanager
+def _lock(path):
+    """Whether this process alone has ``path`` now."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _call(command, output, progress):
+    """Exit status of ``command``, which does not outlive this process."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=1)
+            progress()
+    finally:
+        if process.poll() != 0:  # with the processes that it started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent():
+    PR_SET_PDEATHSIG = 1
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # which PyTorch's launcher sends in turn to its processes, and a shell lets its background jobs ignore
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _reason(code, path, start):
+    """The message of the error that a job ended with, from what it printed after ``start``."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
+    with open(path, "rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
+
+
+def _end_line(path):
+    """A killed run may leave half a line, which must not become the start of the next one."""
+    with suppress(FileNotFoundError), open(path, "rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Make the semantic maps that Detectron2's panoptic datasets need, from COCO's panoptic PNGs.
+
+    tools/prepare_coco_panoptic.py
+    tools/prepare_coco_panoptic.py --json my/panoptic.json --panoptic-root my/panoptic --output my/semantic
+
+Without arguments: COCO 2017 train and val in $DETECTRON2_DATASETS/coco (default: ./datasets/coco), from
+panoptic_train2017 and annotations/panoptic_train2017.json to panoptic_stuff_train2017, and so for val2017.
+Started again, it goes on where it was.
+"""
+
+import argparse
+import sys
+
+from gng_d2.data.coco_format import split_files
+from gng_d2.data.embedded import datasets_root
+from gng_d2.data.semantic import make_semantic_maps
+from gng_d2.errors import InputError
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="panoptic JSON of another dataset, in COCO's format")
+    parser.add_argument("--panoptic-root", metavar="DIR", help="folder of its panoptic PNGs")
+    parser.add_argument("--output", metavar="DIR", help="folder for its semantic maps, for sem_seg_root in Detectron2")
+    args = parser.parse_args()
+    if len({args.json is None, args.panoptic_root is None, args.output is None}) > 1:
+        parser.error("--json, --panoptic-root and --output go together")
+    return args
+
+
+def main(args):
+    if args.json:
+        datasets = [(args.json, args.panoptic_root, args.output)]
+    else:
+        splits = [split_files(datasets_root() / "coco", split) for split in ("train2017", "val2017")]
+        datasets = [tuple(str(f[k]) for k in ("panoptic_json", "panoptic_root", "sem_seg_root")) for f in splits]
+    for dataset in datasets:
+        print(f"{make_semantic_maps(*dataset)} new maps in {dataset[-1]}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
