@@ -162,7 +162,7 @@ def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: fl
     On CUDA with an empty cache, on a CPU right after the same call.
     """
     timed = _timer_on_cuda() if device == "cuda" else _timed_on_cpu
-    rounds = max(5, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
+    rounds = max(3, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
     times = [[timed(call) for call in calls] for _ in range(rounds)]
     return [median(of_call) for of_call in zip(*times)]
 

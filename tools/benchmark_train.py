@@ -35,7 +35,7 @@ def parse_args():
         help="amp is float16 under autocast, on CUDA; default: both on CUDA",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each model, at least five steps; default: 10")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each model, at least three steps; default: 10")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the configs")
     return parser.parse_args()
 
