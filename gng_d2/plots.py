@@ -1,4 +1,4 @@
-"""Plots: a model's groups along its depth, a run's loss curve."""
+"""Plots: a model's groups along its depth, a run's loss curve, measured gradient ratios beside the paper's."""
 
 import json
 from typing import Dict, List
@@ -11,7 +11,7 @@ import matplotlib.ticker  # noqa: E402
 
 from .groups import isometry_ratio, practical_num_groups  # noqa: E402
 
-__all__ = ["plot_groups", "plot_losses"]
+__all__ = ["plot_groups", "plot_losses", "plot_probe", "plot_sweep"]
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
@@ -72,3 +72,86 @@ def plot_losses(metrics_json: str, path: str) -> None:
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_sweep(rows: List[Dict], path: str) -> None:
+    """For rows of :func:`gng_d2.theory.sweep`: Equations B and D over the group size, one panel for each layer."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    titles = {"B": "B: over the norm (Eq. 22)", "D": "D: over the block (K, Eq. 31)"}
+    figure, panels = plt.subplots(2, len(layers), figsize=(5 * len(layers), 7.5), sharey="row", layout="constrained")
+    for equation, line in zip("BD", panels.reshape(2, -1)):
+        for layer, axes in zip(layers, line):
+            shown = [row for row in rows if row["equation"] == equation and row["layer"] == layer]
+            maps = sorted({row["map_size"] for row in shown})
+            _plot_sweep_panel(axes, [[row for row in shown if row["map_size"] == size] for size in maps])
+            axes.set_title(f"{layer} {shown[0]['n_in']} \u2192 {shown[0]['n_out']}", fontsize=10)
+        line[0].set_ylabel(f"gradient ratio {titles[equation]}")
+    for axes in panels.flat:
+        axes.set_xlabel("group size, channels")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _plot_sweep_panel(axes, curves):
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    sizes = [row["group_size"] for row in curves[0]]
+    axes.plot(sizes, [row["paper"] for row in curves[0]], color="C3", label="paper")
+    if curves[0][0]["exact"] is not None:
+        axes.plot(sizes, [row["exact"] for row in curves[0]], "k", label="exact")
+    for rows, color in zip(curves, ("C0", "C2", "C1", "C4")):
+        size = rows[0]["map_size"]
+        axes.errorbar(
+            sizes,
+            [row["empirical"] for row in rows],
+            [1.96 * (row["standard_error"] or 0) for row in rows],
+            fmt="o:",
+            color=color,
+            ms=5,
+            mfc="none",
+            lw=0.8,
+            label="measured" + f", {size}x{size} maps" * (size > 1),
+        )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(color="0.9")
+    axes.legend(fontsize=8)
+
+
+def plot_probe(rows: List[Dict], path: str) -> None:
+    """For rows of :func:`gng_d2.probe.probe`: measured ratio and the paper's K along the depth of the model, one panel
+    for each setup with groups of its own."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    setups = {}  # by their groups: the configured model may be one of the others
+    for setup in dict.fromkeys(row["setup"] for row in rows):
+        shown = [row for row in rows if row["setup"] == setup]
+        setups.setdefault(tuple((row["name"], row["num_groups"]) for row in shown), {})[setup] = shown
+    size = max(8, 0.15 * len(names)), 2.2 * len(setups) + 1.6
+    figure, panels = plt.subplots(
+        len(setups), 1, sharex=True, sharey=True, figsize=size, squeeze=False, layout="constrained"
+    )
+    for same, axes in zip(setups.values(), panels[:, 0]):
+        shown = next(iter(same.values()))
+        paper = [(names.index(row["name"]), row["paper"]) for row in shown if row["paper"]]
+        if paper:
+            axes.plot(*zip(*paper), "_", color="C3", mew=2, ms=7, label="paper's K")
+        for label, style, holds in _BLOCK_KINDS:
+            points = [(names.index(row["name"]), row["measured"]) for row in shown if row["measured"] and holds(row)]
+            if points:
+                axes.plot(*zip(*points), color="C0", ls="", **style, label=label)
+        axes.axhline(1, color="0.5", lw=0.8)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylabel(f"{', '.join(same)}\ngradient ratio")
+    panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)
+    axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# label, style, which rows: each row is of one kind
+_BLOCK_KINDS = (
+    ("measured, stride 1 and activation", {"marker": "o", "ms": 4}, lambda r: r["stride"] == 1 and r["activation"]),
+    ("no activation", {"marker": "o", "ms": 4, "mfc": "none"}, lambda r: r["stride"] == 1 and not r["activation"]),
+    ("stride above 1", {"marker": "v", "ms": 5, "mfc": "none"}, lambda r: r["stride"] > 1),
+)
