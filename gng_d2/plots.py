@@ -78,23 +78,22 @@ def plot_sweep(rows: List[Dict], path: str) -> None:
     """For rows of :func:`gng_d2.theory.sweep`: Equations B and D over the group size, one panel for each layer."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     titles = {"B": "B: over the norm (Eq. 22)", "D": "D: over the block (K, Eq. 31)"}
-    figure, panels = plt.subplots(2, len(layers), figsize=(5 * len(layers), 7.5), sharey="row", layout="constrained")
-    for equation, line in zip("BD", panels.reshape(2, -1)):
+    figure, panels = plt.subplots(2, len(layers), figsize=(5 * len(layers), 7.5), layout="constrained")
+    for equation, line in zip("BD", panels):
         for layer, axes in zip(layers, line):
             shown = [row for row in rows if row["equation"] == equation and row["layer"] == layer]
             maps = sorted({row["map_size"] for row in shown})
             _plot_sweep_panel(axes, [[row for row in shown if row["map_size"] == size] for size in maps])
             axes.set_title(f"{layer} {shown[0]['n_in']} \u2192 {shown[0]['n_out']}", fontsize=10)
         line[0].set_ylabel(f"gradient ratio {titles[equation]}")
-    for axes in panels.flat:
+    for axes in panels[-1]:
         axes.set_xlabel("group size, channels")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def _plot_sweep_panel(axes, curves):
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
     sizes = [row["group_size"] for row in curves[0]]
     axes.plot(sizes, [row["paper"] for row in curves[0]], color="C3", label="paper")
     if curves[0][0]["exact"] is not None:
@@ -112,8 +111,7 @@ def _plot_sweep_panel(axes, curves):
             lw=0.8,
             label="measured" + f", {size}x{size} maps" * (size > 1),
         )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(color="0.9")
     axes.legend(fontsize=8)
 
@@ -135,23 +133,31 @@ def plot_probe(rows: List[Dict], path: str) -> None:
         paper = [(names.index(row["name"]), row["paper"]) for row in shown if row["paper"]]
         if paper:
             axes.plot(*zip(*paper), "_", color="C3", mew=2, ms=7, label="paper's K")
-        for label, style, holds in _BLOCK_KINDS:
-            points = [(names.index(row["name"]), row["measured"]) for row in shown if row["measured"] and holds(row)]
+        for kind, marker in _MARKERS.items():
+            points = [(names.index(r["name"]), r["measured"]) for r in shown if r["measured"] and _block_kind(r) == kind]
             if points:
-                axes.plot(*zip(*points), color="C0", ls="", **style, label=label)
+                axes.plot(*zip(*points), color="C0", ls="", **marker, label=f"measured, {kind}")
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set_yscale("log", base=2)
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel(f"{', '.join(same)}\ngradient ratio")
-    panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)
+    panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-# label, style, which rows: each row is of one kind
-_BLOCK_KINDS = (
-    ("measured, stride 1 and activation", {"marker": "o", "ms": 4}, lambda r: r["stride"] == 1 and r["activation"]),
-    ("no activation", {"marker": "o", "ms": 4, "mfc": "none"}, lambda r: r["stride"] == 1 and not r["activation"]),
-    ("stride above 1", {"marker": "v", "ms": 5, "mfc": "none"}, lambda r: r["stride"] > 1),
-)
+def _block_kind(row):
+    if row["stride"] > 1:
+        return "stride above 1"
+    if not row["activation"]:
+        return "no activation"
+    return "shared input" if row["fan_out"] > 1 else "unit block as the paper has it"
+
+
+_MARKERS = {
+    "unit block as the paper has it": {"marker": "o", "ms": 5},
+    "shared input": {"marker": "o", "ms": 4, "mfc": "none"},
+    "no activation": {"marker": "s", "ms": 4, "mfc": "none"},
+    "stride above 1": {"marker": "v", "ms": 4, "mfc": "none"},
+}

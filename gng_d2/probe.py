@@ -61,7 +61,7 @@ def measure_blocks(model: nn.Module, loss: Callable[[], Tensor]) -> Dict[str, Bl
             activation=block[-1].activation,
         )
         for name, block in calls.items()
-        if any(fan_out[c.source] for c in block)
+        if any(c.received for c in block)
     }
 
 

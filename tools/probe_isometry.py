@@ -62,6 +62,8 @@ def print_rows(rows):
 
 
 def main(args):
+    if args.images < 1 or args.seed < 0:
+        raise InputError(f"--images {args.images} --seed {args.seed}: at least one image, and a seed of 0 or more")
     cfg = load_config(args.config_file, args.opts)
     cfg.merge_from_list(["DATASETS.TEST", (), "DATALOADER.NUM_WORKERS", 0])
     cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", args.images, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SEED", args.seed])
