@@ -7,9 +7,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import matplotlib.ticker  # noqa: E402
 
-from .groups import isometry_ratio, practical_num_groups  # noqa: E402
+from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
 
 __all__ = ["plot_groups", "plot_losses", "plot_probe", "plot_sweep"]
 
@@ -35,12 +34,7 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     if without:
         groups.set_title(f"no groups: {', '.join(without)}", fontsize=9, loc="right")
 
-    choices = {
-        "GN": lambda n_in, n_out: 32 if n_out % 32 == 0 else None,
-        "GN1": lambda n_in, n_out: 1,
-        "PGN": practical_num_groups,
-    }
-    for (name, choose), marker, fill in zip(choices.items(), "s^o", ("C0", "C1", "none")):
+    for (name, choose), marker, fill in zip(GROUP_CHOICES.items(), "s^o", ("C0", "C1", "none")):
         points = [(i, choose(row["n_in"], row["n_out"])) for i, row in enumerate(rows)]
         points = [(i, isometry_ratio(rows[i]["n_in"], rows[i]["n_out"], g)) for i, g in points if g]
         ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
@@ -49,7 +43,7 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     ratio.set_ylabel("K, the paper's gradient ratio\n(1 is isometric)")
     ratio.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     for axes in (groups, ratio):
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
     ratio.set_xticks(depth, [row["name"].removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -111,7 +105,7 @@ def _plot_sweep_panel(axes, curves):
             lw=0.8,
             label="measured" + f", {size}x{size} maps" * (size > 1),
         )
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(color="0.9")
     axes.legend(fontsize=8)
 
@@ -134,12 +128,13 @@ def plot_probe(rows: List[Dict], path: str) -> None:
         if paper:
             axes.plot(*zip(*paper), "_", color="C3", mew=2, ms=7, label="paper's K")
         for kind, marker in _MARKERS.items():
-            points = [(names.index(r["name"]), r["measured"]) for r in shown if r["measured"] and _block_kind(r) == kind]
+            rows_of_kind = [row for row in shown if row["measured"] and _block_kind(row) == kind]
+            points = [(names.index(row["name"]), row["measured"]) for row in rows_of_kind]
             if points:
                 axes.plot(*zip(*points), color="C0", ls="", **marker, label=f"measured, {kind}")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"{', '.join(same)}\ngradient ratio")
     panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .analysis import norm_table
 from .binding import layer_shape, named_norms
 from .data.loader import seed_everything
-from .groups import practical_num_groups
+from .groups import GROUP_CHOICES
 
 __all__ = ["BlockGradients", "measure_blocks", "probe"]
 
@@ -28,8 +28,6 @@ ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu", "relu",
     "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh",
 }  # fmt: skip
-
-GROUP_CHOICES = {"GN": lambda n_in, n_out: 32, "GN1": lambda n_in, n_out: 1, "PGN": practical_num_groups}
 
 
 class BlockGradients(NamedTuple):
@@ -47,8 +45,12 @@ class BlockGradients(NamedTuple):
 
 
 def measure_blocks(model: nn.Module, loss: Callable[[], Tensor]) -> Dict[str, BlockGradients]:
-    """Run ``loss``, which runs ``model`` and returns a scalar, and its backward. Returns, by the norm's name, each
-    block that the loss depends on and whose input takes a gradient."""
+    """Run ``loss``, which runs ``model`` and returns a scalar, and its backward.
+
+    Returns:
+        Name of the norm -> its block, in the order in which they ran, where the loss depends on the block and the
+        block's input takes a gradient.
+    """
     calls: Dict[str, List[_Call]] = {}
     with _BlockTracer(model, calls), torch.enable_grad():
         total = loss()
@@ -66,12 +68,11 @@ def measure_blocks(model: nn.Module, loss: Callable[[], Tensor]) -> Dict[str, Bl
 
 
 class _Call:
-    """One run of a block, from the tensor that its layer takes on."""
+    """One run of a block, from the input of its layer on."""
 
     def __init__(self, input):
-        self.source = (input.grad_fn, input.output_nr)
-        self.input = input.view_as(input)  # one that only this block takes, so that its gradient is the block's alone
-        self.passed = _watch(self.input)
+        self.source = input.grad_fn.next_functions[0]
+        self.passed = _watch(input)
         self.received = self.activation = None
 
 
@@ -99,8 +100,9 @@ class _BlockTracer(TorchFunctionMode):
 
     def _before_layer(self, layer, args):
         if torch.is_grad_enabled() and args[0].requires_grad:
-            self.waiting[layer] = call = _Call(args[0])
-            return (call.input, *args[1:])
+            own = args[0].view_as(args[0])  # only this block takes it, so that its gradient is this block's alone
+            self.waiting[layer] = _Call(own)
+            return (own, *args[1:])
 
     def _after_norm(self, name, layer):
         def hook(norm, args, output):
@@ -194,12 +196,9 @@ def probe(model: nn.Module, batch: List[Dict], seed: int = 0) -> List[Dict]:
 
 def _other_groups(norms):
     """Setup -> name of a group norm -> groups, where they divide its channels."""
+    shapes = {name: layer_shape(layer) for name, (norm, layer) in norms.items() if isinstance(norm, nn.GroupNorm)}
     return {
-        setup: {
-            name: groups
-            for name, (norm, layer) in norms.items()
-            if isinstance(norm, nn.GroupNorm) and norm.num_channels % (groups := choose(*layer_shape(layer))) == 0
-        }
+        setup: {name: choose(*shape) for name, shape in shapes.items() if choose(*shape)}
         for setup, choose in GROUP_CHOICES.items()
     }
 

@@ -12,8 +12,8 @@ from gng_d2.layers import GroupNorm, PracticalGroupNorm
 from gng_d2.probe import measure_blocks
 from gng_d2.records import read_rows
 
-KEYS = ["setup", "name", "norm", "n_in", "n_out", "num_groups", "kernel_size", "stride", "fan_out", "activation", "paper",
-        "measured"]  # fmt: skip
+KEYS = ["setup", "name", "norm", "n_in", "n_out", "num_groups", "kernel_size", "stride", "fan_out", "activation",
+        "paper", "measured"]  # fmt: skip
 
 
 class Bottleneck(nn.Module):
@@ -55,7 +55,8 @@ def by_hand(model, x):
     outputs = out1, out2, out3, short, *heads
     gradients = torch.autograd.grad(loss, outputs)
     functions = relu1, relu2, model.conv3, model.shortcut, head, head
-    return zip(("conv1", "conv2", "conv3", "shortcut", "head", "head"), (x, out1, out2, x, end, cut), functions, gradients)
+    names = "conv1.norm", "conv2.norm", "conv3.norm", "shortcut.norm", "head.1", "head.1"
+    return zip(names, (x, out1, out2, x, end, cut), functions, gradients)
 
 
 def brute_force(calls):
@@ -77,10 +78,8 @@ def test_blocks_against_their_whole_jacobians(weight_standardization):
     expected = {}
     for name, *call in by_hand(model, x):
         expected.setdefault(name, []).append(call)
-    names = {"head": "head.1"}
-    assert {names.get(n, f"{n}.norm"): pytest.approx(brute_force(calls), rel=1e-9) for n, calls in expected.items()} == {
-        name: block.ratio for name, block in blocks.items()
-    }
+    ratios = {name: block.ratio for name, block in blocks.items()}
+    assert ratios == pytest.approx({name: brute_force(calls) for name, calls in expected.items()}, rel=1e-9)
     assert {name: (block.fan_out, block.activation) for name, block in blocks.items()} == {
         "conv1.norm": (2, "relu"),
         "conv2.norm": (1, "relu"),
@@ -97,8 +96,9 @@ def test_stride_of_2_passes_a_quarter():
     for stride in (1, 2):
         model = nn.Sequential(Conv2d(32, 16, 3, stride, 1, norm=GroupNorm(1, 16), activation=F.relu))
         x = torch.randn(8, 32, 16, 16).relu().requires_grad_()
-        (block,) = measure_blocks(model, lambda: (model(x) * torch.randn(8, 16, 16 // stride, 16 // stride)).sum()).values()
-        assert block.activation == "relu"
+        weights = torch.randn(8, 16, 16 // stride, 16 // stride)
+        (block,) = measure_blocks(model, lambda: (model(x) * weights).sum()).values()
+        assert block.activation == "relu" and block.fan_out == 1
         ratios.append(block.ratio)
     assert ratios[1] / ratios[0] == pytest.approx(1 / 4, rel=0.1)
     assert ratios[0] == pytest.approx(16 / 32, rel=0.2)
@@ -120,8 +120,8 @@ def test_blocks_without_a_gradient():
 
 def tool(*args):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "tools/probe_isometry.py", "--config-file", "configs/quick/faster_rcnn_gn_ws.yaml",
-         *map(str, args)],
+        [sys.executable, "-W", "ignore", "tools/probe_isometry.py", "--config-file",
+         "configs/quick/faster_rcnn_gn_ws.yaml", *map(str, args)],
         capture_output=True, text=True,
     )  # fmt: skip
 
@@ -148,7 +148,8 @@ def test_tool(shapes, tmp_path):
     lateral, head = "backbone.fpn_lateral4.norm", "roi_heads.box_head.conv1.norm"
     assert (configured[lateral]["num_groups"], gn1[lateral]["num_groups"], pgn[lateral]["num_groups"]) == (48, 1, 48)
     assert lateral not in gn and head not in gn and "GN: no figure for backbone.fpn_lateral" in done.stdout
-    assert configured[head]["num_groups"] is None and configured[head]["paper"] is None and configured[head]["measured"] > 0
+    assert configured[head]["num_groups"] is None and configured[head]["paper"] is None
+    assert configured[head]["measured"] > 0
     down = configured["backbone.bottom_up.res3.0.conv1.norm"]
     assert (down["kernel_size"], down["stride"], down["fan_out"], down["activation"]) == (3, 2, 3, "relu")
     assert configured["backbone.bottom_up.res3.0.conv2.norm"]["activation"] is None

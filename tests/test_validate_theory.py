@@ -10,8 +10,8 @@ from gng_d2.theory import sweep, table_1, table_2
 TABLE_1_KEYS = ["n_in", "n_out", "num_groups", "equation", "paper_empirical", "empirical", "low", "high", "theoretical",
                 "exact"]  # fmt: skip
 TABLE_2_KEYS = ["activation", "sigma", "forward_gain", "backward_gain", "paper_forward_gain", "paper_backward_gain"]
-SWEEP_KEYS = ["layer", "n_in", "n_out", "num_groups", "map_size", "group_size", "equation", "paper", "exact", "empirical",
-              "standard_error"]  # fmt: skip
+SWEEP_KEYS = ["layer", "n_in", "n_out", "num_groups", "map_size", "group_size", "equation", "paper", "exact",
+              "empirical", "standard_error"]  # fmt: skip
 
 
 def test_table_1(monkeypatch):

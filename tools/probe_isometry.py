@@ -35,7 +35,7 @@ from gng_d2.records import check_outputs, machine, write_rows
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path, or a name in Detectron2's zoo")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images of the batch (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and proposals (default: %(default)s)")
     parser.add_argument("--json", metavar="OUT", help="write the rows as a list of objects")
@@ -53,7 +53,8 @@ def print_rows(rows):
         cell = f"{row['num_groups'] or '-'}: {ratios[0]} ({ratios[1]})"
         lines.setdefault(row["name"], line)[row["setup"]] = cell
     headers = {"name": "norm", "kernel_size": "kernel", "fan_out": "fan-out"}
-    print(tabulate([{headers.get(k, k): v for k, v in line.items()} for line in lines.values()], "keys", missingval="-"))
+    table = [{headers.get(key, key): value for key, value in line.items()} for line in lines.values()]
+    print(tabulate(table, headers="keys", missingval="-"))
     print("\nunder each setup: groups: measured (K)")
     for setup in dict.fromkeys(row["setup"] for row in rows):
         skipped = sorted(lines.keys() - {row["name"] for row in rows if row["setup"] == setup})

@@ -38,7 +38,7 @@ def parse_args():
                 type=int,
                 default=experiments,
                 metavar="N",
-                help=f"draws of the weights for each block, at least {REPEATS} (default: %(default)s, about two minutes)",
+                help=f"draws of the weights for each block, at least {REPEATS} (default: %(default)s, a few minutes)",
             )
             command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         if name == "sweep":
