@@ -6,6 +6,8 @@ output in the model's own backward, and what of it the block passes to its input
 """
 
 import copy
+import itertools
+import math
 from collections import Counter
 from typing import Callable, Dict, List, NamedTuple, Optional
 
@@ -34,7 +36,7 @@ class BlockGradients(NamedTuple):
     """What a backward showed of a block.
 
     ``ratio``: Var[gradient passed to the input] / Var[gradient at the output], over all numbers of all the
-    block's calls; None where no gradient came, or one that is not finite. ``fan_out``: how many operations
+    block's calls; None where the gradient is 0 or not finite. ``fan_out``: how many operations
     take the block's input on its way to the loss, the block among them. ``activation``: its name, for
     instance "relu", or None.
     """
@@ -133,20 +135,23 @@ def _watch(tensor):
     moments = []
 
     def hook(gradient):
-        wide = gradient.double()
-        moments.append((wide.numel(), wide.sum().item(), wide.square().sum().item()))
+        if gradient.numel():  # a head may get no proposals
+            wide = gradient.double()
+            moments.append((wide.numel(), wide.sum().item(), wide.square().sum().item()))
 
     tensor.register_hook(hook)
     return moments
 
 
 def _ratio(passed, received):
-    variances = []
-    for calls in (passed, received):
-        count, total, squares = (sum(column) for column in zip((0, 0, 0), *(m for call in calls for m in call)))
-        variances.append(squares / count - (total / count) ** 2 if count else 0.0)
-    ratio = variances[0] / variances[1] if variances[1] else float("nan")
-    return ratio if abs(ratio) < float("inf") else None
+    before = _variance(received)
+    ratio = _variance(passed) / before if before else float("nan")
+    return ratio if math.isfinite(ratio) else None
+
+
+def _variance(calls):
+    count, total, squares = (sum(column) for column in zip(*itertools.chain.from_iterable(calls)))
+    return squares / count - (total / count) ** 2
 
 
 def _count_consumers(loss):
