@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import isfinite, isqrt
 from numbers import Integral, Rational, Real
 
-__all__ = ["ideal_num_groups", "practical_num_groups", "isometry_ratio"]
+__all__ = ["GROUP_CHOICES", "ideal_num_groups", "practical_num_groups", "isometry_ratio"]
 
 
 def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
@@ -71,6 +71,14 @@ def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float =
     n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
     num_groups, gain_ratio = _positive("num_groups", num_groups), _positive("gain_ratio", gain_ratio)
     return float((n_out + 4 * num_groups) / (n_in * gain_ratio))
+
+
+# the groups of the norms that the paper compares, by (n_in, n_out); None where they do not divide n_out
+GROUP_CHOICES = {
+    "GN": lambda n_in, n_out: 32 if n_out % 32 == 0 else None,
+    "GN1": lambda n_in, n_out: 1,
+    "PGN": practical_num_groups,
+}
 
 
 def _ideal(n_in, n_out, gain_ratio):

@@ -1,4 +1,4 @@
-"""Plots: a model's groups along its depth, a run's loss curve, curves of several norms and seeds."""
+"""Plots: a model's groups, loss curves, curves of several norms and seeds, gradient ratios beside the paper's."""
 
 from typing import Dict, List
 
@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 import matplotlib.ticker  # noqa: E402
 import numpy as np  # noqa: E402
 
-from .groups import isometry_ratio, practical_num_groups  # noqa: E402
+from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
 from .records import read_metrics  # noqa: E402
 
-__all__ = ["plot_groups", "plot_losses", "plot_comparison"]
+__all__ = ["plot_groups", "plot_losses", "plot_comparison", "plot_probe", "plot_sweep"]
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
@@ -36,12 +36,7 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     if without:
         groups.set_title(f"no groups: {', '.join(without)}", fontsize=9, loc="right")
 
-    choices = {
-        "GN": lambda n_in, n_out: 32 if n_out % 32 == 0 else None,
-        "GN1": lambda n_in, n_out: 1,
-        "PGN": practical_num_groups,
-    }
-    for (name, choose), marker, fill in zip(choices.items(), "s^o", ("C0", "C1", "none")):
+    for (name, choose), marker, fill in zip(GROUP_CHOICES.items(), "s^o", ("C0", "C1", "none")):
         points = [(i, choose(row["n_in"], row["n_out"])) for i, row in enumerate(rows)]
         points = [(i, isometry_ratio(rows[i]["n_in"], rows[i]["n_out"], g)) for i, g in points if g]
         ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
@@ -50,7 +45,7 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     ratio.set_ylabel("K, the paper's gradient ratio\n(1 is isometric)")
     ratio.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     for axes in (groups, ratio):
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
     ratio.set_xticks(depth, [row["name"].removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -104,3 +99,93 @@ def _binned(series, bins=100):
     values = [[p[n == b, 1].mean() for b in common] for p, n in zip(points, numbers)]
     iterations = [points[0][numbers[0] == b, 0].mean() for b in common]
     return np.array(iterations), np.array(values)
+
+
+def plot_sweep(rows: List[Dict], path: str) -> None:
+    """For rows of :func:`gng_d2.theory.sweep`: Equations B and D over the group size, one panel for each layer."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    titles = {"B": "B: over the norm (Eq. 22)", "D": "D: over the block (K, Eq. 31)"}
+    figure, panels = plt.subplots(2, len(layers), figsize=(5 * len(layers), 7.5), layout="constrained")
+    for equation, line in zip("BD", panels):
+        for layer, axes in zip(layers, line):
+            shown = [row for row in rows if row["equation"] == equation and row["layer"] == layer]
+            maps = sorted({row["map_size"] for row in shown})
+            _plot_sweep_panel(axes, [[row for row in shown if row["map_size"] == size] for size in maps])
+            axes.set_title(f"{layer} {shown[0]['n_in']} \u2192 {shown[0]['n_out']}", fontsize=10)
+        line[0].set_ylabel(f"gradient ratio {titles[equation]}")
+    for axes in panels[-1]:
+        axes.set_xlabel("group size, channels")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _plot_sweep_panel(axes, curves):
+    axes.set_xscale("log", base=2)
+    sizes = [row["group_size"] for row in curves[0]]
+    axes.plot(sizes, [row["paper"] for row in curves[0]], color="C3", label="paper")
+    if curves[0][0]["exact"] is not None:
+        axes.plot(sizes, [row["exact"] for row in curves[0]], "k", label="exact")
+    for rows, color in zip(curves, ("C0", "C2", "C1", "C4")):
+        size = rows[0]["map_size"]
+        axes.errorbar(
+            sizes,
+            [row["empirical"] for row in rows],
+            [1.96 * (row["standard_error"] or 0) for row in rows],
+            fmt="o:",
+            color=color,
+            ms=5,
+            mfc="none",
+            lw=0.8,
+            label="measured" + f", {size}x{size} maps" * (size > 1),
+        )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(color="0.9")
+    axes.legend(fontsize=8)
+
+
+def plot_probe(rows: List[Dict], path: str) -> None:
+    """For rows of :func:`gng_d2.probe.probe`: measured ratio and the paper's K along the depth of the model, one panel
+    for each setup with groups of its own."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    setups = {}  # by their groups: the configured model may be one of the others
+    for setup in dict.fromkeys(row["setup"] for row in rows):
+        shown = [row for row in rows if row["setup"] == setup]
+        setups.setdefault(tuple((row["name"], row["num_groups"]) for row in shown), {})[setup] = shown
+    size = max(8, 0.15 * len(names)), 2.2 * len(setups) + 1.6
+    figure, panels = plt.subplots(
+        len(setups), 1, sharex=True, sharey=True, figsize=size, squeeze=False, layout="constrained"
+    )
+    for same, axes in zip(setups.values(), panels[:, 0]):
+        shown = next(iter(same.values()))
+        paper = [(names.index(row["name"]), row["paper"]) for row in shown if row["paper"]]
+        if paper:
+            axes.plot(*zip(*paper), "_", color="C3", mew=2, ms=7, label="paper's K")
+        for kind, marker in _MARKERS.items():
+            rows_of_kind = [row for row in shown if row["measured"] and _block_kind(row) == kind]
+            points = [(names.index(row["name"]), row["measured"]) for row in rows_of_kind]
+            if points:
+                axes.plot(*zip(*points), color="C0", ls="", **marker, label=f"measured, {kind}")
+        axes.axhline(1, color="0.5", lw=0.8)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylabel(f"{', '.join(same)}\ngradient ratio")
+    panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+    axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _block_kind(row):
+    if row["stride"] > 1:
+        return "stride above 1"
+    if not row["activation"]:
+        return "no activation"
+    return "shared input" if row["fan_out"] > 1 else "unit block as the paper has it"
+
+
+_MARKERS = {
+    "unit block as the paper has it": {"marker": "o", "ms": 5},
+    "shared input": {"marker": "o", "ms": 4, "mfc": "none"},
+    "no activation": {"marker": "s", "ms": 4, "mfc": "none"},
+    "stride above 1": {"marker": "v", "ms": 4, "mfc": "none"},
+}

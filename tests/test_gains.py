@@ -4,25 +4,12 @@ import pytest
 import torch
 
 from gng_d2 import activation_gains, ideal_num_groups, isometry_ratio
+from gng_d2.paper_tables import TABLE_2
 
-# Table 2 of the paper: sigma -> activation -> (F, B), from 10^7 samples, to three decimals
-PAPER = {
-    0.1: {"relu": (0.500, 0.500), "prelu": (0.531, 0.531), "gelu": (0.255, 0.256), "silu": (0.252, 0.253),
-          "elu": (0.928, 0.929), "selu": (1.876, 1.879), "sigmoid": (25.079, 0.062), "tanh": (0.981, 0.981),
-          "softplus": (48.438, 0.251), "softsign": (0.751, 0.757), "logsigmoid": (48.495, 0.251)},
-    1: {"relu": (0.500, 0.500), "prelu": (0.532, 0.532), "gelu": (0.425, 0.456), "silu": (0.356, 0.379),
-        "elu": (0.645, 0.668), "selu": (1.000, 1.071), "sigmoid": (0.293, 0.045), "tanh": (0.394, 0.464),
-        "softplus": (0.921, 0.293), "softsign": (0.183, 0.228), "logsigmoid": (0.921, 0.293)},
-    10: {"relu": (0.500, 0.500), "prelu": (0.531, 0.531), "gelu": (0.500, 0.506), "silu": (0.499, 0.507),
-         "elu": (0.504, 0.520), "selu": (0.565, 0.613), "sigmoid": (0.005, 0.007), "tanh": (0.009, 0.053),
-         "softplus": (0.501, 0.461), "softsign": (0.007, 0.026), "logsigmoid": (0.501, 0.461)},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sigma", PAPER)
-@pytest.mark.parametrize("activation", PAPER[1])
+@pytest.mark.parametrize("sigma", TABLE_2)
+@pytest.mark.parametrize("activation", TABLE_2[1])
 def test_table_2(activation, sigma):
-    for gain, paper in zip(activation_gains(activation, sigma), PAPER[sigma][activation]):
+    for gain, paper in zip(activation_gains(activation, sigma), TABLE_2[sigma][activation]):
         assert gain == pytest.approx(paper, rel=1.2e-3, abs=1.1e-3)
 
 
