@@ -1,9 +1,10 @@
-"""Plots: a model's groups along its depth, a run's loss curve."""
+"""Plots: a model's groups along its depth, loss curves."""
 
 import json
 from typing import Dict, List
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -11,7 +12,7 @@ import matplotlib.ticker  # noqa: E402
 
 from .groups import isometry_ratio, practical_num_groups  # noqa: E402
 
-__all__ = ["plot_groups", "plot_losses"]
+__all__ = ["plot_groups", "plot_losses", "plot_learning_curves"]
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
@@ -70,5 +71,24 @@ def plot_losses(metrics_json: str, path: str) -> None:
     axes.plot([r["iteration"] for r in records], [r["total_loss"] for r in records], "k", lw=1.6, label="total_loss")
     axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
     axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_learning_curves(rows: List[Dict], practical: int, path: str) -> None:
+    """The paper's Figure 2, for rows of :func:`gng_d2.mlp.train`: the train loss over the iterations, the mean
+    over the seeds, one curve for each number of groups, the ``practical`` one in black."""
+    curves = {}
+    for row in rows:
+        curves.setdefault(row["num_groups"], []).append(row)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 1, len(curves)))
+    for color, (groups, runs) in zip(colors, sorted(curves.items())):
+        style = {"color": "k", "lw": 2, "zorder": 3} if groups == practical else {"color": color, "lw": 1.2}
+        loss = np.mean([run["train_loss"] for run in runs], axis=0)
+        label = f"G = {groups}" + ", practical" * (groups == practical)
+        axes.plot(runs[0]["iteration"], loss, label=label, **style)
+    axes.set(xlabel="iteration", ylabel="train loss", yscale="log")
+    axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
