@@ -66,8 +66,8 @@ def test_groups_of_one_number_give_a_constant_classifier(mnist):
     assert row["test_error"] == pytest.approx(100 * (1 - (test_set[1] == 1).float().mean().item()))
     frequency = torch.bincount(labels) / len(labels)
     entropy = -(frequency * frequency.log()).sum().item()  # the lowest loss of a constant classifier
-    assert row["train_loss"][-1] == pytest.approx(entropy, abs=0.01)
-    assert train(settings_of(64, 0, epochs=5), (images, labels), test_set)["test_error"] < 5
+    assert sum(row["train_loss"][-2:]) / 2 == pytest.approx(entropy, abs=0.005)  # an epoch's two batches
+    assert train(settings_of(64, 0, epochs=10), (images, labels), test_set)["test_error"] < 20
 
 
 def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
@@ -79,7 +79,7 @@ def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
 def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
     """Killed with some runs finished: these are not trained again, and the rows are those of runs in one go."""
     output, json_file, plot = (tmp_path / name for name in ("runs", "rows.json", "curves.png"))
-    command = [sys.executable, "-W", "ignore", "tools/train_mlp.py", "--data", mnist, "--groups", 1, 64, 512,
+    command = [sys.executable, "-W", "ignore", "tools/train_mlp.py", "--data", mnist, "--groups", 1, 64,
                "--seeds", 0, 1, "--epochs", 60, "--output", output, "--json", json_file, "--plot", plot]
     command = list(map(str, command))
     job = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -89,7 +89,7 @@ def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
     job.kill()
     job.communicate()
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*/row.json")}
-    assert len(finished) < 6
+    assert len(finished) < 4
 
     done = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -97,7 +97,7 @@ def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
     assert plot.stat().st_size > 10_000
     rows = read_rows(json_file)
     torch.set_num_threads(1)
-    expected = [train(settings_of(groups, seed, 60), *sets(mnist)) for seed in (0, 1) for groups in (1, 64, 512)]
+    expected = [train(settings_of(groups, seed, 60), *sets(mnist)) for seed in (0, 1) for groups in (1, 64)]
     assert rows == [{**row, "machine": machine()} for row in expected]
 
     one, two = (row["test_error"] for row in rows if row["num_groups"] == 64)
