@@ -89,6 +89,6 @@ def plot_learning_curves(rows: List[Dict], practical: int, path: str) -> None:
         label = f"G = {groups}" + ", practical" * (groups == practical)
         axes.plot(runs[0]["iteration"], loss, label=label, **style)
     axes.set(xlabel="iteration", ylabel="train loss", yscale="log")
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(loc="center right", fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)

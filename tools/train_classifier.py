@@ -73,7 +73,8 @@ def main(args):
         "amp": device == "cuda",
     }
     runs = [{"norm": norm, "seed": seed, **common} for seed in args.seeds for norm in args.norms]
-    folders = [os.path.join(args.output, f"{args.dataset}-R{args.depth}-{run['norm']}-seed{run['seed']}") for run in runs]
+    names = [f"{args.dataset}-R{args.depth}-{run['norm']}-seed{run['seed']}" for run in runs]
+    folders = [os.path.join(args.output, name) for name in names]
     jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run) is None]
     with tqdm(total=sum(num_iterations(run) for run, _ in jobs), unit="step", disable=not jobs) as bar:
         for run, folder in jobs:
