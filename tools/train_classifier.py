@@ -10,6 +10,7 @@ GPU it trains in mixed precision. Can be stopped at any time: the same command g
 """
 
 import argparse
+import logging
 import os
 import sys
 
@@ -75,6 +76,7 @@ def main(args):
     runs = [{"norm": norm, "seed": seed, **common} for seed in args.seeds for norm in args.norms]
     names = [f"{args.dataset}-R{args.depth}-{run['norm']}-seed{run['seed']}" for run in runs]
     folders = [os.path.join(args.output, name) for name in names]
+    logging.getLogger("detectron2.engine.train_loop").disabled = True  # it prints tracebacks of what is raised anyway
     jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run) is None]
     with tqdm(total=sum(num_iterations(run) for run, _ in jobs), unit="step", disable=not jobs) as bar:
         for run, folder in jobs:
