@@ -12,7 +12,7 @@ import numpy as np  # noqa: E402
 from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
 from .records import read_metrics  # noqa: E402
 
-__all__ = ["plot_groups", "plot_losses", "plot_comparison", "plot_probe", "plot_sweep"]
+__all__ = ["plot_groups", "plot_losses", "plot_comparison", "plot_learning_curves", "plot_probe", "plot_sweep"]
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
@@ -189,3 +189,22 @@ _MARKERS = {
     "no activation": {"marker": "s", "ms": 4, "mfc": "none"},
     "stride above 1": {"marker": "v", "ms": 4, "mfc": "none"},
 }
+
+
+def plot_learning_curves(rows: List[Dict], practical: int, path: str) -> None:
+    """The paper's Figure 2, for rows of :func:`gng_d2.mlp.train`: the train loss over the iterations, the mean
+    over the seeds, one curve for each number of groups, the ``practical`` one in black."""
+    curves = {}
+    for row in rows:
+        curves.setdefault(row["num_groups"], []).append(row)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 1, len(curves)))
+    for color, (groups, runs) in zip(colors, sorted(curves.items())):
+        style = {"color": "k", "lw": 2, "zorder": 3} if groups == practical else {"color": color, "lw": 1.2}
+        loss = np.mean([run["train_loss"] for run in runs], axis=0)
+        label = f"G = {groups}" + ", practical" * (groups == practical)
+        axes.plot(runs[0]["iteration"], loss, label=label, **style)
+    axes.set(xlabel="iteration", ylabel="train loss", yscale="log")
+    axes.legend(loc="center right", fontsize=8, ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -25,7 +25,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["seed_everything", "seed_step", "build_train_loader"]
+__all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader"]
 
 Place = Tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
@@ -61,7 +61,7 @@ def seed_step(cfg: CfgNode, iteration: int) -> None:
     seed_everything(cfg.SEED, comm.get_rank(), STEP, iteration)
 
 
-class _SeededDataset(Dataset):
+class SeededDataset(Dataset):
     """Maps the record at each place of the stream, with the random state that the place has."""
 
     def __init__(self, records: List[dict], mapper: Callable, *seeds: int):
@@ -75,7 +75,9 @@ class _SeededDataset(Dataset):
             return self.mapper(self.records[index])
 
 
-class _PlaceSampler:
+class PlaceSampler:
+    """The places of a sampler's stream, from where ``start`` begins."""
+
     def __init__(self, sampler, start: Callable[[Iterator[Place]], Iterator[Place]]):
         self.sampler, self.start = sampler, start
 
@@ -112,7 +114,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     if cfg.SEED < 0:
         return build_detection_train_loader(**parts)
 
-    dataset = _SeededDataset(parts["dataset"], parts["mapper"], cfg.SEED, comm.get_rank(), AUGMENTATION)
+    dataset = SeededDataset(parts["dataset"], parts["mapper"], cfg.SEED, comm.get_rank(), AUGMENTATION)
     grouped = parts["aspect_ratio_grouping"]
     batch_size = parts["total_batch_size"] // comm.get_world_size()
 
@@ -122,7 +124,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
 
     loader = DataLoader(
         dataset,
-        sampler=_PlaceSampler(parts["sampler"], lambda s: after_batches(s, shape, batch_size, start_iter)),
+        sampler=PlaceSampler(parts["sampler"], lambda s: after_batches(s, shape, batch_size, start_iter)),
         batch_size=None if grouped else batch_size,
         collate_fn=_as_it_is if grouped else trivial_batch_collator,
         num_workers=parts["num_workers"],

@@ -1,0 +1,124 @@
+"""Table 3's job, on a small MNIST of the test's own."""
+
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from gng_d2.errors import InputError
+from gng_d2.mlp import load_mnist, mlp, settings_of, train, train_all
+from gng_d2.records import machine, read_rows
+from gng_d2.runs import mean_and_std, open_run
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A root with 256 and 64 images: noise around a pattern for each digit, digit 1 twice as frequent."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    patterns = draw.integers(0, 200, (10, 28, 28))
+    for name, count in (("train", 256), ("t10k", 64)):
+        labels = (np.arange(count) % 11).astype(np.uint8)
+        labels[labels == 10] = 1
+        images = (patterns[labels] + draw.integers(0, 55, (count, 28, 28))).astype(np.uint8)
+        raw = root / "MNIST" / "raw"
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 0x803, count, 28, 28) + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, count) + labels.tobytes())
+    return str(root)
+
+
+def sets(root):
+    return load_mnist(root, True), load_mnist(root, False)
+
+
+def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monkeypatch):
+    """Seen from outside the training: what goes into the first layer, and the weights it starts with."""
+    seen = {}
+    for groups in (1, 64, 512):
+        def recording(num_groups):
+            model = mlp(num_groups)
+            weights = [p.detach().clone() for p in model.parameters()]
+            seen[groups] = (weights, batches := [])
+            model[0].register_forward_pre_hook(lambda _, args: batches.append(args[0].detach().clone()))
+            assert model[1].num_groups == groups
+            return model
+
+        monkeypatch.setattr("gng_d2.mlp.mlp", recording)
+        train(settings_of(groups, 3, epochs=2), *sets(mnist))
+    for weights, batches in (seen[64], seen[512]):
+        assert all(map(torch.equal, weights, seen[1][0]))
+        assert len(batches) == 5 and all(map(torch.equal, batches, seen[1][1]))
+    assert not torch.equal(seen[1][1][0], seen[1][1][2])  # another order in the second epoch
+
+
+def test_groups_of_one_number_give_a_constant_classifier(mnist):
+    """Table 3's last column: the hidden output is the bias, so the best is the most frequent class."""
+    (images, labels), test_set = sets(mnist)
+    model = mlp(512)
+    torch.nn.init.normal_(model[1].bias)
+    torch.testing.assert_close(model[:2](images), model[1].bias.expand(256, 512), rtol=0, atol=1e-3)
+    row = train(settings_of(512, 0, epochs=60), (images, labels), test_set)
+    assert row["test_error"] == pytest.approx(100 * (1 - (test_set[1] == 1).float().mean().item()))
+    frequency = torch.bincount(labels) / len(labels)
+    entropy = -(frequency * frequency.log()).sum().item()  # the lowest loss of a constant classifier
+    assert sum(row["train_loss"][-2:]) / 2 == pytest.approx(entropy, abs=0.005)  # an epoch's two batches
+    assert train(settings_of(64, 0, epochs=10), (images, labels), test_set)["test_error"] < 20
+
+
+def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
+    row = train(settings_of(8, 0, epochs=75), *sets(mnist))
+    assert row["iteration"][-1] == 150 and len(row["iteration"]) == len(row["train_loss"]) == 100
+    assert row["iteration"][:2] == [2, 4]
+
+
+def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
+    """Killed with some runs finished: these are not trained again, and the rows are those of runs in one go."""
+    output, json_file, plot = (tmp_path / name for name in ("runs", "rows.json", "curves.png"))
+    command = [sys.executable, "-W", "ignore", "tools/train_mlp.py", "--data", mnist, "--groups", 1, 64,
+               "--seeds", 0, 1, "--epochs", 60, "--output", output, "--json", json_file, "--plot", plot]
+    command = list(map(str, command))
+    job = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (output / "groups1-seed0" / "row.json").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.001)
+    job.kill()
+    job.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("*/row.json")}
+    assert len(finished) < 4
+
+    done = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert plot.stat().st_size > 10_000
+    rows = read_rows(json_file)
+    torch.set_num_threads(1)
+    expected = [train(settings_of(groups, seed, 60), *sets(mnist)) for seed in (0, 1) for groups in (1, 64)]
+    assert rows == [{**row, "machine": machine()} for row in expected]
+
+    one, two = (row["test_error"] for row in rows if row["num_groups"] == 64)
+    (line,) = [line.split() for line in done.stdout.splitlines() if "64*" in line]
+    assert line == ["64*", "1.670", f"{(one + two) / 2:.3f}", f"{abs(one - two) / 2**0.5:.3f}", "2"]
+
+
+def test_mean_and_std():
+    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert mean_and_std([4.0]) == (4.0, None)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    folder = str(tmp_path / "run")
+    assert open_run(folder, settings_of(1, 0, 20)) is None
+    assert open_run(folder, settings_of(1, 0, 20)) is None
+    with pytest.raises(InputError, match=r"run holds a run with epochs 20 \(now 5\)"):
+        open_run(folder, settings_of(1, 0, 5))
+
+
+def test_missing_data_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--data .*file: MNIST cannot be read in"):
+        train_all([settings_of(1, 0, 1)], str(tmp_path / "file"), str(tmp_path / "output"))
