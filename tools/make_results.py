@@ -1,0 +1,266 @@
+#!/usr/bin/env python3
+"""Write docs/results.md from the measurements in docs/results, so that no number is typed by hand."""
+
+import os
+import sys
+from statistics import geometric_mean, mean, quantiles, stdev
+
+from tabulate import tabulate
+
+from gng_d2.classifier import TABLE4
+from gng_d2.errors import InputError
+from gng_d2.mlp import PRACTICAL, TABLE3
+from gng_d2.records import read_rows
+from gng_d2.summary import PAPER, differences_table, results_table
+
+DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
+RESULTS = os.path.join(DOCS, "results")
+
+INTRODUCTION = """\
+# Results
+
+The paper is Kim et al., [On the Ideal Number of Groups for Isometric Gradient Propagation](https://arxiv.org/abs/2302.03193).
+Each table stands beside the command that makes it and the machine that it ran on; the raw numbers are in
+[docs/results](results). "Not measured" means that no machine or data for it was there. This page is written by
+`make results` from those files.
+"""
+
+CONCLUSIONS = """\
+## What this says about choosing G
+
+**The theory.** The paper's K counts on Eq. 22, and every row of its Table 1 has 4 features a group, where Eq. 22 is
+right. For other sizes of a fully connected group the exact factor is (n_g - 2) / (n_g - 3), which is closer to 1. In a
+convolution a group spans the map too, and what is measured depends little on G (see the sweep). So the formula predicts
+a large effect of G where little is measured, and most of all in convolutions with a large map, which is what detectors
+are made of. PGN stays what the paper defines; `tools/analyze_groups.py` prints the paper's K, `tools/probe_isometry.py`
+what a model really does.
+
+**The trainings.** Compare differences with their spread over seeds, not with zero. On MNIST the practical number of
+groups is within the range of good ones; what hurts is a group of one or two numbers. The small detectors below are what
+a CPU affords. None of this decides Tables 5 and 6: on COCO nothing was measured here.
+
+**In practice.** PGN is a choice that needs no search and that costs nothing over GN; it is no proven gain over G = 32.
+Where it matters, run `tools/compare.py` on your model and data, with three seeds or more.
+"""
+
+
+def rows_of(name):
+    """The rows of docs/results/NAME.json; None where that was not measured."""
+    path = os.path.join(RESULTS, f"{name}.json")
+    return read_rows(path) if os.path.exists(path) else None
+
+
+def section(title, name, command, table, text="", picture=None):
+    rows = rows_of(name)
+    parts = [f"## {title}" if title else "", text]
+    if rows is None:
+        parts.append(f"Not measured. The command:\n\n    {command}")
+    else:
+        machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
+        parts += [table(rows), f"`{command}`, on {machines} ([raw](results/{name}.json))."]
+        if picture:
+            parts.append(f"![{title}](results/{picture})")
+    return "\n\n".join(filter(None, parts))
+
+
+def markdown(rows, headers="keys", digits=".3f"):
+    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=digits, missingval="-")
+
+
+def table_1(rows):
+    lines = []
+    for row in rows:
+        shape = f"{row['n_in']} -> {row['n_out']}, G = {row['num_groups']}"
+        interval = f"{row['empirical']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        lines.append([shape, row["equation"], row["paper_empirical"], interval, row["theoretical"], row["exact"]])
+    return markdown(lines, ["block", "Eq.", "paper, measured", "ours (interval)", "paper, theory", "exact"])
+
+
+def table_2(rows):
+    headers = ["activation", "sigma", "F", "F in the paper", "B", "B in the paper"]
+    keys = ["activation", "sigma", "forward_gain", "paper_forward_gain", "backward_gain", "paper_backward_gain"]
+    return markdown([[row[key] for key in keys] for row in rows], headers)
+
+
+def sweep(rows):
+    lines = []
+    for row in rows:
+        if row["equation"] == "B":
+            error = f" ± {row['standard_error']:.3f}" if row["standard_error"] is not None else ""
+            layer = f"{row['layer']}, {row['map_size']}x{row['map_size']}"
+            lines.append([layer, row["group_size"], row["num_groups"], row["paper"], row["exact"], f"{row['empirical']:.3f}{error}"])
+    return markdown(lines, ["layer, map", "n_g", "G", "paper, Eq. 22", "exact", "measured"])
+
+
+def isometry(rows):
+    """Quartiles over blocks: the rows themselves are long."""
+    lines = []
+    for setup in dict.fromkeys(row["setup"] for row in rows):
+        for kind, wanted in (("stride 1", lambda r: r["stride"] == 1), ("stride 2", lambda r: r["stride"] == 2)):
+            blocks = [r for r in rows if r["setup"] == setup and wanted(r) and r["paper"] and r["measured"]]
+            if len(blocks) > 1:
+                low, middle, high = quantiles([r["measured"] for r in blocks], n=4)
+                paper = quantiles([r["paper"] for r in blocks], n=4)[1]
+                lines.append([setup, kind, len(blocks), paper, f"{middle:.3f} ({low:.3f} to {high:.3f})"])
+    return markdown(lines, ["groups", "blocks", "how many", "paper's K, median", "measured, median (quartiles)"])
+
+
+def table_3(rows):
+    lines = []
+    for groups, paper in TABLE3.items():
+        errors = [row["test_error"] for row in rows if row["num_groups"] == groups]
+        if errors:
+            lines.append([f"{groups}{' (practical)' * (groups == PRACTICAL)}", paper, mean(errors), _std(errors), len(errors)])
+    return markdown(lines, ["G", "paper, error %", "ours, error %", "standard deviation", "seeds"])
+
+
+def table_4(rows):
+    lines = []
+    for norm in dict.fromkeys(row["norm"] for row in rows):
+        errors = [row["error"] for row in rows if row["norm"] == norm]
+        lines.append([norm, mean(errors), _std(errors), len(errors)])
+    about = "R-{depth}, {classes} classes, {train_images} training images of {image_size} pixels, {epochs} epochs"
+    return markdown(lines, ["norm", "error %", "standard deviation", "seeds"]) + "\n\n" + about.format(**rows[0])
+
+
+def paper_table_4():
+    lines = [[dataset, f"R-{depth}", *(errors.get(norm) for norm in ("GN", "GN1", "PGN"))] for (dataset, depth), errors in TABLE4.items()]
+    return markdown(lines, ["paper's error %", "", "G = 32", "G = 1", "practical"])
+
+
+def paper_table(names):
+    return markdown([{"config": name, **PAPER[name]} for name in names], digits=".2f")
+
+
+def comparison(rows):
+    tables = [tabulate(table(rows), headers="keys", tablefmt="github", disable_numparse=True) for table in (results_table, differences_table)]
+    return (
+        f"{tables[0]}\n\nMean ± standard deviation over seeds.\n\n{tables[1]}\n\n"
+        "Mean ± standard error of the differences seed by seed. `*`: the 95 % interval (Student's t) leaves out 0."
+    )
+
+
+def cost_of_a_norm(rows):
+    lines, noise = [], []
+    for key in dict.fromkeys((row["dtype"], row["layout"], row["direction"], row["implementation"]) for row in rows):
+        ratios = [r["ratio_to_native_gn32"] for r in rows if key == (r["dtype"], r["layout"], r["direction"], r["implementation"])]
+        if key[-1] == "native_gn32_again":
+            noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({key[-2]})")
+        else:
+            lines.append([*key[:-1], key[-1], geometric_mean(ratios), min(ratios), max(ratios)])
+    headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
+    ours = [r for r in rows if r["implementation"] == "ours" and r["direction"] == "forward"]
+    native = {tuple(r["shape"]) + (r["num_groups"],): r for r in rows if r["implementation"] == "native" and r["direction"] == "forward"}
+    slowest = [
+        ["x".join(map(str, r["shape"])), r["num_groups"], r["milliseconds"], r["ratio_to_native_gn32"],
+         native[tuple(r["shape"]) + (r["num_groups"],)]["ratio_to_native_gn32"]]
+        for r in sorted(ours, key=lambda r: -r["ratio_to_native_gn32"])[:8]
+    ]  # fmt: skip
+    return (
+        f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {len(ours)} inputs:\n\n{markdown(lines, headers, '.2f')}\n\n"
+        f"The same call a second time differs by less than this in 95 % of the inputs: {', '.join(noise)}.\n\n"
+        "The slowest of ours, forward:\n\n"
+        + markdown(slowest, ["input", "G", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f")
+    )
+
+
+def cost_of_a_step(rows):
+    keys = "model norm amp images step_milliseconds ratio_to_frozen_bn ratio_to_gn peak_memory_bytes memory_ratio_to_gn share_of_weight_standardization"
+    return markdown([{key: row[key] for key in keys.split()} for row in rows])
+
+
+def _std(values):
+    return stdev(values) if len(values) > 1 else None
+
+
+COMPARE = "python tools/compare.py --norms GN GN1 PGN --seeds 0 1 2 --config-file "
+
+
+def page():
+    return "\n\n".join(
+        [
+            INTRODUCTION,
+            CONCLUSIONS,
+            section(
+                "Table 1: the paper's four equations", "theory_table1", "python tools/validate_theory.py table1 --json docs/results/theory_table1.json",
+                table_1, "Intervals: 95 % for A and C. B and D have no finite variance at 4 features a group: median of 20 repeats, "
+                "5 % and 95 % quantiles. The paper takes variances about each sample's own mean, which lowers A.",
+            ),
+            section(
+                "Eq. 22 beyond 4 features a group", "theory_sweep",
+                "python tools/validate_theory.py sweep --json docs/results/theory_sweep.json --plot docs/results/theory_sweep.png",
+                sweep, "The factor by which the norm raises the variance of the gradient (B). The plot has K too.", "theory_sweep.png",
+            ),
+            section(
+                "Table 2: activation gains", "theory_table2", "python tools/validate_theory.py table2 --json docs/results/theory_table2.json",
+                table_2, "Ours by quadrature, the paper's from 10^7 samples.",
+            ),
+            section(
+                "Gradient ratios of a real model", "isometry_r50",
+                "DETECTRON2_DATASETS=... python tools/probe_isometry.py --config-file configs/faster_rcnn_pgn_ws.yaml "
+                "--json docs/results/isometry_r50.json --plot docs/results/isometry_r50.png MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0",
+                isometry, "Each block of Faster R-CNN R-50-FPN GN+WS at initialization, on COCO images: what of the gradient at its output it "
+                "passes to its input, beside the paper's K.", "isometry_r50.png",
+            ),
+            section(
+                "Table 3 and Figure 2: an MLP on MNIST", "mlp_mnist",
+                "python tools/train_mlp.py --data ROOT --processes 2 --json docs/results/mlp_mnist.json --plot docs/results/mlp_mnist.png",
+                table_3, "The paper's hyper-parameters are in an appendix that is not at hand; ours were fixed beforehand and are in "
+                "`tools/train_mlp.py --help`.", "mlp_mnist.png",
+            ),
+            section(
+                "Table 4: ResNets as classifiers", "classifier_caltech101",
+                "python tools/train_classifier.py --data caltech101 --json docs/results/classifier_caltech101.json", table_4, paper_table_4(),
+            ),
+            section(
+                "", "classifier_caltech101_small", "python tools/train_classifier.py --data caltech101 SMALL", table_4,
+                "The same code made small, for a CPU; no number here stands beside the paper's:",
+            ),
+            section(
+                "Table 5: Panoptic FPN on COCO", "table5", COMPARE + "configs/pfpn_gn.yaml --output output/table5 --num-gpus 8",
+                comparison, paper_table(("pfpn_gn.yaml", "pfpn_gn1.yaml", "pfpn_pgn.yaml")),
+            ),
+            section(
+                "Table 5 made small", "quick_pfpn",
+                COMPARE + "configs/quick/pfpn_gn.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --output DIR TEST.EVAL_PERIOD 250",
+                comparison, "The quick Panoptic FPN on the dataset that the package draws, 1000 steps of 2 images. As in Table 5, the norm of "
+                "the semantic head alone varies.", "quick_pfpn.png",
+            ),
+            section(
+                "Table 6: Faster R-CNN GN+WS on COCO", "table6", COMPARE + "configs/faster_rcnn_gn_ws.yaml --output output/table6 --num-gpus 8",
+                comparison, paper_table(("faster_rcnn_gn_ws.yaml", "faster_rcnn_gn1_ws.yaml", "faster_rcnn_pgn_ws.yaml")),
+            ),
+            section(
+                "Table 6 made small", "quick_faster_rcnn", COMPARE + "configs/quick/faster_rcnn_gn_ws.yaml --output DIR TEST.EVAL_PERIOD 250",
+                comparison, "The quick Faster R-CNN GN+WS on the dataset that the package draws, 1000 steps of 2 images; the norm varies "
+                "everywhere.", "quick_faster_rcnn.png",
+            ),
+            section(
+                "Table 6's model on 80 COCO images", "coco80_faster_rcnn", COMPARE + "configs/faster_rcnn_gn_ws.yaml --output DIR SMALL",
+                comparison, "R-50 GN+WS from scratch on 80 images: how fast the loss falls, no more.", "coco80_faster_rcnn.png",
+            ),
+            section(
+                "What a norm costs, CPU", "benchmark_norm_cpu", "python tools/benchmark_norm.py --json docs/results/benchmark_norm_cpu.json", cost_of_a_norm,
+                "Each distinct norm of Faster R-CNN R-50-FPN GN+WS and of Panoptic FPN's semantic head at 800 x 1216, under PGN, one image.",
+            ),
+            section(
+                "What a norm costs, GPU", "benchmark_norm_cuda",
+                "python tools/benchmark_norm.py --images 1 2 --dtype float32 float16 bfloat16 --layout contiguous channels_last "
+                "--json docs/results/benchmark_norm_cuda.json", cost_of_a_norm,
+                "The kernels are tested in Triton's interpreter and compile for compute capability 9.0; when ours is taken and when PyTorch's "
+                "is a rule that no GPU has checked yet.",
+            ),
+            section(
+                "What a training step costs", "benchmark_train_cuda", "python tools/benchmark_train.py --json docs/results/benchmark_train_cuda.json",
+                cost_of_a_step,
+            ),
+        ]
+    ) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        with open(os.path.join(DOCS, "results.md"), "w") as file:
+            file.write(page())
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
