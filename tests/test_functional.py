@@ -168,9 +168,28 @@ def fake(*shape, dtype=torch.float32, **kwargs):
     return torch.empty(shape, dtype=dtype, device="cuda", **kwargs)
 
 
+H100 = SimpleNamespace(multi_processor_count=132)
+
+
+def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
+    """On fake tensors, which need no GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    targets = []
+
+    def keep(module, inputs):
+        targets.extend(str(node.target) for m in module.modules() for node in m.graph.nodes)
+        return module.forward
+
+    with FakeTensorMode():
+        leaves = [fake(2, 64, 200, 304, requires_grad=True), *(fake(64, requires_grad=True) for _ in range(2))]
+        y = torch.compile(lambda x, w, b: group_norm(x.relu(), 1, w, b).square(), backend=keep, fullgraph=True)(*leaves)
+        assert y.requires_grad and y.shape == leaves[0].shape
+    assert "gng_d2.group_norm" in targets and "gng_d2.group_norm_backward" in targets
+
+
 def test_choice_on_cuda(monkeypatch):
     """PyTorch's kernels where they fill the machine, ours where they do not or would copy the input."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
 
     def ours(x, num_groups, parameters=torch.float32):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
