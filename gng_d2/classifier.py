@@ -220,5 +220,5 @@ def _check_weights(model, checkpointer, weights):
 @torch.no_grad()
 def _test_error(model, batches):
     model.eval()
-    wrong = [model(batch).argmax(1).cpu() != batch[1] for batch in batches]
-    return 100 * torch.cat(wrong).float().mean().item()
+    wrong = torch.cat([model(batch).argmax(1).cpu() != batch[1] for batch in batches])
+    return 100 * wrong.sum().item() / len(wrong)

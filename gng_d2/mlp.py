@@ -88,7 +88,7 @@ def train(
     windows = np.array_split(losses, min(CURVE_POINTS, len(losses)))
     return {
         **settings,
-        "test_error": 100 * wrong.float().mean().item(),
+        "test_error": 100 * wrong.sum().item() / len(wrong),
         "iteration": np.cumsum([len(window) for window in windows]).tolist(),
         "train_loss": [round(float(window.mean()), 6) for window in windows],
     }
