@@ -1,6 +1,5 @@
 """Group norm as fast as the hardware allows for any number of groups."""
 
-from importlib.util import find_spec
 from typing import Optional
 
 import torch
@@ -9,14 +8,16 @@ from torch.nn import functional as F
 
 from . import group_norm_cpu
 
-if find_spec("triton") is not None:
+try:
     from . import group_norm_triton
+except ImportError:  # Triton is not made for every platform
+    group_norm_triton = None
 
 __all__ = ["group_norm"]
 
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 _HAS_OPS = hasattr(torch.library, "register_fake")
-_HAS_TRITON = _HAS_OPS and find_spec("triton") is not None
+_HAS_TRITON = _HAS_OPS and group_norm_triton is not None
 _TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A group of fewer elements is read by one thread block in about the time that our additional launches take.
