@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
+from .probe import block_kind  # noqa: E402
 from .records import read_metrics  # noqa: E402
 
 __all__ = ["plot_groups", "plot_losses", "plot_comparison", "plot_learning_curves", "plot_probe", "plot_sweep"]
@@ -160,7 +161,7 @@ def plot_probe(rows: List[Dict], path: str) -> None:
         if paper:
             axes.plot(*zip(*paper), "_", color="C3", mew=2, ms=7, label="paper's K")
         for kind, marker in _MARKERS.items():
-            rows_of_kind = [row for row in shown if row["measured"] and _block_kind(row) == kind]
+            rows_of_kind = [row for row in shown if row["measured"] and block_kind(row) == kind]
             points = [(names.index(row["name"]), row["measured"]) for row in rows_of_kind]
             if points:
                 axes.plot(*zip(*points), color="C0", ls="", **marker, label=f"measured, {kind}")
@@ -172,14 +173,6 @@ def plot_probe(rows: List[Dict], path: str) -> None:
     axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def _block_kind(row):
-    if row["stride"] > 1:
-        return "stride above 1"
-    if not row["activation"]:
-        return "no activation"
-    return "shared input" if row["fan_out"] > 1 else "unit block as the paper has it"
 
 
 _MARKERS = {

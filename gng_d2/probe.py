@@ -23,7 +23,7 @@ from .binding import layer_shape, named_norms
 from .data.loader import seed_everything
 from .groups import GROUP_CHOICES
 
-__all__ = ["BlockGradients", "measure_blocks", "probe"]
+__all__ = ["BlockGradients", "block_kind", "measure_blocks", "probe"]
 
 # PyTorch's functions, without the underscore of those that work in place
 ACTIVATIONS = {
@@ -227,3 +227,12 @@ def _row(setup, about, layer, block):
         "paper": about["isometry_ratio"],
         "measured": block.ratio,
     }
+
+
+def block_kind(row: Dict) -> str:
+    """What sets a row of :func:`probe` apart from the paper's unit block."""
+    if row["stride"] > 1:
+        return "stride above 1"
+    if not row["activation"]:
+        return "no activation"
+    return "shared input" if row["fan_out"] > 1 else "unit block as the paper has it"
