@@ -4,7 +4,7 @@ import ctypes
 import importlib
 import time
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from statistics import median
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .analysis import build_on_meta
 from .layers import functional
@@ -24,8 +25,8 @@ NormInput = Tuple[Tuple[int, ...], int]  # shape, num_groups
 def norm_inputs(cfg: CfgNode, images: int, height: int, width: int) -> List[NormInput]:
     """Shape of the input and number of groups of each distinct group norm of a detector, in their order.
 
-    Backbone, box and mask head (with as many proposals as in training) and semantic head are run on the meta
-    device: no memory, no arithmetic.
+    Backbone, box head (with as many proposals as in training) and semantic head are run on the meta device: no
+    memory, no arithmetic.
     """
     model = build_on_meta(cfg)
     inputs = {}
@@ -44,7 +45,8 @@ def norm_inputs(cfg: CfgNode, images: int, height: int, width: int) -> List[Norm
 
 
 def _frozen_batch_norm(x, num_groups, weight, bias):
-    return x * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+    # Detectron2's are buffers, which take no gradient
+    return x * weight.detach().view(1, -1, 1, 1) + bias.detach().view(1, -1, 1, 1)
 
 
 def _var_mean(x, num_groups, weight, bias):
@@ -58,10 +60,13 @@ def _liger(x, num_groups, weight, bias, op):
     return op(x, weight, bias, x.shape[1], num_groups, 1e-5)
 
 
-def _apex(x, num_groups, weight, bias, module):
-    norm = module(num_groups, x.shape[1], device=x.device, dtype=x.dtype)
-    norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return norm(x)
+def _apex(x, num_groups, weight, bias, op):
+    return _apex_module(op, num_groups, x.shape[1], x.device, x.dtype)(x)
+
+
+@lru_cache(maxsize=None)
+def _apex_module(op, num_groups, channels, device, dtype):
+    return op(num_groups, channels, device=device, dtype=dtype)
 
 
 def _sglang_with_silu(x, num_groups, weight, bias, op):
@@ -102,8 +107,7 @@ def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
             op = importlib.import_module(module)
             for part in attribute.split("."):
                 op = getattr(op, part)
-            key = "module" if adapter is _apex else "op"
-            all_of_them[name] = (partial(adapter, **{key: op}), has_backward)
+            all_of_them[name] = (partial(adapter, op=op), has_backward)
     return all_of_them
 
 
@@ -128,8 +132,10 @@ def norm_rows(
             return function(x, groups, weight, bias)
 
     def forward_and_backward(function, groups):
-        return torch.autograd.grad(function(x, groups, weight, bias), (x, weight, bias), dy)
+        return torch.autograd.grad(function(x, groups, weight, bias), (x, weight, bias), dy, allow_unused=True)
 
+    if device == "cuda":
+        torch._dynamo.reset()  # else torch.compile gives up after eight shapes and runs what it should compile
     available = implementations(device)
     native = available["native"][0]
     for direction, run in (("forward", forward), ("forward+backward", forward_and_backward)):
@@ -140,6 +146,7 @@ def norm_rows(
             if has_backward or run is forward
         }
         calls["native_gn32_again"] = partial(run, native, 32)
+        calls = {name: call for name, call in calls.items() if _runs(name, call, shape)}
         times = dict(zip(calls, milliseconds(list(calls.values()), device, seconds)))
         least = _PASSES[direction] * x.numel() * x.element_size() / bandwidth * 1e3
         for name, time_of_call in times.items():
@@ -156,13 +163,23 @@ def norm_rows(
             }
 
 
+def _runs(name, call, shape):
+    """Whether the first call, which may compile, succeeds: other packages refuse some shapes, types or layouts."""
+    try:
+        call()
+    except Exception as error:
+        tqdm.write(f"{name} is left out for {shape}: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
 def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[float]:
     """Median time of each of ``calls``, run in turn for about ``seconds`` each.
 
     On CUDA with an empty cache, on a CPU right after the same call.
     """
-    timed = _timer_on_cuda() if device == "cuda" else _timed_on_cpu
-    rounds = max(3, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
+    timed, fewest = (_timer_on_cuda(), 20) if device == "cuda" else (_timed_on_cpu, 3)
+    rounds = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
     times = [[timed(call) for call in calls] for _ in range(rounds)]
     return [median(of_call) for of_call in zip(*times)]
 

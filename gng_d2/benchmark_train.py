@@ -1,6 +1,8 @@
 """What a whole training step costs under one norm or another."""
 
+import gc
 import itertools
+from functools import partial
 from typing import Dict, Iterator, List
 
 import torch
@@ -66,6 +68,8 @@ def step_rows(
 
     Peak memory is that of a model alone: what it and its optimizer hold, and what a step adds. CUDA only.
     """
+    if device == "cuda":
+        _Job(config_of(model, "GN", device, overrides), amp, images, height, width)  # makes what all share, workspaces say
     jobs = {norm: _Job(config_of(model, norm, device, overrides), amp, images, height, width) for norm in NORMS}
     times = milliseconds([job.step for job in jobs.values()], device, seconds)
     step = dict(zip(jobs, times))
@@ -99,7 +103,9 @@ class _Job:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         batch = random_batch(cfg, images, height, width)
-        self.trainer = (AMPTrainer if amp else SimpleTrainer)(self.model, itertools.repeat(batch), optimizer)
+        # a scale of 1: where gradients overflow, the optimizer would skip its step
+        kinds = {False: SimpleTrainer, True: partial(AMPTrainer, grad_scaler=torch.amp.GradScaler("cuda", init_scale=1.0))}
+        self.trainer = kinds[amp](self.model, itertools.repeat(batch), optimizer)
         self.trainer.iter = 0
         self.step()
         self.held = _allocated(cfg) - before
@@ -127,4 +133,5 @@ class _Job:
 
 
 def _allocated(cfg):
+    gc.collect()
     return torch.cuda.memory_allocated() if cfg.MODEL.DEVICE == "cuda" else 0

@@ -42,15 +42,21 @@ def gradients(function, leaves):
 SAMPLES = next(info for info in op_db if info.name == "nn.functional.group_norm")
 
 
+@pytest.fixture
+def cpu_road(monkeypatch):
+    """Every input on a CPU goes to group_norm_cpu."""
+    monkeypatch.setattr(functional, "_is_for_us", lambda x, *args: x.device.type == "cpu" and x.numel() > 0)
+    monkeypatch.setattr(functional.group_norm_cpu, "_row_length", lambda elements: elements)
+
+
 @pytest.mark.parametrize("samples", ["sample_inputs", "reference_inputs"])
-@pytest.mark.parametrize("forced", [False, True])
-def test_pytorchs_own_samples(samples, forced, request):
-    if forced:
-        request.getfixturevalue("kernels")
+@pytest.mark.parametrize("road", ["cpu_road", "kernels"])
+def test_pytorchs_own_samples(samples, road, request):
+    request.getfixturevalue(road)
     seen = 0
-    for sample in getattr(SAMPLES, samples)(DEVICE, torch.float32, requires_grad=True):
+    for sample in getattr(SAMPLES, samples)("cpu" if road == "cpu_road" else DEVICE, torch.float32, requires_grad=True):
         x, (num_groups,), kwargs = sample.input, sample.args, sample.kwargs
-        if forced and not x.numel():
+        if not x.numel():
             continue  # never gets there
         leaves = [x, *(t for t in kwargs.values() if torch.is_tensor(t))]
         ours, theirs = (f(x, num_groups, **kwargs) for f in (group_norm, F.group_norm))
@@ -68,6 +74,60 @@ def test_pytorchs_own_errors():
         sample = case.sample_input
         with pytest.raises(case.error_type, match=case.error_regex):
             group_norm(sample.input, *sample.args, **sample.kwargs)
+    for groups in (-1, 3):
+        with pytest.raises(RuntimeError, match="groups"):
+            group_norm(torch.randn(1, 64, 128, 128, device=DEVICE), groups)
+
+
+@pytest.mark.parametrize("road", ["cpu_road", "kernels"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_activation_in_place_may_follow(road, images, request):
+    """As in Detectron2's ResNet."""
+    request.getfixturevalue(road)
+    leaves = leaves_of(images, 6, 5, 7)
+    ours = gradients(lambda *t: F.relu_(group_norm(t[0], 2, *t[1:])), leaves)
+    theirs = gradients(lambda *t: F.relu_(F.group_norm(t[0], 2, *t[1:])), leaves)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("road", ["cpu_road", "kernels"])
+def test_parameters_that_are_views(road, request):
+    request.getfixturevalue(road)
+    x, _, _ = leaves_of(2, 6, 5, 7)
+    parameters = torch.randn(2, 12, device=DEVICE).requires_grad_()
+
+    def function(group_norm):
+        y = group_norm(x, 2, parameters[0, ::2], parameters[1, :1].expand(6))
+        return [y, *torch.autograd.grad(y, (x, parameters), torch.cos(y.detach()))]
+
+    for one, other in zip(function(group_norm), function(F.group_norm)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("road", ["cpu_road", "kernels"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_some_inputs_take_a_gradient(road, wanted, request):
+    request.getfixturevalue(road)
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(leaves_of(2, 6, 5, 7))]
+    inputs = [leaves[i] for i in wanted]
+    ours, theirs = (torch.autograd.grad(f(leaves[0], 2, *leaves[1:]).cos().sum(), inputs) for f in (group_norm, F.group_norm))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other)
+    x = leaves[0].detach().requires_grad_()
+    for one, other in zip(*(torch.autograd.grad(f(x, 2).cos().sum(), x) for f in (group_norm, F.group_norm))):
+        torch.testing.assert_close(one, other)
+
+
+def test_torch_func_and_forward_mode_take_pytorchs_op():
+    x = torch.randn(1, 64, 128, 128)
+    assert functional.group_norm_cpu.pays(x, 1) or torch.get_num_threads() == 1
+    gradient = torch.func.grad(lambda x: group_norm(x, 1).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda x: F.group_norm(x, 1).square().sum())(x))
+    assert torch.func.vmap(lambda x: group_norm(x, 1))(x[None]).shape == (1, *x.shape)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert torch.autograd.forward_ad.unpack_dual(group_norm(dual, 1)).tangent is not None
 
 
 def test_autograd_through_the_kernels(kernels):
@@ -108,7 +168,12 @@ def test_second_derivatives(kernels):
 def test_second_derivatives_with_parameters_in_float32(kernels):
     leaves = leaves_of(1, 4, 8, 8, dtype=torch.float16)
     first = torch.autograd.grad(group_norm(leaves[0], 2, *leaves[1:]).float().square().sum(), leaves[0], create_graph=True)
-    assert torch.autograd.grad(first[0].float().square().sum(), leaves[0])[0].dtype == torch.float16
+    second = torch.autograd.grad(first[0].float().square().sum(), leaves[0])[0]
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    first = torch.autograd.grad(F.group_norm(wide[0], 2, *wide[1:]).square().sum(), wide[0], create_graph=True)
+    expected = torch.autograd.grad(first[0].square().sum(), wide[0])[0]
+    assert second.dtype == torch.float16
+    assert (second - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -174,6 +239,7 @@ H100 = SimpleNamespace(multi_processor_count=132)
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     """On fake tensors, which need no GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(functional, "_triton_works", lambda index: True)
     targets = []
 
     def keep(module, inputs):
@@ -195,6 +261,7 @@ def test_choice_on_cuda(monkeypatch):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
         return functional._is_for_us(x, num_groups, weight, bias)
 
+    monkeypatch.setattr(functional, "_triton_works", lambda index: True)
     with FakeTensorMode():
         assert ours(fake(2, 256, 200, 304), 1)
         assert ours(fake(2, 64, 200, 304), 64)
@@ -211,6 +278,19 @@ def test_choice_on_cuda(monkeypatch):
         assert not ours(fake(2, 256, 200, 304, dtype=torch.float64), 1, torch.float64)
         assert not ours(fake(0, 256, 200, 304), 1)
         # what PyTorch refuses is left to it
+        assert not ours(fake(2, 256, 200, 304), 1, torch.float16)
+        assert not ours(fake(2, 256, 200, 304), -1)
         assert not ours(fake(2, 256, 200, 304), 3)
         assert not functional._is_for_us(fake(2, 256, 200, 304), 1, fake(255), None)
         assert not functional._is_for_us(fake(2, 256, 200, 304), 1, torch.empty(256, device="cpu"), None)
+
+
+def test_without_a_c_compiler_pytorchs_op_is_used(monkeypatch):
+    """Triton runs one when it first launches."""
+    def fail(*args):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_kernels, "forward", fail)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: torch.empty(1, 1, 2))
+    with pytest.warns(UserWarning, match="C compiler"):
+        assert not functional._try_triton.__wrapped__(0)

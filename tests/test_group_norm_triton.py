@@ -105,6 +105,11 @@ def test_result_does_not_depend_on_the_number_of_chunks(shape, channels_last, mo
     assert len(chunks) > 1
 
 
+def test_many_partial_results():
+    assert_no_worse(errors_of((1, 1200, 6, 2), 1, torch.float32, channels_last=True, mean=3.0))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
 def test_same_bits_from_run_to_run():
     torch.manual_seed(0)
     x, dy = torch.randn(2, 2, 8, 50, 50, device=DEVICE)
@@ -135,7 +140,7 @@ for data in "*fp32", "*bf16":
     # the values that Triton takes as constants: blocks, a stride of 1, no weight, a single image, group and chunk
     for constants in (
         dict(stride_s=1, BLOCK_C=1, BLOCK_S=2048, BLOCK=1024),
-        dict(stride_c=1, BLOCK_C=64, BLOCK_S=32, BLOCK=1024, weight_ptr=None, bias_ptr=None),
+        dict(stride_c=1, BLOCK_C=64, BLOCK_S=32, BLOCK=16384, weight_ptr=None, bias_ptr=None),
         dict(channels=1, positions=1, stride_s=1, num_groups=1, num_chunks=1, chunk=1, BLOCK_C=1, BLOCK_S=1, BLOCK=1024),
     ):
         for kernel in kernels:
@@ -147,7 +152,8 @@ for data in "*fp32", "*bf16":
                 for name in names
             }
             source = ASTSource(kernel, types, {(names.index(name),): value for name, value in given.items()})
-            assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+            warps = {"num_warps": 16 if given.get("BLOCK") == 16384 else 4}
+            assert compile(source, target=GPUTarget("cuda", 90, 32), options=warps).asm["cubin"]
 print("compiled")
 """
 

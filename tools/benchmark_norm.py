@@ -9,8 +9,11 @@ PGN gives it; `native` is PyTorch's op at the same groups, `native_gn32` at 32. 
 channel alone. On CUDA the cache is flushed before each call, and `ours_always` and the compiled forms of PyTorch's op
 are timed too; on a CPU each call follows one of itself. Other packages (Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
 
-A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that the data of a large tensor must be
-read or written: 3 forward (moments, read, write), 8 with the backward (sums: 2, gradient: 3).
+A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write the data
+of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2, gradient: 3).
+
+On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep memory that is
+freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs, whatever the norm.
 """
 
 import argparse

@@ -149,22 +149,23 @@ def cost_of_a_norm(rows):
     for key in dict.fromkeys((row["dtype"], row["layout"], row["direction"], row["implementation"]) for row in rows):
         ratios = [r["ratio_to_native_gn32"] for r in rows if key == (r["dtype"], r["layout"], r["direction"], r["implementation"])]
         if key[-1] == "native_gn32_again":
-            noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({key[-2]})")
+            noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({', '.join(key[:-1])})")
         else:
             lines.append([*key[:-1], key[-1], geometric_mean(ratios), min(ratios), max(ratios)])
     headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
-    ours = [r for r in rows if r["implementation"] == "ours" and r["direction"] == "forward"]
-    native = {tuple(r["shape"]) + (r["num_groups"],): r for r in rows if r["implementation"] == "native" and r["direction"] == "forward"}
-    slowest = [
-        ["x".join(map(str, r["shape"])), r["num_groups"], r["milliseconds"], r["ratio_to_native_gn32"],
-         native[tuple(r["shape"]) + (r["num_groups"],)]["ratio_to_native_gn32"]]
-        for r in sorted(ours, key=lambda r: -r["ratio_to_native_gn32"])[:8]
-    ]  # fmt: skip
+    def key_of(row):
+        return "x".join(map(str, row["shape"])), row["num_groups"], row["dtype"], row["layout"]
+
+    forward = [r for r in rows if r["direction"] == "forward"]
+    native = {key_of(r): r["ratio_to_native_gn32"] for r in forward if r["implementation"] == "native"}
+    ours = sorted((r for r in forward if r["implementation"] == "ours"), key=lambda r: -r["ratio_to_native_gn32"])
+    slowest = [[*key_of(r), r["milliseconds"], r["ratio_to_native_gn32"], native[key_of(r)]] for r in ours[:8]]
     return (
-        f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {len(ours)} inputs:\n\n{markdown(lines, headers, '.2f')}\n\n"
-        f"The same call a second time differs by less than this in 95 % of the inputs: {', '.join(noise)}.\n\n"
+        f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {len({key_of(r)[:2] for r in ours})} inputs:\n\n"
+        f"{markdown(lines, headers, '.2f')}\n\n"
+        f"The same call a second time differs by less than this in 95 % of the inputs: {'; '.join(noise)}.\n\n"
         "The slowest of ours, forward:\n\n"
-        + markdown(slowest, ["input", "G", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f")
+        + markdown(slowest, ["input", "G", "dtype", "layout", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f")
     )
 
 

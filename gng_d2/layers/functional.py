@@ -1,9 +1,12 @@
 """Group norm as fast as the hardware allows for any number of groups."""
 
+import warnings
+from functools import lru_cache
 from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import group_norm_cpu
@@ -27,12 +30,12 @@ _MIN_GROUP = 2**15
 def group_norm(
     input: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None, eps: float = 1e-5
 ) -> Tensor:
-    """:func:`torch.nn.functional.group_norm` in a time that does not depend on ``num_groups``.
+    """:func:`torch.nn.functional.group_norm` with no hardware left idle where ``num_groups`` is small.
 
     PyTorch's op gives each (image, group) to one thread block of a GPU or one thread of a CPU. Where that leaves
     most of the hardware idle, ours is used (:mod:`.group_norm_triton`, :mod:`.group_norm_cpu`), elsewhere PyTorch's.
 
-    On CUDA a float16 or bfloat16 input with float32 weights, as under autocast, keeps its type and is normalized
+    On CUDA a float16 or bfloat16 input with float32 parameters, as under autocast, keeps its type and is normalized
     in float32 inside; PyTorch would copy it to float32.
 
     Shape:
@@ -46,7 +49,8 @@ def group_norm(
     """
     if not torch.jit.is_scripting():
         if _HAS_OPS and _is_for_us(input, num_groups, weight, bias):
-            input = input.contiguous(memory_format=_memory_format(input))
+            if not input.is_contiguous():  # on CUDA alone
+                input = input.contiguous(memory_format=group_norm_triton.memory_format(input))
             if torch.is_grad_enabled():
                 return _GroupNorm.apply(input, weight, bias, num_groups, eps)
             return torch.ops.gng_d2.group_norm(input, weight, bias, num_groups, eps)[0]
@@ -55,9 +59,9 @@ def group_norm(
 
 def _is_for_us(input, num_groups, weight, bias):
     """Whether ours takes what it is given, and is the faster one."""
-    if torch.jit.is_tracing() or _is_exporting():
+    if torch.jit.is_tracing() or _is_transformed():
         return False
-    if input.dim() < 2 or not input.numel() or input.shape[1] % num_groups:
+    if input.dim() < 2 or not input.numel() or num_groups < 1 or input.shape[1] % num_groups:
         return False
     affine = [p for p in (weight, bias) if p is not None]
     if any(p.shape != input.shape[1:2] or p.device != input.device for p in affine):
@@ -67,23 +71,42 @@ def _is_for_us(input, num_groups, weight, bias):
         return one_type and not torch.compiler.is_compiling() and group_norm_cpu.pays(input, num_groups)
     if input.device.type != "cuda" or not _HAS_TRITON or input.dtype not in _TRITON_TYPES:
         return False
-    keeps_type = not one_type or (input.dtype != torch.float32 and torch.is_autocast_enabled("cuda"))
-    if keeps_type or _memory_format(input) != torch.contiguous_format:
-        return True
-    thread_blocks = input.shape[0] * num_groups
-    multiprocessors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    return thread_blocks < multiprocessors and input.numel() >= thread_blocks * _MIN_GROUP
+    half = input.dtype != torch.float32
+    if not one_type and not (half and all(p.dtype == torch.float32 for p in affine)):
+        return False
+    return _is_faster_on_cuda(input, num_groups, keeps_type=half and (not one_type or torch.is_autocast_enabled("cuda")))
 
 
-def _is_exporting():
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+def _is_faster_on_cuda(input, num_groups, keeps_type):
+    if not (keeps_type or group_norm_triton.memory_format(input) != torch.contiguous_format):
+        thread_blocks = input.shape[0] * num_groups
+        multiprocessors = torch.cuda.get_device_properties(input.device).multi_processor_count
+        if thread_blocks >= multiprocessors or input.numel() < thread_blocks * _MIN_GROUP:
+            return False
+    return _triton_works(input.device.index)
 
 
-def _memory_format(x):
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
-        return torch.contiguous_format
-    return channels_last
+def _is_transformed():
+    """Under torch.export, torch.func or forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _triton_works(device_index):
+    return _try_triton(device_index)
+
+
+@lru_cache(maxsize=None)
+def _try_triton(device_index):
+    """Triton needs a C compiler when it first launches, which a slim container may not have."""
+    try:
+        group_norm_triton.forward(torch.zeros(1, 1, 2, device=f"cuda:{device_index}"), None, None, 1, 1e-5)
+    except Exception as error:  # of any kind: it runs a compiler
+        warnings.warn(f"Triton does not work here, so PyTorch's own group norm is used: {error}", stacklevel=2)
+        return False
+    return True
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -99,7 +122,6 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_gradients(dy, x, weight, bias, ctx.num_groups, ctx.eps), None, None
-        dy = dy.contiguous(memory_format=_memory_format(x))
         dx, dweight, dbias = torch.ops.gng_d2.group_norm_backward(dy, x, mean, rstd, weight, ctx.num_groups)
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
@@ -108,8 +130,8 @@ class _GroupNorm(torch.autograd.Function):
 
 def _differentiable_gradients(dy, x, weight, bias, num_groups, eps):
     """Gradients that can be differentiated again: those of PyTorch's op."""
-    wide = x if weight is None else x.to(weight.dtype)
-    y = F.group_norm(wide, num_groups, weight, bias, eps).to(x.dtype)
+    parameter_type = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    y = F.group_norm(x.to(parameter_type), num_groups, weight, bias, eps).to(x.dtype)
     wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     gradients = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True)))
     return [gradients.get(id(t)) for t in (x, weight, bias)]

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["forward", "backward"]
+__all__ = ["forward", "backward", "memory_format"]
 
 _TILE = 2048  # elements that a program holds at a time
+_MERGED = 1024, 16384  # partial results that a program merges at a time: few, many
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -65,6 +66,17 @@ def _moments_kernel(
 
 
 @triton.jit
+def _partial_moments(mean_ptr, m2_ptr, first, channels, size, positions, num_chunks, chunk, BLOCK: tl.constexpr):
+    """BLOCK of a group's partial results from ``first`` on: count, mean and M2; a count of 0 where there are no more."""
+    i = first + tl.arange(0, BLOCK)
+    inside = i < size * num_chunks
+    k = i // size
+    count = tl.where(inside, tl.minimum(chunk, positions - k * chunk), 0).to(tl.float32)
+    at = k * channels + i % size
+    return count, tl.load(mean_ptr + at, mask=inside, other=0.0), tl.load(m2_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _merge_moments_kernel(
     chunk_mean_ptr, chunk_m2_ptr, mean_ptr, rstd_ptr, eps, channels, positions, num_groups, num_chunks, chunk,
     BLOCK: tl.constexpr,
@@ -74,26 +86,23 @@ def _merge_moments_kernel(
     g = tl.program_id(0) % num_groups
     size = channels // num_groups
     partials = n * num_chunks * channels + g * size
-    first_mean = tl.load(chunk_mean_ptr + partials)
+    chunk_mean_ptr += partials
+    chunk_m2_ptr += partials
+    first_mean = tl.load(chunk_mean_ptr)
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, size * num_chunks, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = i < size * num_chunks
-        k = i // size
-        count = tl.minimum(chunk, positions - k * chunk).to(tl.float32)
-        mean = tl.load(chunk_mean_ptr + partials + k * channels + i % size, mask=inside, other=0.0)
-        total += tl.where(inside, mean - first_mean, 0.0) * count
+        count, mean, m2 = _partial_moments(
+            chunk_mean_ptr, chunk_m2_ptr, first, channels, size, positions, num_chunks, chunk, BLOCK
+        )
+        total += count * (mean - first_mean)
     elements = size.to(tl.float32) * positions
     group_mean = first_mean + tl.sum(total, axis=0) / elements
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, size * num_chunks, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = i < size * num_chunks
-        k = i // size
-        count = tl.minimum(chunk, positions - k * chunk).to(tl.float32)
-        mean = tl.load(chunk_mean_ptr + partials + k * channels + i % size, mask=inside, other=0.0)
-        m2 = tl.load(chunk_m2_ptr + partials + k * channels + i % size, mask=inside, other=0.0)
-        deviation = tl.where(inside, mean - group_mean, 0.0)
+        count, mean, m2 = _partial_moments(
+            chunk_mean_ptr, chunk_m2_ptr, first, channels, size, positions, num_chunks, chunk, BLOCK
+        )
+        deviation = tl.where(count > 0, mean - group_mean, 0.0)
         total += m2 + count * deviation * deviation
     variance = tl.sum(total, axis=0) / elements
     tl.store(mean_ptr + tl.program_id(0), group_mean)
@@ -218,6 +227,7 @@ def forward(
         - output: as x; mean, 1 / std: :math:`(N, G)`
     """
     grid = _Grid(x)
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
     partial = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     mean = x.new_empty((grid.images, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -226,8 +236,9 @@ def forward(
     with _on(x):
         _moments_kernel[grid.programs](x, partial[0], partial[1], *grid.layout, *grid.chunks, *grid.blocks)
         _merge_moments_kernel[(groups,)](
-            partial[0], partial[1], mean, rstd, eps, grid.channels, grid.positions, num_groups, *grid.chunks, _TILE // 2
-        )
+            partial[0], partial[1], mean, rstd, eps, grid.channels, grid.positions, num_groups, *grid.chunks,
+            **_merge_options(partial[0].numel() // groups)
+        )  # fmt: skip
         _normalize_kernel[grid.programs](
             x, y, mean, rstd, weight, bias, *grid.layout, num_groups, *grid.chunks, *grid.blocks
         )
@@ -240,10 +251,12 @@ def backward(
     """Gradients of x (in its type and layout), weight and bias (both in float32).
 
     Shape:
-        - dy: that of x, in the layout of x
+        - dy: that of x
         - others: as :func:`forward` takes and returns them
     """
     grid = _Grid(x)
+    dy = dy.contiguous(memory_format=memory_format(x))
+    weight = weight if weight is None else weight.contiguous()
     sums = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     group_sums = x.new_empty((2, *mean.shape), dtype=torch.float32)
     dx = torch.empty_like(x)
@@ -253,12 +266,26 @@ def backward(
             dy, x, mean, rstd, sums, *grid.layout, num_groups, *grid.chunks, partials, *grid.blocks
         )
         _merge_gradient_sums_kernel[(groups,)](
-            sums, weight, group_sums, grid.channels, grid.positions, num_groups, grid.num_chunks, partials, groups, _TILE // 2
-        )
+            sums, weight, group_sums, grid.channels, grid.positions, num_groups, grid.num_chunks, partials, groups,
+            **_merge_options(partials // groups)
+        )  # fmt: skip
         _input_gradient_kernel[grid.programs](
             dy, x, dx, mean, rstd, weight, group_sums, *grid.layout, num_groups, *grid.chunks, groups, *grid.blocks
         )
     return dx, sums[1].sum((0, 1)), sums[0].sum((0, 1))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last for what is so and not contiguous; contiguous for all else."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
+def _merge_options(partials):
+    few, many = _MERGED
+    return {"BLOCK": few, "num_warps": 4} if partials <= few else {"BLOCK": many, "num_warps": 16}
 
 
 class _Grid:
