@@ -1,11 +1,12 @@
 """Detectron2's ResNets as image classifiers under any norm: Section 3.2 and Table 4.
 
 The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, for training from
-scratch: SGD with momentum 0.9, learning rate 0.025 (0.1 for 256 images) with a linear warmup over the first 5 %
-and a cosine decay to 0, weight decay 1e-4 but none on norms, 100 epochs of batches of 64, images of 128 x 128
-pixels: a random crop of 8 to 100 % of the image and a random flip in training, the central 7/8 in the test. The
-test error is that of the last step. Of a folder of classes a random 80 % of each class are for training, the
-same for every run; Oxford-IIIT Pet has its own split.
+scratch: SGD with momentum 0.9, learning rate 0.005 with a linear warmup over the first 5 % and a cosine decay to
+0, weight decay 1e-4 but none on norms, 100 epochs of batches of 64, images of 128 x 128 pixels: a random crop of
+8 to 100 % of the image and a random flip in training, the central 7/8 in the test. The test error is that of the
+last step. Of a folder of classes a random 80 % of each class are for training, the same for every run;
+Oxford-IIIT Pet has its own split. The learning rate was chosen by the train loss of R-50 with GN alone: on
+Caltech-101, in 60 steps of 16 images of 64 pixels, it rose from 5 to 35 at 0.025, and to 8 at 0.005.
 """
 
 import itertools

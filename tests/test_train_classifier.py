@@ -159,8 +159,8 @@ def test_the_tool_learns_and_does_no_finished_run_again(small_resnet, root, tmp_
     output, json_file = tmp_path / "runs", tmp_path / "rows.json"
 
     def tool(*args):
-        arguments = ["--data", root, "--epochs", 8, "--image-size", 32, "--batch-size", 8, "--workers", 0,
-                     "--output", output, "--json", json_file, *args]
+        arguments = ["--data", root, "--epochs", 8, "--image-size", 32, "--batch-size", 8, "--lr", 0.025,
+                     "--workers", 0, "--output", output, "--json", json_file, *args]
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
         capsys.readouterr()
         runpy.run_path(TOOL, run_name="__main__")

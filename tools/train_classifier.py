@@ -3,7 +3,7 @@
 
     tools/train_classifier.py --data caltech101 --json caltech101.json
     tools/train_classifier.py --dataset oxford-iiit-pet --data datasets --depth 101
-    tools/train_classifier.py --data caltech101 --weights R-50-GN.pkl --lr 0.01 --epochs 30
+    tools/train_classifier.py --data caltech101 --weights R-50-GN.pkl --epochs 30
 
 For a seed, the initial weights, the order of the images and their augmentation are the same for every norm. On a
 GPU it trains in mixed precision. Can be stopped at any time: the same command goes on where it was.
@@ -45,7 +45,7 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=0.025, help="learning rate; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=0.005, help="learning rate; default: %(default)s")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                         help="processes that load images; default: %(default)s")
     parser.add_argument("--output", default="output/classifier", metavar="DIR",
