@@ -31,17 +31,10 @@ from .checkpoint import Checkpointer
 from .data.loader import PlaceSampler, SeededDataset, seed_everything
 from .errors import InputError
 
-__all__ = ["TABLE4", "PET", "ImageSet", "load_images", "Classifier", "num_iterations", "train"]
+__all__ = ["PET", "ImageSet", "load_images", "Classifier", "num_iterations", "train"]
 
 PET = "oxford-iiit-pet"
 
-# test error (%) of the paper by dataset and depth, an average over three runs; Pet's at G = 1 is not legible to us
-TABLE4 = {
-    (PET, 50): {"GN": 22.894, "PGN": 21.119},
-    (PET, 101): {"GN": 24.067, "PGN": 22.924},
-    ("caltech-101", 50): {"GN": 24.021, "GN1": 24.167, "PGN": 22.368},
-    ("caltech-101", 101): {"GN": 22.781, "GN1": 26.647, "PGN": 22.247},
-}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from tabulate import tabulate
 
 from .compare import Comparison, Run, differences
 from .config import load_config
+from .paper_tables import TABLE_5, TABLE_6
 from .plots import plot_comparison
 from .records import read_metrics, write_rows
 
-__all__ = ["METRICS", "PAPER", "final_values", "paper_values", "summarize", "write_report"]
+__all__ = ["METRICS", "final_values", "paper_values", "summarize", "write_report"]
 
 # in percent, by their names in Detectron2
 METRICS = {
@@ -29,15 +30,6 @@ METRICS = {
 }
 LOSS = "total_loss"
 
-# Tables 5 and 6 of the paper, by the config that trains the row
-PAPER = {
-    "pfpn_gn.yaml": {"PQ": 41.750, "PQ_th": 49.357, "PQ_st": 30.268},
-    "pfpn_gn1.yaml": {"PQ": 41.461, "PQ_th": 49.688, "PQ_st": 29.043},
-    "pfpn_pgn.yaml": {"PQ": 42.147, "PQ_th": 49.816, "PQ_st": 30.572},
-    "faster_rcnn_gn_ws.yaml": {"AP": 40.5, "AP50": 61.0, "AP75": 44.2},
-    "faster_rcnn_gn1_ws.yaml": {"AP": 40.4, "AP50": 60.9, "AP75": 44.3},
-    "faster_rcnn_pgn_ws.yaml": {"AP": 40.7, "AP50": 61.2, "AP75": 44.6},
-}
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 # keys that leave the training what it is
 NEUTRAL = {
@@ -51,7 +43,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 def paper_values(cfg: CfgNode) -> Dict[str, float]:
     """The paper's row for the training that ``cfg`` is, empty where it is none of the tables'."""
-    for name, values in PAPER.items():
+    for name, values in {**TABLE_5, **TABLE_6}.items():
         path = os.path.join(CONFIGS, name)
         if os.path.isfile(path) and differences(cfg, load_config(path)).keys() <= NEUTRAL:
             return values

@@ -20,8 +20,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import gng_d2.classifier
-from gng_d2.classifier import PET, TABLE4, load_images, num_iterations, train
+from gng_d2.classifier import PET, load_images, num_iterations, train
 from gng_d2.errors import InputError
+from gng_d2.paper_tables import TABLE_4
 from gng_d2.records import check_outputs, machine, write_rows
 from gng_d2.runs import finish_run, mean_and_std, open_run
 
@@ -93,7 +94,7 @@ def main(args):
 
 def print_table(args, rows):
     # a part of the classes is another task than the paper's
-    paper = TABLE4.get((args.dataset, args.depth), {}) if args.classes is None else {}
+    paper = TABLE_4.get((args.dataset, args.depth), {}) if args.classes is None else {}
     table = []
     for norm in args.norms:
         mean, std = mean_and_std([row["error"] for row in rows if row["norm"] == norm])
