@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import statistics
 from typing import Dict, List, Sequence
 
@@ -196,7 +197,7 @@ def report(comparison: Comparison, rows: List[Dict], machines: Sequence[str]) ->
         f"# {', '.join(comparison.norms)} in {comparison.config_file}",
         f"{len(comparison.runs) - len(open_runs)} of {len(comparison.runs)} runs finished: "
         f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
-        + f" Overrides: {' '.join(comparison.overrides)}." * bool(comparison.overrides)
+        + f" Overrides: {shlex.join(comparison.overrides)}." * bool(comparison.overrides)
         + f" Trained on {'; '.join(machines)}." * bool(machines),
     ]
     if rows:
