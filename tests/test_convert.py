@@ -108,7 +108,7 @@ def check_features(model, folder, norm, **sizes):
     for name in ("res2", "res3", "res4", "res5"):
         scale = expected[name].std()
         assert scale > 0.1
-        torch.testing.assert_close(features[name] / scale, expected[name] / scale, rtol=0, atol=1e-4)
+        torch.testing.assert_close(features[name] / scale, expected[name] / scale, rtol=0, atol=5e-4)
     return conversion
 
 
