@@ -22,13 +22,15 @@ _BLOCK = 2**22  # elements that a cache holds
 
 def pays(x: Tensor, num_groups: int) -> bool:
     """Whether :func:`forward` takes ``x`` and, from measurements with 2 threads, is faster than PyTorch's own op."""
+    elements = x.numel()
     return (
-        isinstance(x.numel(), int)  # not a symbol of a tracer
+        isinstance(elements, int)  # not a symbol of a tracer
+        and elements >= _MIN_ELEMENTS
+        and x.dim() >= 2
+        and 0 < x.shape[0] * num_groups < torch.get_num_threads()
         and x.dtype == torch.float32
-        and x.shape[0] * num_groups < torch.get_num_threads()
-        and x.numel() >= _MIN_ELEMENTS
         and x.is_contiguous()
-        and _row_length(x.numel() // (x.shape[0] * num_groups)) is not None
+        and _row_length(elements // (x.shape[0] * num_groups)) is not None
     )
 
 
