@@ -97,7 +97,6 @@ def _is_transformed():
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
 def _triton_works(device_index):
     return _try_triton(device_index)
 
@@ -142,6 +141,7 @@ def _differentiable_gradients(dy, x, weight, bias, num_groups, eps):
 
 
 if _HAS_OPS:
+    torch.compiler.assume_constant_result(_triton_works)
     torch.library.define(
         "gng_d2::group_norm",
         "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> (Tensor, Tensor, Tensor)",
