@@ -28,7 +28,7 @@ from .config import load_config, norm_keys
 from .engine import setup_job
 from .errors import InputError
 from .norm_types import norm_from_name
-from .records import check_outputs, machine, read_metrics
+from .records import check_outputs, machine, read_metrics, written_whole
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 
@@ -179,7 +179,7 @@ class Comparison:
         path = os.path.join(self.output, "comparison.yaml")
         check_outputs(path)
         if not os.path.exists(path):
-            with _written_whole(path) as file:
+            with written_whole(path) as file:
                 yaml.safe_dump(self.settings(), file)
         with open(path) as file:
             differ = differences(yaml.safe_load(file), self.settings())
@@ -267,7 +267,7 @@ def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dic
         reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
         state = {"status": "failed" if reason else "finished", "reason": reason, "machine": comparison.machine()}
         if comparison.machine_rank == 0:
-            with _written_whole(run.path("run.json")) as file:
+            with written_whole(run.path("run.json")) as file:
                 json.dump(state, file)
         return state
 
@@ -296,15 +296,6 @@ def time_iteration(comparison: Comparison, norm: str) -> float:
         if code:
             raise InputError(f"{norm}: {_reason(code, run.path('output.txt'), 0)}")
         return [record["time"] for record in read_metrics(run.path("metrics.json")) if "time" in record][-1]
-
-
-@contextmanager
-def _written_whole(path):
-    """A text file that appears under its name when it is whole."""
-    partial = f"{path}.{os.getpid()}"
-    with open(partial, "w") as file:
-        yield file
-    os.replace(partial, path)
 
 
 @contextmanager

@@ -4,13 +4,14 @@ import json
 import os
 import platform
 import tempfile
-from typing import Dict, List, Optional
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, TextIO
 
 import torch
 
 from .errors import InputError
 
-__all__ = ["machine", "check_outputs", "read_rows", "write_rows", "read_metrics"]
+__all__ = ["machine", "check_outputs", "read_rows", "write_rows", "written_whole", "read_metrics"]
 
 
 def machine(device: str = "cpu") -> str:
@@ -58,9 +59,16 @@ def read_rows(path: str) -> List[Dict]:
 def write_rows(path: str, rows: List[Dict]) -> None:
     """Write ``rows`` as a JSON list, one row a line, whole or not at all."""
     lines = ",\n".join(json.dumps(row) for row in rows)
-    partial = f"{path}.partial"
-    with open(partial, "w") as file:
+    with written_whole(path) as file:
         file.write(f"[\n{lines}\n]\n")
+
+
+@contextmanager
+def written_whole(path: str) -> Iterator[TextIO]:
+    """A text file to write that appears under its name when it is whole."""
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as file:
+        yield file
     os.replace(partial, path)
 
 

@@ -3,7 +3,7 @@
 
 import os
 import sys
-from statistics import geometric_mean, mean, quantiles, stdev
+from statistics import geometric_mean, mean, quantiles
 
 from tabulate import tabulate
 
@@ -12,6 +12,7 @@ from gng_d2.mlp import PRACTICAL
 from gng_d2.paper_tables import TABLE_3, TABLE_4, TABLE_5, TABLE_6
 from gng_d2.probe import block_kind
 from gng_d2.records import read_rows
+from gng_d2.runs import mean_and_std
 from gng_d2.summary import differences_table, results_table
 
 DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
@@ -116,7 +117,7 @@ def table_3(rows):
         errors = [row["test_error"] for row in of_groups]
         loss = 1000 * mean(row["train_loss"][-1] for row in of_groups)
         name = f"{groups}{' (practical)' * (groups == PRACTICAL)}"
-        lines.append([name, paper, mean(errors), _std(errors), len(errors), loss])
+        lines.append([name, paper, *mean_and_std(errors), len(errors), loss])
     return markdown(lines, ["G", "paper, error %", "ours, error %", "standard deviation", "seeds", "last train loss, 1/1000"])
 
 
@@ -124,7 +125,7 @@ def table_4(rows):
     lines = []
     for norm in dict.fromkeys(row["norm"] for row in rows):
         errors = [row["error"] for row in rows if row["norm"] == norm]
-        lines.append([norm, mean(errors), _std(errors), len(errors)])
+        lines.append([norm, *mean_and_std(errors), len(errors)])
     about = "R-{depth}, {classes} classes, {train_images} training images of {image_size} pixels, {epochs} epochs"
     return markdown(lines, ["norm", "error %", "standard deviation", "seeds"]) + "\n\n" + about.format(**rows[0])
 
@@ -185,10 +186,6 @@ def cost_of_a_norm(rows):
 def cost_of_a_step(rows):
     keys = "model norm amp images step_milliseconds ratio_to_frozen_bn ratio_to_gn peak_memory_bytes memory_ratio_to_gn share_of_weight_standardization"
     return markdown([{key: row[key] for key in keys.split()} for row in rows])
-
-
-def _std(values):
-    return stdev(values) if len(values) > 1 else None
 
 
 COMPARE = "python tools/compare.py --norms GN GN1 PGN --seeds 0 1 2 --config-file "
