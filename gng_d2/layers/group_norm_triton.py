@@ -35,21 +35,27 @@ def _tile(channels, positions, num_chunks, chunk, BLOCK_C: tl.constexpr, BLOCK_S
 
 
 @triton.jit
+def _step(row, c, channels, first, end, stride_s, BLOCK_S: tl.constexpr):
+    """Offsets of the BLOCK_S positions from ``first`` on in each row, and which of them there are."""
+    s = first + tl.arange(0, BLOCK_S)
+    return row + s.to(tl.int64)[None, :] * stride_s, (c < channels)[:, None] & (s < end)[None, :]
+
+
+@triton.jit
 def _moments_kernel(
     x_ptr, mean_ptr, m2_ptr, channels, positions, stride_c, stride_s, num_chunks, chunk,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2, the sum of squared deviations, of each (image, chunk, channel), by Welford's method."""
     n, c, k, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
-    rows = x_ptr + n * channels * positions + c.to(tl.int64)[:, None] * stride_c
+    row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     lane = tl.arange(0, BLOCK_S)
     mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     seen = 0.0
     for first in range(start, end, BLOCK_S):
-        s = first + lane
-        inside = (c < channels)[:, None] & (s < end)[None, :]
-        x = tl.load(rows + s.to(tl.int64)[None, :] * stride_s, mask=inside, other=0.0).to(tl.float32)
+        at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         seen += 1.0
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta / seen
@@ -125,9 +131,7 @@ def _normalize_kernel(
         shift += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     for first in range(start, end, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (c < channels)[:, None] & (s < end)[None, :]
-        at = row + s.to(tl.int64)[None, :] * stride_s
+        at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = (x - mean[:, None]) * scale[:, None] + shift[:, None]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -147,9 +151,7 @@ def _gradient_sums_kernel(
     sum_dy = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     sum_dyz = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for first in range(start, end, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (c < channels)[:, None] & (s < end)[None, :]
-        at = row + s.to(tl.int64)[None, :] * stride_s
+        at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         sum_dy += dy
@@ -206,9 +208,7 @@ def _input_gradient_kernel(
         weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     for first in range(start, end, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (c < channels)[:, None] & (s < end)[None, :]
-        at = row + s.to(tl.int64)[None, :] * stride_s
+        at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = (x - mean[:, None]) * rstd[:, None]
