@@ -255,6 +255,18 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     assert [row["seeds"] for row in rows] == [[0]] * 9 + [[]] * 9
 
 
+def test_two_processes_train_a_run(shapes, tmp_path, monkeypatch):
+    """gloo, where there is no GPU."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    comparison = Comparison(CONFIG, ["PGN"], [0], str(tmp_path), overrides=[*TINY, "DATASETS.TEST", "()"], num_gpus=2)
+    (run,) = train_all(comparison)
+    assert run.state()["status"] == "finished" and run.state()["machine"].startswith("2 x ")
+    assert "World size: 2" in open(run.path("log.txt")).read()
+    write_report(comparison)
+    (row,) = read_rows(tmp_path / "results.json")
+    assert row["metric"] == "total_loss" and len(row["values"]) == 1 and row["mean"] > 0
+
+
 # what the report says
 
 
