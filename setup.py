@@ -1,4 +1,4 @@
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     name="gng_d2",
@@ -7,6 +7,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["gng_d2", "gng_d2.*"]),
+    # No Python extension, but what gng_d2/layers/group_norm_cpu.py loads. Without a compiler PyTorch's own op is used.
+    ext_modules=[
+        Extension(
+            "gng_d2.layers._group_norm_cpu",
+            ["gng_d2/layers/group_norm_cpu.c"],
+            extra_compile_args=["-O3", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ],
     # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, tabulate, yacs) are
     # not listed: an environment that has a Detectron2 keeps it as it is.
     install_requires=["torch>=2.0", "numpy"],
