@@ -7,11 +7,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["gng_d2", "gng_d2.*"]),
-    # No Python extension, but what gng_d2/layers/group_norm_cpu.py loads. Without a compiler PyTorch's own op is used.
+    # No module of Python's, but a library that gng_d2/layers/cpu_kernels.py loads, and can do without.
     ext_modules=[
         Extension(
-            "gng_d2.layers._group_norm_cpu",
-            ["gng_d2/layers/group_norm_cpu.c"],
+            "gng_d2.layers._cpu_kernels",
+            ["gng_d2/layers/cpu_kernels.c"],
             extra_compile_args=["-O3", "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,

@@ -11,7 +11,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 # the import above forbids what Detectron2's default_setup does
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-from gng_d2.layers import functional, group_norm  # noqa: E402
+from gng_d2.layers import cpu_kernels, dispatch, functional, group_norm  # noqa: E402
 
 triton_kernels = pytest.importorskip("gng_d2.layers.group_norm_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +50,7 @@ SAMPLES = next(info for info in op_db if info.name == "nn.functional.group_norm"
 @pytest.fixture
 def cpu_road(monkeypatch):
     """Every input on a CPU goes to group_norm_cpu."""
-    if not functional.group_norm_cpu.is_compiled():
+    if not cpu_kernels.is_compiled():
         pytest.skip("gng_d2 was installed without a C compiler")
     monkeypatch.setattr(functional.group_norm_cpu, "pays", lambda x, num_groups: x.numel() > 0 and x.is_contiguous())
     used = []
@@ -130,7 +130,7 @@ def test_some_inputs_take_a_gradient(road, wanted, request):
 
 def test_torch_func_and_forward_mode_take_pytorchs_op():
     x = torch.randn(1, 64, 128, 128)
-    assert functional.group_norm_cpu.pays(x, 1) or not functional.group_norm_cpu.is_compiled()
+    assert functional.group_norm_cpu.pays(x, 1) or not cpu_kernels.is_compiled()
     gradient = torch.func.grad(lambda x: group_norm(x, 1).square().sum())(x)
     torch.testing.assert_close(gradient, torch.func.grad(lambda x: F.group_norm(x, 1).square().sum())(x))
     assert torch.func.vmap(lambda x: group_norm(x, 1))(x[None]).shape == (1, *x.shape)
@@ -248,7 +248,7 @@ H100 = SimpleNamespace(multi_processor_count=132)
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     """On fake tensors, which need no GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
-    monkeypatch.setattr(functional, "_triton_works", lambda index: True)
+    monkeypatch.setattr(functional, "triton_works", lambda index: True)
     targets = []
 
     def keep(module, inputs):
@@ -270,7 +270,7 @@ def test_choice_on_cuda(monkeypatch):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
         return functional._is_for_us(x, num_groups, weight, bias)
 
-    monkeypatch.setattr(functional, "_triton_works", lambda index: True)
+    monkeypatch.setattr(functional, "triton_works", lambda index: True)
     with FakeTensorMode():
         assert ours(fake(2, 256, 200, 304), 1)
         assert ours(fake(2, 64, 200, 304), 64)
@@ -302,4 +302,4 @@ def test_without_a_c_compiler_pytorchs_op_is_used(monkeypatch):
     monkeypatch.setattr(triton_kernels, "forward", fail)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: torch.empty(1, 1, 2))
     with pytest.warns(UserWarning, match="C compiler"):
-        assert not functional._try_triton.__wrapped__(0)
+        assert not dispatch._try_triton.__wrapped__(0)

@@ -130,12 +130,13 @@ def test_a_nan_stays_in_its_group():
 
 
 COMPILE = """
-from gng_d2.layers import group_norm_triton
+from gng_d2.layers import group_norm_triton, weight_standardization_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-kernels = [kernel for name, kernel in vars(group_norm_triton).items() if name.endswith("_kernel")]
-assert len(kernels) == 6
+modules = group_norm_triton, weight_standardization_triton
+kernels = [kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")]
+assert len(kernels) == 8
 for data in "*fp32", "*bf16":
     # the values that Triton takes as constants: blocks, a stride of 1, no weight, a single image, group and chunk
     for constants in (

@@ -1,18 +1,21 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from gng_d2 import WSConv2d, fold_weight_standardization
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import standardize_weight
+from gng_d2.layers import cpu_kernels, standardize_weight, weight_standardization, weight_standardization_cpu
+from gng_d2.layers.weight_standardization import _standardize
 
 
 def brute_force(weight):
@@ -45,6 +48,87 @@ def test_gradients():
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(standardize_weight, weight)
     assert torch.autograd.gradgradcheck(standardize_weight, weight)
+
+
+def kernels_of(road):
+    if road == "cpu":
+        if not cpu_kernels.is_compiled():
+            pytest.skip("gng_d2 was installed without a C compiler")
+        return weight_standardization_cpu, "cpu"
+    triton_kernels = pytest.importorskip("gng_d2.layers.weight_standardization_triton")
+    return triton_kernels, "cuda" if torch.cuda.is_available() else "cpu"
+
+
+ROADS = [("cpu", torch.float32), ("triton", torch.float32), ("triton", torch.float16), ("triton", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("road, dtype", ROADS)
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (3, 7, 5, 3), (2, 512, 3, 3), (30, 31, 1, 1)])
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1e-3, 0), (0.1, 1)])
+def test_kernels_are_no_worse_than_pytorchs_ops(road, dtype, shape, scale, offset):
+    """Weight and gradient, against float64."""
+    kernels, device = kernels_of(road)
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn((2, *shape), generator=generator)
+    weight, gradient = (weight * scale + offset).to(device, dtype), gradient.to(device, dtype)
+    ours = kernels.forward(weight, 1e-5), kernels.backward(gradient, weight, 1e-5)
+    assert ours[0].dtype == ours[1].dtype == dtype
+
+    def composed(dtype):
+        leaf = weight.to(dtype).requires_grad_()
+        out = _standardize(leaf)
+        return out.detach(), torch.autograd.grad(out, leaf, gradient.to(dtype))[0]
+
+    theirs = composed(dtype)
+    if dtype == torch.bfloat16 and device == "cpu":  # Triton's interpreter cuts off where a GPU rounds
+        theirs = [(t.view(torch.int32) & -(2**16)).view(torch.float32) for t in composed(torch.float32)]
+    for one, other, exact in zip(ours, theirs, composed(torch.float64)):
+        assert (one - exact).norm() <= 1.2 * (other - exact).norm() + 2e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("road", ["cpu", "triton"])
+def test_kernels_on_equal_weights(road):
+    kernels, device = kernels_of(road)
+    weight, gradient = torch.full((4, 3, 3, 3), 0.25, device=device), torch.randn(4, 3, 3, 3, device=device)
+    assert not kernels.forward(weight, 1e-5).any()
+    expected = (gradient - gradient.mean((1, 2, 3), keepdim=True)) / 1e-5
+    torch.testing.assert_close(kernels.backward(gradient, weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("road", ["cpu", "triton"])
+def test_autograd_takes_the_kernels(road, monkeypatch):
+    kernels, device = kernels_of(road)
+    calls = []
+    spy = SimpleNamespace(
+        forward=lambda *args: calls.append("forward") or kernels.forward(*args),
+        backward=lambda *args: calls.append("backward") or kernels.backward(*args),
+    )
+    monkeypatch.setattr(weight_standardization, "_kernels", lambda weight: spy)
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(f(weight).cos().sum(), weight)[0] for f in (standardize_weight, _standardize))
+    torch.testing.assert_close(ours, theirs)
+    assert calls == ["forward", "backward"]
+
+    def second(f):
+        first = torch.autograd.grad(f(weight).cos().sum(), weight, create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    torch.testing.assert_close(second(standardize_weight), second(_standardize))
+
+
+def test_kernels_are_for_plain_eager_tensors():
+    weight = torch.randn(4, 3, 3, 3)
+    assert weight_standardization._kernels(weight) is (weight_standardization_cpu if cpu_kernels.is_compiled() else None)
+    for other in (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0]):
+        assert weight_standardization._kernels(other) is None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert standardize_weight(torch.empty(4, 3, 3, 3)).shape == weight.shape
+    assert standardize_weight(torch.empty(4, 3, 3, 3, device="meta")).is_meta
+    gradient = torch.func.grad(lambda w: standardize_weight(w).cos().sum())(weight)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda w: _standardize(w).cos().sum())(weight))
+    compiled = torch.compile(standardize_weight, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(weight), standardize_weight(weight))
 
 
 @pytest.mark.parametrize("shape, expected", [((4, 3, 3, 3), 0.0), ((4, 1, 1, 1), 0.25)])
@@ -121,8 +205,9 @@ def test_weight_stays_the_raw_parameter():
     assert [n for n, _ in ws.named_parameters()] == [n for n, _ in plain.named_parameters()]
     ws.load_state_dict(plain.state_dict())
     x = torch.randn(1, 12, 5, 5)
-    for twin in (copy.deepcopy(ws), pickle.loads(pickle.dumps(ws)), torch.jit.trace(ws, x)):
+    for twin in (copy.deepcopy(ws), pickle.loads(pickle.dumps(ws))):
         assert torch.equal(twin(x), ws(x))
+    torch.testing.assert_close(torch.jit.trace(ws, x)(x), ws(x))  # in PyTorch's own ops
     optimizer = torch.optim.SGD(ws.parameters(), lr=0.1, weight_decay=0.1)
     before = ws.weight.clone()
     ws(x).sum().backward()

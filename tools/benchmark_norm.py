@@ -29,7 +29,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.benchmark_norm import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import group_norm_cpu
+from gng_d2.layers import cpu_kernels
 from gng_d2.records import check_outputs, machine, write_rows
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
@@ -50,7 +50,7 @@ def parse_args():
 def measure(args):
     torch.manual_seed(0)
     keep_freed_memory()
-    if args.device == "cpu" and not group_norm_cpu.is_compiled():
+    if args.device == "cpu" and not cpu_kernels.is_compiled():
         print("gng_d2 was installed without a C compiler: on the CPU ours is PyTorch's own op")
     bandwidth = copy_bandwidth(args.device)
     print(f"{machine(args.device)}; a copy moves {bandwidth / 1e9:.1f} GB/s")

@@ -1,27 +1,18 @@
 """Group norm as fast as the hardware allows for any number of groups."""
 
-import warnings
-from functools import lru_cache
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import group_norm_cpu
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
 
-try:
+if HAS_TRITON:
     from . import group_norm_triton
-except ImportError:  # Triton is not made for every platform
-    group_norm_triton = None
 
 __all__ = ["group_norm"]
-
-# Older versions of PyTorch have no way to register an op that torch.compile can go through.
-_HAS_OPS = hasattr(torch.library, "register_fake")
-_HAS_TRITON = _HAS_OPS and group_norm_triton is not None
-_TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A group of fewer elements is read by one thread block in about the time that our additional launches take.
 _MIN_GROUP = 2**15
@@ -48,7 +39,7 @@ def group_norm(
         torch.Size([2, 6, 8, 8])
     """
     if not torch.jit.is_scripting():
-        if _HAS_OPS and _is_for_us(input, num_groups, weight, bias):
+        if HAS_OPS and _is_for_us(input, num_groups, weight, bias):
             if not input.is_contiguous():  # on CUDA alone
                 input = input.contiguous(memory_format=group_norm_triton.memory_format(input))
             if torch.is_grad_enabled():
@@ -61,7 +52,7 @@ def _is_for_us(input, num_groups, weight, bias):
     """Whether ours takes what it is given, and is the faster one."""
     if input.is_cpu and not group_norm_cpu.pays(input, num_groups):
         return False  # first of all, as the host's time is all there is
-    if torch.jit.is_tracing() or _is_transformed():
+    if is_transformed():
         return False
     if input.dim() < 2 or not input.numel() or num_groups < 1 or input.shape[1] % num_groups:
         return False
@@ -71,7 +62,7 @@ def _is_for_us(input, num_groups, weight, bias):
     one_type = all(p.dtype == input.dtype for p in affine)
     if input.is_cpu:
         return one_type and all(p.is_contiguous() for p in affine) and not torch.compiler.is_compiling()
-    if not input.is_cuda or not _HAS_TRITON or input.dtype not in _TRITON_TYPES:
+    if not input.is_cuda or not HAS_TRITON or input.dtype not in TRITON_TYPES:
         return False
     half = input.dtype != torch.float32
     if not one_type and not (half and all(p.dtype == torch.float32 for p in affine)):
@@ -85,29 +76,7 @@ def _is_faster_on_cuda(input, num_groups, keeps_type):
         multiprocessors = torch.cuda.get_device_properties(input.device).multi_processor_count
         if thread_blocks >= multiprocessors or input.numel() < thread_blocks * _MIN_GROUP:
             return False
-    return _triton_works(input.device.index)
-
-
-def _is_transformed():
-    """Under torch.export, torch.func or forward-mode differentiation."""
-    if torch.compiler.is_compiling():
-        return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def _triton_works(device_index):
-    return _try_triton(device_index)
-
-
-@lru_cache(maxsize=None)
-def _try_triton(device_index):
-    """Triton needs a C compiler when it first launches, which a slim container may not have."""
-    try:
-        group_norm_triton.forward(torch.zeros(1, 1, 2, device=f"cuda:{device_index}"), None, None, 1, 1e-5)
-    except Exception as error:  # of any kind: it runs a compiler
-        warnings.warn(f"Triton does not work here, so PyTorch's own group norm is used: {error}", stacklevel=2)
-        return False
-    return True
+    return triton_works(input.device.index)
 
 
 def _forward(x, *args):
@@ -147,8 +116,7 @@ def _differentiable_gradients(dy, x, weight, bias, num_groups, eps):
     return [gradients.get(id(t)) for t in (x, weight, bias)]
 
 
-if _HAS_OPS:
-    torch.compiler.assume_constant_result(_triton_works)
+if HAS_OPS:
     torch.library.define(
         "gng_d2::group_norm",
         "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> (Tensor, Tensor, Tensor)",
@@ -157,7 +125,7 @@ if _HAS_OPS:
         "gng_d2::group_norm_backward",
         "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
     )
-    if _HAS_TRITON:
+    if HAS_TRITON:
         torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
         torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)
 

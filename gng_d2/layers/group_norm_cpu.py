@@ -1,47 +1,23 @@
 """Group norm on a CPU in which the threads share each group.
 
-PyTorch's own gives each (image, group) to one thread, and leaves others idle. The arithmetic is in ``group_norm_cpu.c``,
-which is compiled when the package is installed. Where no compiler was there, :func:`pays` is never true.
+PyTorch's own gives each (image, group) to one thread, and leaves others idle.
 """
 
-import ctypes
 import math
-import warnings
-from importlib.util import find_spec
 from typing import Optional, Tuple
 
-import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads
+import torch
 from torch import Tensor
 
-__all__ = ["is_compiled", "pays", "forward", "backward"]
+from . import cpu_kernels
+
+__all__ = ["pays", "forward", "backward"]
 
 _MIN_ELEMENTS = 3 * 2**16  # below, what Python adds is more than what a second thread takes away
 _MIN_POSITIONS = 512  # below, the time goes into calls for short rows
 # where none of PyTorch's threads idles, ours is faster in the caches
 _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _PIECE = 4096  # elements that the first cache holds
-
-
-def _load():
-    spec = find_spec(f"{__package__}._group_norm_cpu")
-    if spec is None:
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    try:
-        library = ctypes.CDLL(spec.origin)
-        library.gng_d2_group_norm.argtypes = [*[pointer] * 7, *[integer] * 5, ctypes.c_double, ctypes.c_int]
-        library.gng_d2_group_norm_backward.argtypes = [*[pointer] * 9, *[integer] * 5, ctypes.c_int]
-    except (OSError, AttributeError) as error:  # compiled on another system, or from another version
-        warnings.warn(f"PyTorch's own group norm is used on the CPU, until gng_d2 is installed again: {error}", stacklevel=2)
-        return None
-    return library
-
-
-_LIBRARY = _load()
-
-
-def is_compiled() -> bool:
-    return _LIBRARY is not None
 
 
 def pays(x: Tensor, num_groups: int) -> bool:
@@ -55,7 +31,7 @@ def pays(x: Tensor, num_groups: int) -> bool:
         and num_groups > 0
         and x.dtype == torch.float32
         and x.is_contiguous()
-        and is_compiled()
+        and cpu_kernels.is_compiled()
     ):
         return False
     images, channels = x.shape[:2]
@@ -82,10 +58,8 @@ def forward(
     mean = x.new_empty((images, num_groups))
     rstd = torch.empty_like(mean)
     moments = torch.empty(images * num_groups * math.ceil(size / _PIECE) * 2, dtype=torch.float64)
-    _LIBRARY.gng_d2_group_norm(
-        *map(_pointer, (x, weight, bias, y, mean, rstd, moments)),
-        *(images, channels, size * num_groups // channels, num_groups, _PIECE, eps, torch.get_num_threads()),
-    )
+    sizes = images, channels, size * num_groups // channels, num_groups, _PIECE
+    cpu_kernels.call("group_norm", x, weight, bias, y, mean, rstd, moments, *sizes, eps)
     return y, mean, rstd
 
 
@@ -98,12 +72,6 @@ def backward(
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(channels), x.new_empty(channels)
     sums = torch.empty(images * (channels + num_groups) * 2, dtype=torch.float64)
-    _LIBRARY.gng_d2_group_norm_backward(
-        *map(_pointer, (dy, x, mean, rstd, weight, dx, dweight, dbias, sums)),
-        *(images, channels, x.numel() // (images * channels), num_groups, _PIECE, torch.get_num_threads()),
-    )
+    sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE
+    cpu_kernels.call("group_norm_backward", dy, x, mean, rstd, weight, dx, dweight, dbias, sums, *sizes)
     return dx, dweight, dbias
-
-
-def _pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from gng_d2.errors import InputError
 
+from . import cpu_kernels, weight_standardization_cpu
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
+
+if HAS_TRITON:
+    from . import weight_standardization_triton
+
 __all__ = ["WSConv2d", "standardize_weight", "standardize", "fold_weight_standardization"]
+
+_EPS = 1e-5
 
 if find_spec("detectron2") is not None:
     from detectron2.layers import Conv2d
@@ -40,12 +48,48 @@ def standardize_weight(weight: Tensor) -> Tensor:
     """
     if weight.numel() == weight.shape[0]:
         return weight
+    if not torch.jit.is_scripting():
+        if _kernels(weight) is not None:
+            return _Standardize.apply(weight)
+    return _standardize(weight)
+
+
+def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:
+    """In PyTorch's ops, which torch.compile fuses."""
     wide = weight if weight.dtype == torch.float64 else weight.float()
     filters = wide.flatten(1)
     deviation = filters - filters.mean(1, keepdim=True)
     # torch.std takes eight times as long on a CPU
     std = torch.linalg.vector_norm(deviation, dim=1, keepdim=True) / (filters.shape[1] - 1) ** 0.5
-    return (deviation / (std + 1e-5)).view(weight.shape).to(weight.dtype)
+    return (deviation / (std + eps)).view(weight.shape).to(weight.dtype)
+
+
+def _kernels(weight):
+    """What does it in one kernel forward and one backward, or None."""
+    if not HAS_OPS or torch.compiler.is_compiling() or is_transformed():
+        return None
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_contiguous() or not weight.numel():
+        return None
+    if weight.is_cpu and weight.dtype == torch.float32 and cpu_kernels.is_compiled():
+        return weight_standardization_cpu
+    if weight.is_cuda and weight.dtype in TRITON_TYPES and HAS_TRITON and triton_works(weight.device.index):
+        return weight_standardization_triton
+    return None
+
+
+class _Standardize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        ctx.kernels = _kernels(weight)
+        return ctx.kernels.forward(weight, _EPS)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient that can be differentiated again
+            return torch.autograd.grad(_standardize(weight), weight, gradient, create_graph=True)[0]
+        return ctx.kernels.backward(gradient, weight, _EPS)
 
 
 class WSConv2d(Conv2d):

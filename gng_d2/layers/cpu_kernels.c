@@ -1,8 +1,7 @@
-/* Group norm in which the threads share every group.
+/* Group norm and weight standardization on a CPU, whose threads share the work whatever the number of groups.
 
-   All tensors are contiguous: x, y, dy and dx (images, channels, positions), mean and rstd (images, groups), the
-   parameters and their gradients (channels), in float32. What is summed is summed in pieces of `piece` elements, short
-   enough to stay in the first cache, and merged in float64 in one order: no result depends on the number of threads.
+   All tensors are contiguous and in float32. What is summed is summed in pieces of `piece` elements, short enough to stay
+   in the first cache, and merged in float64 in one order: no result depends on the number of threads.
 
    Python calls these functions by name and cannot check their arguments: with other arguments, give them other names. */
 #include <math.h>
@@ -91,7 +90,8 @@ static moments_t merge(const moments_t *of_pieces, int64_t pieces, int64_t size,
   return whole;
 }
 
-/* partial: (images, groups, pieces of a group) */
+/* x, y: (images, channels, positions); weight, bias: (channels) or null; mean, rstd: (images, groups);
+   partial: (images, groups, pieces of a group) */
 void gng_d2_group_norm(const float *x, const float *weight, const float *bias, float *y, float *mean, float *rstd,
                        moments_t *partial, int64_t images, int64_t channels, int64_t positions, int64_t groups, int64_t piece,
                        double eps, int threads) {
@@ -119,7 +119,7 @@ void gng_d2_group_norm(const float *x, const float *weight, const float *bias, f
   }
 }
 
-/* partial: (images, channels + groups) */
+/* The same shapes; partial: (images, channels + groups) */
 void gng_d2_group_norm_backward(const float *dy, const float *x, const float *mean, const float *rstd, const float *weight,
                                 float *dx, float *dweight, float *dbias, sums_t *partial, int64_t images, int64_t channels,
                                 int64_t positions, int64_t groups, int64_t piece, int threads) {
@@ -160,5 +160,30 @@ void gng_d2_group_norm_backward(const float *dy, const float *x, const float *me
       differentiate(dx + i, dy + i, x + i, positions, mean[group], of_dy, share * rstd[group] * of_groups[group].dy_x,
                     share * of_groups[group].dy);
     }
+  }
+}
+
+static double deviation(moments_t moments, int64_t size) { return moments.m2 > 0 ? sqrt(moments.m2 / (size - 1)) : 0; }
+
+/* weight, out: (filters, size). Each filter less its mean, over the sum of eps and its unbiased standard deviation. */
+void gng_d2_standardize(const float *weight, float *out, int64_t filters, int64_t size, double eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < filters; i++) {
+    moments_t moments = moments_of_piece(weight + i * size, size);
+    normalize(out + i * size, weight + i * size, size, moments.mean, 1 / (deviation(moments, size) + eps), 0);
+  }
+}
+
+/* gradient, weight, out: (filters, size) */
+void gng_d2_standardize_backward(const float *gradient, const float *weight, float *out, int64_t filters, int64_t size,
+                                 double eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < filters; i++) {
+    const float *of_out = gradient + i * size, *filter = weight + i * size;
+    moments_t moments = moments_of_piece(filter, size);
+    sums_t sums = sums_of_piece(of_out, filter, size, moments.mean);
+    double std = deviation(moments, size), scale = 1 / (std + eps);
+    double of_weight = std > 0 ? -sums.dy_x * scale * scale / (std * (size - 1)) : 0;
+    differentiate(out + i * size, of_out, filter, size, moments.mean, scale, of_weight, -sums.dy * scale / size);
   }
 }

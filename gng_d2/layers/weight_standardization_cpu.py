@@ -1,0 +1,26 @@
+"""Weight standardization on a CPU, in one reading of each filter."""
+
+import torch
+from torch import Tensor
+
+from . import cpu_kernels
+
+__all__ = ["forward", "backward"]
+
+
+def forward(weight: Tensor, eps: float) -> Tensor:
+    """The standardized weight.
+
+    Shape:
+        - weight, output: :math:`(C_{out}, *)`, contiguous float32, of at least two weights a filter
+    """
+    out = torch.empty_like(weight)
+    cpu_kernels.call("standardize", weight, out, len(weight), weight[0].numel(), eps)
+    return out
+
+
+def backward(gradient: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient of ``weight``, from that of the output."""
+    out = torch.empty_like(weight)
+    cpu_kernels.call("standardize_backward", gradient.contiguous(), weight, out, len(weight), weight[0].numel(), eps)
+    return out
