@@ -158,3 +158,17 @@ def test_gradient_that_is_an_expanded_number():
     ours, theirs = (torch.autograd.grad(f(x, 1, weight, bias).sum(), leaves) for f in (group_norm, F.group_norm))
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+
+def test_under_torch_compile_pytorchs_op_is_taken():
+    """The compiler fuses that with what is around it."""
+    x, weight, bias = draw(1, 64, 128, 128)
+    targets = []
+
+    def keep(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(lambda *t: group_norm(t[0], 1, *t[1:]), backend=keep, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), group_norm(x, 1, weight, bias))
+    assert F.group_norm in targets
