@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from gng_d2.layers import cpu_kernels, group_norm, group_norm_cpu
@@ -172,3 +174,12 @@ def test_under_torch_compile_pytorchs_op_is_taken():
     compiled = torch.compile(lambda *t: group_norm(t[0], 1, *t[1:]), backend=keep, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), group_norm(x, 1, weight, bias))
     assert F.group_norm in targets
+
+
+def test_a_mode_that_has_to_see_each_op_sees_pytorchs():
+    x, weight, bias = draw(1, 64, 128, 128)
+    graph = make_fx(lambda *t: group_norm(t[0], 1, *t[1:]))(x, weight, bias)
+    other = draw(1, 64, 128, 128, mean=3)[0]
+    torch.testing.assert_close(graph(other, weight, bias), group_norm(other, 1, weight, bias))
+    with FakeTensorMode() as mode:
+        assert group_norm(mode.from_tensor(x), 1).shape == x.shape

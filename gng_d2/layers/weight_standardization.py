@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gng_d2.errors import InputError
 
 from . import cpu_kernels, weight_standardization_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, is_watched, triton_works
 
 if HAS_TRITON:
     from . import weight_standardization_triton
@@ -66,7 +66,7 @@ def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:
 
 def _kernels(weight):
     """What does it in one kernel forward and one backward, or None."""
-    if not HAS_OPS or torch.compiler.is_compiling() or is_transformed():
+    if not HAS_OPS or is_watched() or is_transformed():
         return None
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_contiguous() or not weight.numel():
         return None
