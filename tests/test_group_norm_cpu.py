@@ -110,15 +110,10 @@ def test_a_library_of_another_system_or_version_is_not_used(monkeypatch):
             assert not cpu_kernels._load()
 
 
-def test_is_used_where_it_pays(monkeypatch):
-    used = []
-    forward = group_norm_cpu.forward
-    monkeypatch.setattr(group_norm_cpu, "forward", lambda *args: used.append(args) or forward(*args))
-
-    def uses(x, groups, *parameters):
-        used.clear()
-        group_norm(x, groups, *parameters)
-        return bool(used)
+def test_is_used_where_it_pays():
+    def uses(x, *args):
+        leaf = x.detach().requires_grad_()
+        return type(group_norm(leaf, *args).grad_fn).__name__ == "_GroupNormBackward"
 
     x, weight, bias = draw(1, 64, 128, 128)
     assert uses(x, 1, weight, bias) and uses(x, 1) and uses(x, 32, weight, bias)
@@ -176,10 +171,38 @@ def test_under_torch_compile_pytorchs_op_is_taken():
     assert F.group_norm in targets
 
 
-def test_a_mode_that_has_to_see_each_op_sees_pytorchs():
+def test_modes_see_the_op():
     x, weight, bias = draw(1, 64, 128, 128)
-    graph = make_fx(lambda *t: group_norm(t[0], 1, *t[1:]))(x, weight, bias)
+    graph = make_fx(lambda *t: gradients(lambda *u: group_norm(u[0], 1, *u[1:]), *t))(x, weight, bias)
     other = draw(1, 64, 128, 128, mean=3)[0]
-    torch.testing.assert_close(graph(other, weight, bias), group_norm(other, 1, weight, bias))
+    for one, expected in zip(graph(other, weight, bias), gradients(lambda *t: group_norm(t[0], 1, *t[1:]), other, weight, bias)):
+        torch.testing.assert_close(one, expected)
     with FakeTensorMode() as mode:
         assert group_norm(mode.from_tensor(x), 1).shape == x.shape
+
+
+def test_batched_gradients():
+    x, weight, bias = draw(1, 64, 128, 128)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    dy = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        torch.autograd.grad(f(x, 1, weight, bias), leaves, dy, is_grads_batched=True) for f in (group_norm, F.group_norm)
+    )
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def test_what_is_not_as_it_looks():
+    """Negated or zero without memory, another default device, another layout from a hook on saved tensors."""
+    x, weight, bias = draw(1, 64, 128, 128)
+    y = group_norm(x, 1, weight, bias)
+    torch.testing.assert_close(group_norm(torch._neg_view(-x), 1, weight, bias), y)
+    with torch.device("meta"):
+        assert torch.equal(group_norm(x, 1, weight, bias), y)
+    x.requires_grad_()
+    assert not torch.autograd.grad(group_norm(x, 1), x, torch._efficientzerotensor(x.shape))[0].any()
+    expected = torch.autograd.grad(F.group_norm(x, 1).cos().sum(), x)[0]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+    ):
+        torch.testing.assert_close(torch.autograd.grad(group_norm(x, 1).cos().sum(), x)[0], expected)

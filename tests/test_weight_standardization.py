@@ -1,6 +1,6 @@
 import copy
 import pickle
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -100,37 +100,51 @@ def test_kernels_on_equal_weights(road):
 def test_autograd_takes_the_kernels(road, monkeypatch):
     kernels, device = kernels_of(road)
     calls = []
-    spy = SimpleNamespace(
-        forward=lambda *args: calls.append("forward") or kernels.forward(*args),
-        backward=lambda *args: calls.append("backward") or kernels.backward(*args),
-    )
-    monkeypatch.setattr(weight_standardization, "_kernels", lambda weight: spy)
+    library = torch.library.Library("gng_d2", "IMPL")
+    for op, kernel in (("standardize", kernels.forward), ("standardize_backward", kernels.backward)):
+        spy = partial(lambda op, kernel, *args: calls.append(op) or kernel(*args), op, kernel)
+        library.impl(op, spy, device.upper(), allow_override=True)
+    monkeypatch.setattr(weight_standardization, "_is_for_kernels", lambda weight: True)
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
     ours, theirs = (torch.autograd.grad(f(weight).cos().sum(), weight)[0] for f in (standardize_weight, _standardize))
     torch.testing.assert_close(ours, theirs)
-    assert calls == ["forward", "backward"]
+    assert calls == ["standardize", "standardize_backward"]
 
     def second(f):
         first = torch.autograd.grad(f(weight).cos().sum(), weight, create_graph=True)[0]
         return torch.autograd.grad(first.square().sum(), weight)[0]
 
     torch.testing.assert_close(second(standardize_weight), second(_standardize))
+    library._destroy()
 
 
 def test_kernels_are_for_plain_eager_tensors():
     weight = torch.randn(4, 3, 3, 3)
-    assert weight_standardization._kernels(weight) is (weight_standardization_cpu if cpu_kernels.is_compiled() else None)
-    for other in (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0]):
-        assert weight_standardization._kernels(other) is None
+    is_for_kernels = weight_standardization._is_for_kernels
+    assert is_for_kernels(weight) == is_for_kernels(nn.Parameter(weight)) == cpu_kernels.is_compiled()
+    assert not any(map(is_for_kernels, (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0])))
     with FakeTensorMode():
         assert standardize_weight(torch.empty(4, 3, 3, 3)).shape == weight.shape
-    torch.testing.assert_close(make_fx(standardize_weight)(weight)(2 * weight + 1), standardize_weight(2 * weight + 1))
     assert standardize_weight(torch.empty(4, 3, 3, 3, device="meta")).is_meta
     gradient = torch.func.grad(lambda w: standardize_weight(w).cos().sum())(weight)
     torch.testing.assert_close(gradient, torch.func.grad(lambda w: _standardize(w).cos().sum())(weight))
     compiled = torch.compile(standardize_weight, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(weight), standardize_weight(weight))
+    torch.testing.assert_close(make_fx(standardize_weight)(weight)(2 * weight + 1), standardize_weight(2 * weight + 1))
+
+
+def test_jacobian():
+    weight = torch.randn(3, 2, 2, 2)
+    ours, theirs = (torch.autograd.functional.jacobian(f, weight, vectorize=True) for f in (standardize_weight, _standardize))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_ops_keep_pytorchs_rules():
+    weight, gradient = torch.randn(2, 4, 3, 3, 3)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.gng_d2.standardize.default, (weight, 1e-5), test_utils=tests)
+    torch.library.opcheck(torch.ops.gng_d2.standardize_backward.default, (gradient, weight, 1e-5), test_utils=tests)
 
 
 @pytest.mark.parametrize("shape, expected", [((4, 3, 3, 3), 0.0), ((4, 1, 1, 1), 0.25)])

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["HAS_OPS", "HAS_TRITON", "TRITON_TYPES", "is_transformed", "is_watched", "triton_works"]
+__all__ = ["HAS_OPS", "HAS_TRITON", "TRITON_TYPES", "is_transformed", "triton_works"]
 
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
@@ -29,11 +29,6 @@ def is_transformed() -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def is_watched() -> bool:
-    """Under a compiler, or a mode that has to see each op, as FakeTensorMode and make_fx do."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def triton_works(device_index: int) -> bool:

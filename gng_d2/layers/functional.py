@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import group_norm_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, is_watched, triton_works
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
 
 if HAS_TRITON:
     from . import group_norm_triton
@@ -44,16 +44,16 @@ def group_norm(
                 input = input.contiguous(memory_format=group_norm_triton.memory_format(input))
             if torch.is_grad_enabled():
                 return _GroupNorm.apply(input, weight, bias, num_groups, eps)
-            return _forward(input, weight, bias, num_groups, eps)[0]
+            return torch.ops.gng_d2.group_norm.default(input, weight, bias, num_groups, eps)[0]
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
 def _is_for_us(input, num_groups, weight, bias):
     """Whether ours takes what it is given, and is the faster one."""
-    if input.is_cpu and (is_watched() or not group_norm_cpu.pays(input, num_groups)):
-        return False  # first of all, as the host's time is all there is
     if is_transformed():
         return False
+    if input.is_cpu and (torch.compiler.is_compiling() or not group_norm_cpu.pays(input, num_groups)):
+        return False  # before the other questions, which take time
     if input.dim() < 2 or not input.numel() or num_groups < 1 or input.shape[1] % num_groups:
         return False
     affine = [p for p in (weight, bias) if p is not None]
@@ -79,36 +79,30 @@ def _is_faster_on_cuda(input, num_groups, keeps_type):
     return triton_works(input.device.index)
 
 
-def _forward(x, *args):
-    # The dispatcher takes a tenth of the time of a small input on a CPU.
-    return group_norm_cpu.forward(x, *args) if x.is_cpu else torch.ops.gng_d2.group_norm(x, *args)
-
-
-def _backward(dy, *args):
-    return group_norm_cpu.backward(dy, *args) if dy.is_cpu else torch.ops.gng_d2.group_norm_backward(dy, *args)
-
-
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps):
-        y, mean, rstd = _forward(x, weight, bias, num_groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        y, mean, rstd = torch.ops.gng_d2.group_norm.default(x, weight, bias, num_groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)  # not the bias, which may change before the backward pass
         ctx.num_groups, ctx.eps = num_groups, eps
+        ctx.type_of_bias = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(dy, x, weight, bias, ctx.num_groups, ctx.eps), None, None
-        dx, dweight, dbias = _backward(dy, x, mean, rstd, weight, ctx.num_groups)
+            return *_differentiable_gradients(dy, x, weight, ctx.type_of_bias, ctx.num_groups, ctx.eps), None, None
+        dx, dweight, dbias = torch.ops.gng_d2.group_norm_backward.default(dy, x, mean, rstd, weight, ctx.num_groups)
         dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
+        dbias = None if ctx.type_of_bias is None else dbias.to(ctx.type_of_bias)
         return dx, dweight, dbias, None, None
 
 
-def _differentiable_gradients(dy, x, weight, bias, num_groups, eps):
+def _differentiable_gradients(dy, x, weight, type_of_bias, num_groups, eps):
     """Gradients that can be differentiated again: those of PyTorch's op."""
+    # no gradient depends on the bias
+    bias = None if type_of_bias is None else x.new_zeros(x.shape[1], dtype=type_of_bias).requires_grad_()
     parameter_type = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
     y = F.group_norm(x.to(parameter_type), num_groups, weight, bias, eps).to(x.dtype)
     wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
@@ -125,6 +119,8 @@ if HAS_OPS:
         "gng_d2::group_norm_backward",
         "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
     )
+    torch.library.impl("gng_d2::group_norm", "cpu")(group_norm_cpu.forward)
+    torch.library.impl("gng_d2::group_norm_backward", "cpu")(group_norm_cpu.backward)
     if HAS_TRITON:
         torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
         torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)

@@ -56,7 +56,7 @@ def forward(
     y = torch.empty_like(x)
     mean = x.new_empty((images, num_groups))
     rstd = torch.empty_like(mean)
-    moments = torch.empty(images * num_groups * math.ceil(size / _PIECE) * 2, dtype=torch.float64)
+    moments = x.new_empty(images * num_groups * math.ceil(size / _PIECE) * 2, dtype=torch.float64)
     sizes = images, channels, size * num_groups // channels, num_groups, _PIECE
     cpu_kernels.call("group_norm", x, weight, bias, y, mean, rstd, moments, *sizes, eps)
     return y, mean, rstd
@@ -67,10 +67,10 @@ def backward(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     images, channels = x.shape[:2]
-    dy = dy.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()  # a hook on saved tensors may have changed their layout
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(channels), x.new_empty(channels)
-    sums = torch.empty(images * (channels + num_groups) * 2, dtype=torch.float64)
+    sums = x.new_empty(images * (channels + num_groups) * 2, dtype=torch.float64)
     sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE
     cpu_kernels.call("group_norm_backward", dy, x, mean, rstd, weight, dx, dweight, dbias, sums, *sizes)
     return dx, dweight, dbias

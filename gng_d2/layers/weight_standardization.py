@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gng_d2.errors import InputError
 
 from . import cpu_kernels, weight_standardization_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, is_watched, triton_works
+from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
 
 if HAS_TRITON:
     from . import weight_standardization_triton
@@ -49,7 +49,7 @@ def standardize_weight(weight: Tensor) -> Tensor:
     if weight.numel() == weight.shape[0]:
         return weight
     if not torch.jit.is_scripting():
-        if _kernels(weight) is not None:
+        if _is_for_kernels(weight):
             return _Standardize.apply(weight)
     return _standardize(weight)
 
@@ -64,32 +64,41 @@ def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:
     return (deviation / (std + eps)).view(weight.shape).to(weight.dtype)
 
 
-def _kernels(weight):
-    """What does it in one kernel forward and one backward, or None."""
-    if not HAS_OPS or is_watched() or is_transformed():
-        return None
+def _is_for_kernels(weight):
+    """Whether one kernel forward and one backward can do it."""
+    if not HAS_OPS or is_transformed() or torch.compiler.is_compiling():
+        return False
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_contiguous() or not weight.numel():
-        return None
-    if weight.is_cpu and weight.dtype == torch.float32 and cpu_kernels.is_compiled():
-        return weight_standardization_cpu
-    if weight.is_cuda and weight.dtype in TRITON_TYPES and HAS_TRITON and triton_works(weight.device.index):
-        return weight_standardization_triton
-    return None
+        return False
+    if weight.is_cpu:
+        return weight.dtype == torch.float32 and cpu_kernels.is_compiled()
+    return weight.is_cuda and weight.dtype in TRITON_TYPES and HAS_TRITON and triton_works(weight.device.index)
 
 
 class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight):
         ctx.save_for_backward(weight)
-        ctx.kernels = _kernels(weight)
-        return ctx.kernels.forward(weight, _EPS)
+        return torch.ops.gng_d2.standardize.default(weight, _EPS)
 
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient that can be differentiated again
             return torch.autograd.grad(_standardize(weight), weight, gradient, create_graph=True)[0]
-        return ctx.kernels.backward(gradient, weight, _EPS)
+        return torch.ops.gng_d2.standardize_backward.default(gradient, weight, _EPS)
+
+
+if HAS_OPS:
+    torch.library.define("gng_d2::standardize", "(Tensor weight, float eps) -> Tensor")
+    torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
+    torch.library.impl("gng_d2::standardize", "cpu")(weight_standardization_cpu.forward)
+    torch.library.impl("gng_d2::standardize_backward", "cpu")(weight_standardization_cpu.backward)
+    if HAS_TRITON:
+        torch.library.impl("gng_d2::standardize", "cuda")(weight_standardization_triton.forward)
+        torch.library.impl("gng_d2::standardize_backward", "cuda")(weight_standardization_triton.backward)
+    torch.library.register_fake("gng_d2::standardize")(lambda weight, eps: torch.empty_like(weight))
+    torch.library.register_fake("gng_d2::standardize_backward")(lambda gradient, weight, eps: torch.empty_like(weight))
 
 
 class WSConv2d(Conv2d):
