@@ -177,7 +177,10 @@ def test_modes_see_the_op():
     other = draw(1, 64, 128, 128, mean=3)[0]
     for one, expected in zip(graph(other, weight, bias), gradients(lambda *t: group_norm(t[0], 1, *t[1:]), other, weight, bias)):
         torch.testing.assert_close(one, expected)
-    with FakeTensorMode() as mode:
+    with torch.no_grad():
+        graph = make_fx(lambda *t: group_norm(t[0], 1, *t[1:]))(x, weight, bias)
+    torch.testing.assert_close(graph(other, weight, bias), group_norm(other, 1, weight, bias))
+    with FakeTensorMode() as mode, torch.no_grad():
         assert group_norm(mode.from_tensor(x), 1).shape == x.shape
 
 
@@ -196,9 +199,15 @@ def test_what_is_not_as_it_looks():
     """Negated or zero without memory, another default device, another layout from a hook on saved tensors."""
     x, weight, bias = draw(1, 64, 128, 128)
     y = group_norm(x, 1, weight, bias)
+    with torch.no_grad():
+        assert torch.equal(group_norm(x, 1, weight, bias), y)
+        torch.testing.assert_close(group_norm(torch._neg_view(-x), 1, weight, bias), y)
     torch.testing.assert_close(group_norm(torch._neg_view(-x), 1, weight, bias), y)
+    torch.testing.assert_close(group_norm(x, 1, torch._neg_view(-weight), bias), y)
     with torch.device("meta"):
         assert torch.equal(group_norm(x, 1, weight, bias), y)
+        with torch.no_grad():
+            assert torch.equal(group_norm(x, 1, weight, bias), y)
     x.requires_grad_()
     assert not torch.autograd.grad(group_norm(x, 1), x, torch._efficientzerotensor(x.shape))[0].any()
     expected = torch.autograd.grad(F.group_norm(x, 1).cos().sum(), x)[0]

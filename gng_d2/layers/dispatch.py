@@ -2,11 +2,13 @@
 
 import warnings
 from functools import lru_cache
+from typing import Optional
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["HAS_OPS", "HAS_TRITON", "TRITON_TYPES", "is_transformed", "triton_works"]
+__all__ = ["HAS_OPS", "HAS_TRITON", "TRITON_TYPES", "is_plain", "is_transformed", "triton_works"]
 
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
@@ -28,6 +30,13 @@ def is_transformed() -> bool:
         torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
+    )
+
+
+def is_plain(*tensors: Optional[Tensor]) -> bool:
+    """Whether the dispatcher has nothing to see to: no mode that watches ops, and tensors that are what their memory holds."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_neg()) for t in tensors
     )
 
 
