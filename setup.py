@@ -14,6 +14,7 @@ setup(
             ["gng_d2/layers/cpu_kernels.c"],
             extra_compile_args=["-O3", "-fopenmp"],
             extra_link_args=["-fopenmp"],
+            libraries=["m"],
             optional=True,
         )
     ],

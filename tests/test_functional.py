@@ -32,10 +32,11 @@ def kernels(monkeypatch):
     library._destroy()
 
 
-def leaves_of(*shape, dtype=torch.float32, parameters=torch.float32):
+def leaves_of(*shape, dtype=torch.float32, parameters=torch.float32, road="kernels"):
     torch.manual_seed(0)
-    x = torch.randn(shape, device=DEVICE).to(dtype)
-    return [x.requires_grad_(), *(torch.randn(shape[1], device=DEVICE).to(parameters).requires_grad_() for _ in range(2))]
+    device = "cpu" if road == "cpu_road" else DEVICE
+    x = torch.randn(shape, device=device).to(dtype)
+    return [x.requires_grad_(), *(torch.randn(shape[1], device=device).to(parameters).requires_grad_() for _ in range(2))]
 
 
 def gradients(function, leaves):
@@ -102,7 +103,7 @@ def test_pytorchs_own_errors():
 def test_activation_in_place_may_follow(road, images, request):
     """As in Detectron2's ResNet."""
     request.getfixturevalue(road)
-    leaves = leaves_of(images, 6, 5, 7)
+    leaves = leaves_of(images, 6, 5, 7, road=road)
     ours = gradients(lambda *t: F.relu_(group_norm(t[0], 2, *t[1:])), leaves)
     theirs = gradients(lambda *t: F.relu_(F.group_norm(t[0], 2, *t[1:])), leaves)
     for one, other in zip(ours, theirs):
@@ -125,7 +126,7 @@ def test_parameters_that_are_views(kernels):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
 def test_some_inputs_take_a_gradient(road, wanted, request):
     request.getfixturevalue(road)
-    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(leaves_of(2, 6, 5, 7))]
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(leaves_of(2, 6, 5, 7, road=road))]
     inputs = [leaves[i] for i in wanted]
     ours, theirs = (torch.autograd.grad(f(leaves[0], 2, *leaves[1:]).cos().sum(), inputs) for f in (group_norm, F.group_norm))
     for one, other in zip(ours, theirs):

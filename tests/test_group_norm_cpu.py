@@ -215,3 +215,20 @@ def test_what_is_not_as_it_looks():
         lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
     ):
         torch.testing.assert_close(torch.autograd.grad(group_norm(x, 1).cos().sum(), x)[0], expected)
+
+
+def test_the_op_refuses_what_it_would_misread():
+    x, weight, bias = draw(2, 6, 9, 7)
+    op = torch.ops.gng_d2.group_norm.default
+    expected = F.group_norm(x, 3, weight, bias)
+    torch.testing.assert_close(op(x.contiguous(memory_format=torch.channels_last), weight, bias, 3, 1e-5)[0], expected)
+    y, mean, rstd = op(x, weight, bias, 3, 1e-5)
+    with pytest.raises(RuntimeError, match="float64"):
+        op(x.double(), weight, bias, 3, 1e-5)
+    with pytest.raises(RuntimeError, match="float16"):
+        torch.ops.gng_d2.group_norm_backward.default(y, x.half(), mean, rstd, weight, 3)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="have memory"):
+        op(x, weight, bias, 3, 1e-5)
+    with torch.no_grad():
+        assert not group_norm(torch._efficientzerotensor((1, 64, 128, 128)), 1).any()

@@ -1,7 +1,7 @@
 /* Group norm and weight standardization on a CPU, whose threads share the work whatever the number of groups.
 
-   All tensors are contiguous and in float32. What is summed is summed in pieces of `piece` elements, short enough to stay
-   in the first cache, and merged in float64 in one order: no result depends on the number of threads.
+   All tensors are contiguous and in float32. A group is summed in pieces of `piece` elements, short enough to stay in the
+   first cache, which are merged in float64 in one order: no result depends on the number of threads.
 
    Python calls these functions by name and cannot check their arguments: with other arguments, give them other names. */
 #include <math.h>

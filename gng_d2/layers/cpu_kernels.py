@@ -7,7 +7,7 @@ import ctypes
 import warnings
 from importlib.util import find_spec
 
-import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads
+import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads where both are GNU's
 from torch import Tensor
 
 __all__ = ["is_compiled", "call"]
@@ -44,6 +44,19 @@ def is_compiled() -> bool:
 
 
 def call(name: str, *arguments) -> None:
-    """Run a function of ``cpu_kernels.c`` in PyTorch's threads. Tensors are contiguous; None is a null pointer."""
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    """Run a function of ``cpu_kernels.c`` in PyTorch's threads.
+
+    Tensors are contiguous float32, or complex128 for pairs of partial results in float64. None is a null pointer.
+
+    Raises:
+        RuntimeError: for a tensor of another type, or whose memory was freed.
+    """
+    values = [_pointer(a, name) if isinstance(a, Tensor) else a for a in arguments]
     _FUNCTIONS[name](*values, torch.get_num_threads())
+
+
+def _pointer(tensor, name):
+    pointer = tensor.data_ptr()
+    if tensor.dtype not in (torch.float32, torch.complex128) or not pointer:
+        raise RuntimeError(f"gng_d2::{name} on a CPU takes float32 tensors that have memory, not {tensor.dtype} at {pointer:#x}")
+    return pointer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import group_norm_cpu
+from . import cpu_kernels, group_norm_cpu
 from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_plain, is_transformed, triton_works
 
 if HAS_TRITON:
@@ -23,8 +23,8 @@ def group_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.group_norm` with no hardware left idle where ``num_groups`` is small.
 
-    PyTorch's op gives each (image, group) to one thread block of a GPU or one thread of a CPU. Where that leaves
-    most of the hardware idle, ours is used (:mod:`.group_norm_triton`, :mod:`.group_norm_cpu`), elsewhere PyTorch's.
+    PyTorch's op gives each (image, group) to one thread block of a GPU or one thread of a CPU. Where ours is the
+    faster one it is used (:mod:`.group_norm_triton`, :mod:`.group_norm_cpu`), elsewhere PyTorch's.
 
     On CUDA a float16 or bfloat16 input with float32 parameters, as under autocast, keeps its type and is normalized
     in float32 inside; PyTorch would copy it to float32.
@@ -121,8 +121,9 @@ if HAS_OPS:
         "gng_d2::group_norm_backward",
         "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
     )
-    torch.library.impl("gng_d2::group_norm", "cpu")(group_norm_cpu.forward)
-    torch.library.impl("gng_d2::group_norm_backward", "cpu")(group_norm_cpu.backward)
+    if cpu_kernels.is_compiled():
+        torch.library.impl("gng_d2::group_norm", "cpu")(group_norm_cpu.forward)
+        torch.library.impl("gng_d2::group_norm_backward", "cpu")(group_norm_cpu.backward)
     if HAS_TRITON:
         torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
         torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)

@@ -47,16 +47,17 @@ def forward(
     """Output, mean and 1 / std.
 
     Shape:
-        - x, output: :math:`(N, C, *)`, contiguous float32
+        - x, output: :math:`(N, C, *)`, float32; the output is contiguous
         - weight, bias: :math:`(C)`, contiguous float32
         - mean, 1 / std: :math:`(N, G)`
     """
+    x = x.contiguous()  # a graph may be run on another layout than it was traced with
     images, channels = x.shape[:2]
     size = x.numel() // (images * num_groups)
     y = torch.empty_like(x)
     mean = x.new_empty((images, num_groups))
     rstd = torch.empty_like(mean)
-    moments = x.new_empty(images * num_groups * math.ceil(size / _PIECE) * 2, dtype=torch.float64)
+    moments = x.new_empty(images * num_groups * math.ceil(size / _PIECE), dtype=torch.complex128)
     sizes = images, channels, size * num_groups // channels, num_groups, _PIECE
     cpu_kernels.call("group_norm", x, weight, bias, y, mean, rstd, moments, *sizes, eps)
     return y, mean, rstd
@@ -70,7 +71,7 @@ def backward(
     dy, x = dy.contiguous(), x.contiguous()  # a hook on saved tensors may have changed their layout
     dx = torch.empty_like(x)
     dweight, dbias = x.new_empty(channels), x.new_empty(channels)
-    sums = x.new_empty(images * (channels + num_groups) * 2, dtype=torch.float64)
+    sums = x.new_empty(images * (channels + num_groups), dtype=torch.complex128)
     sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE
     cpu_kernels.call("group_norm_backward", dy, x, mean, rstd, weight, dx, dweight, dbias, sums, *sizes)
     return dx, dweight, dbias

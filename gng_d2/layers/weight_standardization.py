@@ -54,7 +54,7 @@ def standardize_weight(weight: Tensor) -> Tensor:
     return _standardize(weight)
 
 
-def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:
+def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:  # an argument, as TorchScript reads no global number
     """In PyTorch's ops, which torch.compile fuses."""
     wide = weight if weight.dtype == torch.float64 else weight.float()
     filters = wide.flatten(1)
@@ -92,8 +92,9 @@ class _Standardize(torch.autograd.Function):
 if HAS_OPS:
     torch.library.define("gng_d2::standardize", "(Tensor weight, float eps) -> Tensor")
     torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
-    torch.library.impl("gng_d2::standardize", "cpu")(weight_standardization_cpu.forward)
-    torch.library.impl("gng_d2::standardize_backward", "cpu")(weight_standardization_cpu.backward)
+    if cpu_kernels.is_compiled():
+        torch.library.impl("gng_d2::standardize", "cpu")(weight_standardization_cpu.forward)
+        torch.library.impl("gng_d2::standardize_backward", "cpu")(weight_standardization_cpu.backward)
     if HAS_TRITON:
         torch.library.impl("gng_d2::standardize", "cuda")(weight_standardization_triton.forward)
         torch.library.impl("gng_d2::standardize_backward", "cuda")(weight_standardization_triton.backward)

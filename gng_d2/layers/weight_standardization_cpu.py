@@ -1,4 +1,4 @@
-"""Weight standardization on a CPU, in one reading of each filter."""
+"""Weight standardization on a CPU: a filter is read from memory once, then found in the cache."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def forward(weight: Tensor, eps: float) -> Tensor:
         - weight, output: :math:`(C_{out}, *)`, contiguous float32, of at least two weights a filter
     """
     out = torch.empty_like(weight)
-    cpu_kernels.call("standardize", weight, out, len(weight), weight[0].numel(), eps)
+    cpu_kernels.call("standardize", weight, out, len(weight), weight.numel() // len(weight), eps)
     return out
 
 
@@ -23,5 +23,5 @@ def backward(gradient: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gradient of ``weight``, from that of the output."""
     gradient, weight = gradient.contiguous(), weight.contiguous()  # a hook on saved tensors may have changed their layout
     out = torch.empty_like(weight)
-    cpu_kernels.call("standardize_backward", gradient, weight, out, len(weight), weight[0].numel(), eps)
+    cpu_kernels.call("standardize_backward", gradient, weight, out, len(weight), weight.numel() // len(weight), eps)
     return out
