@@ -103,7 +103,7 @@ from gng_d2.layers import group_norm_cpu
 
 torch.set_num_threads(4)
 counts = [len(os.listdir("/proc/self/task"))]
-x = torch.ones(1, 64, 128, 128)  # filled by one thread
+x = torch.frombuffer(bytearray(2**22), dtype=torch.float32).view(1, 64, 128, 128)  # starts no thread
 for call in (lambda: group_norm_cpu.forward(x, None, None, 1, 1e-5), lambda: torch.sin(x)):
     call()
     counts.append(len(os.listdir("/proc/self/task")))

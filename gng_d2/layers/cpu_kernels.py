@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["is_compiled", "call"]
 
+_TYPES = torch.float32, torch.complex128
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "group_norm": [_POINTER] * 7 + [_INTEGER] * 5 + [_NUMBER],
@@ -51,12 +52,11 @@ def call(name: str, *arguments) -> None:
     Raises:
         RuntimeError: for a tensor of another type, or whose memory was freed.
     """
-    values = [_pointer(a, name) if isinstance(a, Tensor) else a for a in arguments]
+    values = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            tensor, value = value, value.data_ptr()
+            if not value or tensor.dtype not in _TYPES:
+                raise RuntimeError(f"gng_d2::{name} on a CPU takes float32 tensors that have memory, not {tensor.dtype} at {value:#x}")
+        values.append(value)
     _FUNCTIONS[name](*values, torch.get_num_threads())
-
-
-def _pointer(tensor, name):
-    pointer = tensor.data_ptr()
-    if tensor.dtype not in (torch.float32, torch.complex128) or not pointer:
-        raise RuntimeError(f"gng_d2::{name} on a CPU takes float32 tensors that have memory, not {tensor.dtype} at {pointer:#x}")
-    return pointer
