@@ -241,8 +241,10 @@ def test_the_op_refuses_what_it_would_misread():
         op(x.double(), weight, bias, 3, 1e-5)
     with pytest.raises(RuntimeError, match="float16"):
         torch.ops.gng_d2.group_norm_backward.default(y, x.half(), mean, rstd, weight, 3)
+    x, weight, bias = draw(1, 64, 128, 128)
     weight.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="have memory"):
-        op(x, weight, bias, 3, 1e-5)
+    for call in (lambda: op(x, weight, bias, 1, 1e-5), lambda: group_norm(x, 1, weight, bias)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="have memory"):
+            call()
     with torch.no_grad():
         assert not group_norm(torch._efficientzerotensor((1, 64, 128, 128)), 1).any()

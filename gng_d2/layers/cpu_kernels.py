@@ -5,14 +5,15 @@ That file is compiled when the package is installed. Where no compiler was there
 
 import ctypes
 import warnings
+from functools import wraps
 from importlib.util import find_spec
+from typing import Callable
 
 import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads where both are GNU's
 from torch import Tensor
 
-__all__ = ["is_compiled", "call"]
+__all__ = ["is_compiled", "call", "checked"]
 
-_TYPES = torch.float32, torch.complex128
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "group_norm": [_POINTER] * 7 + [_INTEGER] * 5 + [_NUMBER],
@@ -45,18 +46,23 @@ def is_compiled() -> bool:
 
 
 def call(name: str, *arguments) -> None:
-    """Run a function of ``cpu_kernels.c`` in PyTorch's threads.
+    """Run a function of ``cpu_kernels.c`` in PyTorch's threads. Tensors are contiguous; None is a null pointer."""
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    _FUNCTIONS[name](*values, torch.get_num_threads())
 
-    Tensors are contiguous float32, or complex128 for pairs of partial results in float64. None is a null pointer.
+
+def checked(kernel: Callable) -> Callable:
+    """``kernel`` as an op, to which a traced graph may hand other tensors than it was traced with.
 
     Raises:
-        RuntimeError: for a tensor of another type, or whose memory was freed.
+        RuntimeError: for a tensor that is not float32, or whose memory was freed.
     """
-    values = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            tensor, value = value, value.data_ptr()
-            if not value or tensor.dtype not in _TYPES:
-                raise RuntimeError(f"gng_d2::{name} on a CPU takes float32 tensors that have memory, not {tensor.dtype} at {value:#x}")
-        values.append(value)
-    _FUNCTIONS[name](*values, torch.get_num_threads())
+
+    @wraps(kernel)
+    def run(*arguments):
+        for t in arguments:
+            if isinstance(t, Tensor) and (t.dtype != torch.float32 or not t.data_ptr()):
+                raise RuntimeError(f"on a CPU this takes float32 tensors that have memory, not {t.dtype} at {t.data_ptr():#x}")
+        return kernel(*arguments)
+
+    return run

@@ -54,16 +54,14 @@ def _is_for_us(input, num_groups, weight, bias):
     """Whether ours takes what it is given, and is the faster one."""
     if is_transformed():
         return False
-    if input.is_cpu and (torch.compiler.is_compiling() or not group_norm_cpu.pays(input, num_groups)):
-        return False  # before the other questions, which take time
+    if input.is_cpu:
+        return not torch.compiler.is_compiling() and group_norm_cpu.pays(input, num_groups, weight, bias)
     if input.dim() < 2 or not input.numel() or num_groups < 1 or input.shape[1] % num_groups:
         return False
     affine = [p for p in (weight, bias) if p is not None]
     if any(p.shape != input.shape[1:2] or p.device != input.device for p in affine):
         return False
     one_type = all(p.dtype == input.dtype for p in affine)
-    if input.is_cpu:
-        return one_type and all(p.is_contiguous() for p in affine)
     if not input.is_cuda or not HAS_TRITON or input.dtype not in TRITON_TYPES:
         return False
     half = input.dtype != torch.float32
@@ -122,8 +120,8 @@ if HAS_OPS:
         "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
     )
     if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::group_norm", "cpu")(group_norm_cpu.forward)
-        torch.library.impl("gng_d2::group_norm_backward", "cpu")(group_norm_cpu.backward)
+        torch.library.impl("gng_d2::group_norm", "cpu")(cpu_kernels.checked(group_norm_cpu.forward))
+        torch.library.impl("gng_d2::group_norm_backward", "cpu")(cpu_kernels.checked(group_norm_cpu.backward))
     if HAS_TRITON:
         torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
         torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)

@@ -93,8 +93,8 @@ if HAS_OPS:
     torch.library.define("gng_d2::standardize", "(Tensor weight, float eps) -> Tensor")
     torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
     if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::standardize", "cpu")(weight_standardization_cpu.forward)
-        torch.library.impl("gng_d2::standardize_backward", "cpu")(weight_standardization_cpu.backward)
+        torch.library.impl("gng_d2::standardize", "cpu")(cpu_kernels.checked(weight_standardization_cpu.forward))
+        torch.library.impl("gng_d2::standardize_backward", "cpu")(cpu_kernels.checked(weight_standardization_cpu.backward))
     if HAS_TRITON:
         torch.library.impl("gng_d2::standardize", "cuda")(weight_standardization_triton.forward)
         torch.library.impl("gng_d2::standardize_backward", "cuda")(weight_standardization_triton.backward)
