@@ -16,6 +16,6 @@ test: $(INSTALLED)
 results: $(INSTALLED)
 	$(VENV)/bin/python tools/make_results.py
 
-$(INSTALLED): constraints.txt setup.py tools/make_venv.py gng_d2/layers/cpu_kernels.c
+$(INSTALLED): constraints.txt setup.py tools/make_venv.py gng_d2/ops/cpu_kernels.c
 	$(PYTHON) tools/make_venv.py $(VENV)
 	@touch $@

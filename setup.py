@@ -7,11 +7,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["gng_d2", "gng_d2.*"]),
-    # No module of Python's, but a library that gng_d2/layers/cpu_kernels.py loads, and can do without.
+    # No module of Python's, but a library that gng_d2/ops/cpu_kernels.py loads, and can do without.
     ext_modules=[
         Extension(
-            "gng_d2.layers._cpu_kernels",
-            ["gng_d2/layers/cpu_kernels.c"],
+            "gng_d2.ops._cpu_kernels",
+            ["gng_d2/ops/cpu_kernels.c"],
             extra_compile_args=["-O3", "-fopenmp"],
             extra_link_args=["-fopenmp"],
             libraries=["m"],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .analysis import build_on_meta
-from .layers import functional
+from .ops.group_norm import _GroupNorm, group_norm
 
 __all__ = ["norm_inputs", "implementations", "norm_rows", "milliseconds", "copy_bandwidth", "keep_freed_memory"]
 
@@ -94,12 +94,12 @@ def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
     """
     all_of_them = {
         "native": (F.group_norm, True),
-        "ours": (functional.group_norm, True),
+        "ours": (group_norm, True),
         "frozen_bn": (_frozen_batch_norm, True),
         "var_mean": (_var_mean, True),
     }
     if device == "cuda":
-        all_of_them["ours_always"] = (lambda x, g, w, b: functional._GroupNorm.apply(x, w, b, g, 1e-5), True)
+        all_of_them["ours_always"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, 1e-5), True)
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
             all_of_them[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
     for name, (adapter, module, attribute, has_backward) in _OTHERS.items():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from gng_d2.layers import cpu_kernels, group_norm, group_norm_cpu
+from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu
 
 if not cpu_kernels.is_compiled():
     assert not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]), "there is a C compiler: install gng_d2 again"
@@ -99,7 +99,7 @@ def test_no_result_depends_on_the_number_of_threads():
 THREADS = """
 import os
 import torch
-from gng_d2.layers import group_norm_cpu
+from gng_d2.ops import group_norm_cpu
 
 torch.set_num_threads(4)
 counts = [len(os.listdir("/proc/self/task"))]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from gng_d2.layers import group_norm_triton  # noqa: E402
+from gng_d2.ops import group_norm_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -130,7 +130,7 @@ def test_a_nan_stays_in_its_group():
 
 
 COMPILE = """
-from gng_d2.layers import group_norm_triton, weight_standardization_triton
+from gng_d2.ops import group_norm_triton, weight_standardization_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 

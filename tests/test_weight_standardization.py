@@ -15,8 +15,9 @@ from gng_d2 import WSConv2d, fold_weight_standardization
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import cpu_kernels, standardize_weight, weight_standardization, weight_standardization_cpu
+from gng_d2.layers import standardize_weight, weight_standardization
 from gng_d2.layers.weight_standardization import _standardize
+from gng_d2.ops import cpu_kernels, weight_standardization_cpu
 
 
 def brute_force(weight):
@@ -56,7 +57,7 @@ def kernels_of(road):
         if not cpu_kernels.is_compiled():
             pytest.skip("gng_d2 was installed without a C compiler")
         return weight_standardization_cpu, "cpu"
-    triton_kernels = pytest.importorskip("gng_d2.layers.weight_standardization_triton")
+    triton_kernels = pytest.importorskip("gng_d2.ops.weight_standardization_triton")
     return triton_kernels, "cuda" if torch.cuda.is_available() else "cpu"
 
 

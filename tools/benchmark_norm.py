@@ -29,7 +29,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.benchmark_norm import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import cpu_kernels
+from gng_d2.ops import cpu_kernels
 from gng_d2.records import check_outputs, machine, write_rows
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")

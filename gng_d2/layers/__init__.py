@@ -1,4 +1,3 @@
-from .functional import group_norm
 from .practical_group_norm import GroupNorm, PracticalGroupNorm
 from .weight_standardization import WSConv2d, fold_weight_standardization, standardize_weight
 
@@ -7,6 +6,5 @@ __all__ = [
     "PracticalGroupNorm",
     "WSConv2d",
     "fold_weight_standardization",
-    "group_norm",
     "standardize_weight",
 ]

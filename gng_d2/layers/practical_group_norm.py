@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
-from .functional import group_norm
+from gng_d2.ops import group_norm
 from .weight_standardization import standardize
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gng_d2.errors import InputError
 
-from . import cpu_kernels, weight_standardization_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
+from gng_d2.ops import cpu_kernels, weight_standardization_cpu
+from gng_d2.ops.backends import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
 
 if HAS_TRITON:
-    from . import weight_standardization_triton
+    from gng_d2.ops import weight_standardization_triton
 
 __all__ = ["WSConv2d", "standardize_weight", "standardize", "fold_weight_standardization"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu_kernels, group_norm_cpu
-from .dispatch import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_plain, is_transformed, triton_works
+from .backends import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_plain, is_transformed, triton_works
 
 if HAS_TRITON:
     from . import group_norm_triton

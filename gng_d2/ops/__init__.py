@@ -1,0 +1,3 @@
+from .group_norm import group_norm
+
+__all__ = ["group_norm"]
