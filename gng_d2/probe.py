@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from .analysis import norm_table
-from .binding import layer_shape, named_norms
+from .layers.binding import layer_shape, named_norms
 from .data.loader import seed_everything
 from .groups import GROUP_CHOICES
 

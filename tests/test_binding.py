@@ -5,7 +5,7 @@ from detectron2.layers import Conv2d
 from torch import nn
 
 from gng_d2 import GroupNorm, PracticalGroupNorm
-from gng_d2.binding import named_norms
+from gng_d2.layers.binding import named_norms
 
 
 def pgn(channels=8):

@@ -15,8 +15,8 @@ from gng_d2 import WSConv2d, fold_weight_standardization
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import standardize_weight, weight_standardization
-from gng_d2.layers.weight_standardization import _standardize
+from gng_d2.layers import standardize_weight, ws_conv
+from gng_d2.layers.ws_conv import _standardize
 from gng_d2.ops import cpu_kernels, weight_standardization_cpu
 
 
@@ -105,7 +105,7 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
     for op, kernel in (("standardize", kernels.forward), ("standardize_backward", kernels.backward)):
         spy = partial(lambda op, kernel, *args: calls.append(op) or kernel(*args), op, kernel)
         library.impl(op, spy, device.upper(), allow_override=True)
-    monkeypatch.setattr(weight_standardization, "_is_for_kernels", lambda weight: True)
+    monkeypatch.setattr(ws_conv, "_is_for_kernels", lambda weight: True)
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
     ours, theirs = (torch.autograd.grad(f(weight).cos().sum(), weight)[0] for f in (standardize_weight, _standardize))
@@ -122,7 +122,7 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
 
 def test_kernels_are_for_plain_eager_tensors():
     weight = torch.randn(4, 3, 3, 3)
-    is_for_kernels = weight_standardization._is_for_kernels
+    is_for_kernels = ws_conv._is_for_kernels
     assert is_for_kernels(weight) == is_for_kernels(nn.Parameter(weight)) == cpu_kernels.is_compiled()
     assert not any(map(is_for_kernels, (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0])))
     with FakeTensorMode():

@@ -1,5 +1,5 @@
-from .practical_group_norm import GroupNorm, PracticalGroupNorm
-from .weight_standardization import WSConv2d, fold_weight_standardization, standardize_weight
+from .group_norm import GroupNorm, PracticalGroupNorm
+from .ws_conv import WSConv2d, fold_weight_standardization, standardize_weight
 
 __all__ = [
     "GroupNorm",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .layers import GroupNorm
+from .group_norm import GroupNorm
 
 __all__ = ["num_channels", "layer_shape", "weight_layer", "named_norms", "bind_on_registration"]
 
