@@ -10,7 +10,7 @@ from .layers import binding  # noqa: F401  installs the hook by which norms meet
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
 from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, fold_weight_standardization
-from .norm_types import extend_get_norm
+from .norm_names import extend_get_norm
 
 __all__ = [
     "GroupNorm",

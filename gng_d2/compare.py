@@ -27,8 +27,8 @@ from .analysis import build_on_meta, norm_table
 from .config import load_config, norm_keys
 from .engine import setup_job
 from .errors import InputError
-from .norm_types import norm_from_name
-from .records import check_outputs, machine, read_metrics, written_whole
+from .norm_names import norm_from_name
+from .files import check_outputs, machine, read_metrics, written_whole
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .groups import practical_num_groups
-from .records import machine
+from .files import machine
 from .runs import finish_run, open_run
 
 __all__ = ["PRACTICAL", "load_mnist", "mlp", "settings_of", "train", "train_all"]

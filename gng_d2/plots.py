@@ -10,7 +10,7 @@ import numpy as np  # noqa: E402
 
 from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
 from .probe import block_kind  # noqa: E402
-from .records import read_metrics  # noqa: E402
+from .files import read_metrics  # noqa: E402
 
 __all__ = ["plot_groups", "plot_losses", "plot_comparison", "plot_learning_curves", "plot_probe", "plot_sweep"]
 

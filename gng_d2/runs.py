@@ -5,7 +5,7 @@ import statistics
 from typing import Dict, Optional, Sequence, Tuple
 
 from .errors import InputError
-from .records import check_outputs, read_rows, write_rows
+from .files import check_outputs, read_rows, write_rows
 
 __all__ = ["open_run", "finish_run", "mean_and_std"]
 

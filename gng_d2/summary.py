@@ -13,7 +13,7 @@ from .compare import Comparison, Run, differences
 from .config import load_config
 from .paper_tables import TABLE_5, TABLE_6
 from .plots import plot_comparison
-from .records import read_metrics, write_rows
+from .files import read_metrics, write_rows
 
 __all__ = ["METRICS", "final_values", "paper_values", "summarize", "write_report"]
 

@@ -17,7 +17,7 @@ from gng_d2.compare import Comparison, default_norm_keys, time_iteration, train_
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
-from gng_d2.records import read_rows
+from gng_d2.files import read_rows
 from gng_d2.summary import paper_values, summarize, write_report
 
 CONFIG = "configs/quick/pfpn_gn.yaml"

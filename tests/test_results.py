@@ -3,7 +3,7 @@
 import importlib.util
 from statistics import mean, stdev
 
-from gng_d2.records import read_rows
+from gng_d2.files import read_rows
 
 spec = importlib.util.spec_from_file_location("make_results", "tools/make_results.py")
 make_results = importlib.util.module_from_spec(spec)

@@ -18,7 +18,7 @@ from gng_d2 import practical_num_groups
 from gng_d2.classifier import PET, Classifier, load_images, train
 from gng_d2.convert import write_weights
 from gng_d2.errors import InputError
-from gng_d2.records import read_rows
+from gng_d2.files import read_rows
 
 TOOL = "tools/train_classifier.py"
 

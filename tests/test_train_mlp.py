@@ -11,7 +11,7 @@ import torch
 
 from gng_d2.errors import InputError
 from gng_d2.mlp import load_mnist, mlp, settings_of, train, train_all
-from gng_d2.records import machine, read_rows
+from gng_d2.files import machine, read_rows
 from gng_d2.runs import mean_and_std, open_run
 
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from gng_d2.paper_tables import TABLE_1
-from gng_d2.records import read_rows
+from gng_d2.files import read_rows
 from gng_d2.theory import sweep, table_1, table_2
 
 TABLE_1_KEYS = ["n_in", "n_out", "num_groups", "equation", "paper_empirical", "empirical", "low", "high", "theoretical",

@@ -30,7 +30,7 @@ from gng_d2.benchmark_norm import copy_bandwidth, keep_freed_memory, norm_inputs
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.ops import cpu_kernels
-from gng_d2.records import check_outputs, machine, write_rows
+from gng_d2.files import check_outputs, machine, write_rows
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 

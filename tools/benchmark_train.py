@@ -20,7 +20,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.benchmark_norm import keep_freed_memory
 from gng_d2.benchmark_train import MODELS, step_rows
 from gng_d2.errors import InputError
-from gng_d2.records import check_outputs, machine, write_rows
+from gng_d2.files import check_outputs, machine, write_rows
 
 
 def parse_args():

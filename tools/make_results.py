@@ -11,7 +11,7 @@ from gng_d2.errors import InputError
 from gng_d2.mlp import PRACTICAL
 from gng_d2.paper_tables import TABLE_3, TABLE_4, TABLE_5, TABLE_6
 from gng_d2.probe import block_kind
-from gng_d2.records import read_rows
+from gng_d2.files import read_rows
 from gng_d2.runs import mean_and_std
 from gng_d2.summary import differences_table, results_table
 

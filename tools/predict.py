@@ -21,7 +21,7 @@ import gng_d2
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import check_config, check_output_dir, check_weights, load_config
 from gng_d2.errors import InputError
-from gng_d2.pictures import draw_output
+from gng_d2.visualize import draw_output
 
 
 def parse_args():

@@ -30,7 +30,7 @@ from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
 from gng_d2.plots import plot_probe
 from gng_d2.probe import probe
-from gng_d2.records import check_outputs, machine, write_rows
+from gng_d2.files import check_outputs, machine, write_rows
 
 
 def parse_args():

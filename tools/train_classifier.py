@@ -23,7 +23,7 @@ import gng_d2.classifier
 from gng_d2.classifier import PET, load_images, num_iterations, train
 from gng_d2.errors import InputError
 from gng_d2.paper_tables import TABLE_4
-from gng_d2.records import check_outputs, machine, write_rows
+from gng_d2.files import check_outputs, machine, write_rows
 from gng_d2.runs import finish_run, mean_and_std, open_run
 
 

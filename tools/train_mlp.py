@@ -18,7 +18,7 @@ from gng_d2.errors import InputError
 from gng_d2.mlp import PRACTICAL, settings_of, train_all
 from gng_d2.paper_tables import TABLE_3
 from gng_d2.plots import plot_learning_curves
-from gng_d2.records import check_outputs, write_rows
+from gng_d2.files import check_outputs, write_rows
 from gng_d2.runs import mean_and_std
 
 

@@ -22,7 +22,7 @@ from tabulate import tabulate
 from gng_d2.errors import InputError
 from gng_d2.isometry import REPEATS
 from gng_d2.plots import plot_sweep
-from gng_d2.records import check_outputs, machine, write_rows
+from gng_d2.files import check_outputs, machine, write_rows
 from gng_d2.theory import sweep, table_1, table_2
 
 

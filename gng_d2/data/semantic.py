@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..records import check_outputs
+from ..files import check_outputs
 
 __all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
 

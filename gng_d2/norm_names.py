@@ -80,7 +80,7 @@ def extend_get_norm() -> None:
         # runs with the globals of the module of the function whose code it becomes
         from detectron2.layers.batch_norm import get_norm
 
-        from gng_d2.norm_types import get_norm as ours
+        from gng_d2.norm_names import get_norm as ours
 
         return ours(norm, out_channels, get_norm.gng_d2_original)
 

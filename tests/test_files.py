@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gng_d2.errors import InputError
-from gng_d2.records import check_outputs, machine, read_metrics, read_rows, write_rows
+from gng_d2.files import check_outputs, machine, read_metrics, read_rows, write_rows
 
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):

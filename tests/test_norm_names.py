@@ -8,7 +8,7 @@ from detectron2.layers.batch_norm import FrozenBatchNorm2d
 from torch import nn
 
 import gng_d2
-from gng_d2.norm_types import extend_get_norm
+from gng_d2.norm_names import extend_get_norm
 
 
 def test_our_names():
