@@ -14,7 +14,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q
 
 results: $(INSTALLED)
-	$(VENV)/bin/python tools/make_results.py
+	PYTHONPATH=tools $(VENV)/bin/python -m study.page
 
 $(INSTALLED): constraints.txt setup.py tools/make_venv.py gng_d2/ops/cpu_kernels.c
 	$(PYTHON) tools/make_venv.py $(VENV)

@@ -4,7 +4,7 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn import functional as F
 
-from gng_d2 import benchmark_norm, benchmark_train
+from study import norm_cost as benchmark_norm, step_cost as benchmark_train
 from gng_d2.config import load_config
 from gng_d2.layers import WSConv2d
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer, default_setup
 
-from gng_d2 import compare, plots, summary
-from gng_d2.compare import Comparison, default_norm_keys, time_iteration, train_all
+from study import comparison as compare, plots, report as summary
+from study.comparison import Comparison, default_norm_keys, time_iteration, train_all
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
 from gng_d2.files import read_rows
-from gng_d2.summary import paper_values, summarize, write_report
+from study.report import paper_values, summarize, write_report
 
 CONFIG = "configs/quick/pfpn_gn.yaml"
 KEYS = ["MODEL.SEM_SEG_HEAD.NORM"]
@@ -209,7 +209,8 @@ def test_a_plan_times_few_iterations_of_a_scaled_schedule_too(processes, job, tm
 
 KILL = """
 import os, runpy, signal, sys, time
-import gng_d2.compare
+sys.path.insert(0, "tools")
+import study.comparison
 from gng_d2.engine import Trainer
 sys.argv[0] = "compare.py"
 if len(sys.argv) > 1 and sys.argv[1] == "--resume":  # the job
@@ -223,7 +224,7 @@ if len(sys.argv) > 1 and sys.argv[1] == "--resume":  # the job
     Trainer.run_step = run_step
     runpy.run_path("tools/train_net.py", run_name="__main__")
 else:
-    gng_d2.compare.TRAIN_NET = __file__
+    study.comparison.TRAIN_NET = __file__
     runpy.run_path("tools/compare.py", run_name="__main__")
 """
 

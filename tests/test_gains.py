@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gng_d2 import activation_gains, ideal_num_groups, isometry_ratio
-from gng_d2.paper_tables import TABLE_2
+from study.paper import TABLE_2
 
 @pytest.mark.parametrize("sigma", TABLE_2)
 @pytest.mark.parametrize("activation", TABLE_2[1])

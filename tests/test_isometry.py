@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gng_d2.isometry import UnitBlock, estimate, exact_ratios, has_finite_variance, measure_ratios, paper_ratios
+from study.unit_block import UnitBlock, estimate, exact_ratios, has_finite_variance, measure_ratios, paper_ratios
 
 DEVIATIONS = 5  # of a standard error: the seed is fixed, so this is a margin for other versions of PyTorch
 

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
 from gng_d2.layers import GroupNorm, PracticalGroupNorm
-from gng_d2.probe import measure_blocks
+from study.gradients import measure_blocks
 from gng_d2.files import read_rows
 
 KEYS = ["setup", "name", "norm", "n_in", "n_out", "num_groups", "kernel_size", "stride", "fan_out", "activation",

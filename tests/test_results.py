@@ -1,13 +1,10 @@
 """docs/results.md says what docs/results holds."""
 
-import importlib.util
 from statistics import mean, stdev
 
 from gng_d2.files import read_rows
 
-spec = importlib.util.spec_from_file_location("make_results", "tools/make_results.py")
-make_results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_results)
+from study import page as make_results
 
 
 def test_page_is_up_to_date():

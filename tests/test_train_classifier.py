@@ -13,9 +13,9 @@ from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from PIL import Image
 
-import gng_d2.classifier
+import study.classifier
 from gng_d2 import practical_num_groups
-from gng_d2.classifier import PET, Classifier, load_images, train
+from study.classifier import PET, Classifier, load_images, train
 from gng_d2.convert import write_weights
 from gng_d2.errors import InputError
 from gng_d2.files import read_rows
@@ -80,7 +80,7 @@ def test_a_seed_means_the_same_images_whatever_the_norm(small_resnet, root, tmp_
                 return super().forward(batch)
 
         seen = []
-        monkeypatch.setattr(gng_d2.classifier, "Classifier", Recording)
+        monkeypatch.setattr(study.classifier, "Classifier", Recording)
         train(settings(norm, seed, epochs=1), load_images("colors", root), str(tmp_path / f"{norm}{seed}"))
         return seen
 

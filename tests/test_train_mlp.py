@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gng_d2.errors import InputError
-from gng_d2.mlp import load_mnist, mlp, settings_of, train, train_all
+from study.mlp import load_mnist, mlp, settings_of, train, train_all
 from gng_d2.files import machine, read_rows
-from gng_d2.runs import mean_and_std, open_run
+from study.rows import mean_and_std, open_run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monk
             assert model[1].num_groups == groups
             return model
 
-        monkeypatch.setattr("gng_d2.mlp.mlp", recording)
+        monkeypatch.setattr("study.mlp.mlp", recording)
         train(settings_of(groups, 3, epochs=2), *sets(mnist))
     for weights, batches in (seen[64], seen[512]):
         assert all(map(torch.equal, weights, seen[1][0]))

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from gng_d2.paper_tables import TABLE_1
+from study.paper import TABLE_1
 from gng_d2.files import read_rows
-from gng_d2.theory import sweep, table_1, table_2
+from study.theory import sweep, table_1, table_2
 
 TABLE_1_KEYS = ["n_in", "n_out", "num_groups", "equation", "paper_empirical", "empirical", "low", "high", "theoretical",
                 "exact"]  # fmt: skip
@@ -16,7 +16,7 @@ SWEEP_KEYS = ["layer", "n_in", "n_out", "num_groups", "map_size", "group_size", 
 
 def test_table_1(monkeypatch):
     small = (128, 64, 16)
-    monkeypatch.setattr("gng_d2.theory.TABLE_1", {small: TABLE_1[small]})
+    monkeypatch.setattr("study.theory.TABLE_1", {small: TABLE_1[small]})
     rows = table_1(400)
     assert all(list(row) == TABLE_1_KEYS for row in rows)
     assert [(r["equation"], r["paper_empirical"], r["theoretical"], r["exact"]) for r in rows] == [

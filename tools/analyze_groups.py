@@ -16,7 +16,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import check_config, load_config
 from gng_d2.errors import InputError
-from gng_d2.plots import plot_groups
+from gng_d2.visualize import plot_groups
 
 
 def parse_args():

@@ -26,7 +26,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.benchmark_norm import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
+from study.norm_cost import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.ops import cpu_kernels

@@ -17,8 +17,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.benchmark_norm import keep_freed_memory
-from gng_d2.benchmark_train import MODELS, step_rows
+from study.norm_cost import keep_freed_memory
+from study.step_cost import MODELS, step_rows
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, write_rows
 

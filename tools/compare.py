@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.compare import Comparison, time_iteration, train_all
+from study.comparison import Comparison, time_iteration, train_all
 from gng_d2.errors import InputError
-from gng_d2.summary import write_report
+from study.report import write_report
 
 
 def parse_args():

@@ -17,8 +17,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import norm_table
 from gng_d2.engine import Trainer, setup_job
 from gng_d2.errors import InputError
-from gng_d2.visualize import draw_validation
-from gng_d2.plots import plot_groups, plot_losses
+from gng_d2.visualize import draw_validation, plot_groups, plot_losses
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "quick", "pfpn_pgn.yaml")
 

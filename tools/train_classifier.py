@@ -19,17 +19,17 @@ from detectron2.layers import get_norm
 from tabulate import tabulate
 from tqdm import tqdm
 
-import gng_d2.classifier
-from gng_d2.classifier import PET, load_images, num_iterations, train
+import study.classifier
+from study.classifier import PET, load_images, num_iterations, train
 from gng_d2.errors import InputError
-from gng_d2.paper_tables import TABLE_4
+from study.paper import TABLE_4
 from gng_d2.files import check_outputs, machine, write_rows
-from gng_d2.runs import finish_run, mean_and_std, open_run
+from study.rows import finish_run, mean_and_std, open_run
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=gng_d2.classifier.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=study.classifier.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", default="caltech-101", metavar="NAME",
                         help=f"{PET}, or what to call the folders of classes in ROOT; default: %(default)s")

@@ -13,18 +13,18 @@ import sys
 
 from tabulate import tabulate
 
-import gng_d2.mlp
+import study.mlp
 from gng_d2.errors import InputError
-from gng_d2.mlp import PRACTICAL, settings_of, train_all
-from gng_d2.paper_tables import TABLE_3
-from gng_d2.plots import plot_learning_curves
+from study.mlp import PRACTICAL, settings_of, train_all
+from study.paper import TABLE_3
+from study.plots import plot_learning_curves
 from gng_d2.files import check_outputs, write_rows
-from gng_d2.runs import mean_and_std
+from study.rows import mean_and_std
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=gng_d2.mlp.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=study.mlp.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="datasets", metavar="ROOT",
                         help="folder that has MNIST/raw, or that it is downloaded to; default: %(default)s")

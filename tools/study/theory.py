@@ -8,8 +8,8 @@ from typing import Dict, List
 import torch
 from tqdm import tqdm
 
-from .gains import activation_gains
-from .isometry import (
+from gng_d2.gains import activation_gains
+from .unit_block import (
     UnitBlock,
     estimate,
     exact_ratios,
@@ -18,7 +18,7 @@ from .isometry import (
     paper_ratios,
     standard_error,
 )
-from .paper_tables import TABLE_1, TABLE_2
+from .paper import TABLE_1, TABLE_2
 
 __all__ = ["SWEEP", "sweep", "table_1", "table_2"]
 
@@ -30,8 +30,8 @@ def table_1(experiments: int, seed: int = 0) -> List[Dict]:
     """Equations A to D for the paper's four blocks.
 
     Keys: ``n_in``, ``n_out``, ``num_groups``, ``equation``, ``paper_empirical``, ``empirical`` with ``low`` and
-    ``high`` (:func:`~gng_d2.isometry.estimate`: B and D have no finite variance here), ``theoretical`` (the paper's),
-    ``exact`` (:func:`~gng_d2.isometry.exact_ratios`).
+    ``high`` (:func:`~study.unit_block.estimate`: B and D have no finite variance here), ``theoretical`` (the paper's),
+    ``exact`` (:func:`~study.unit_block.exact_ratios`).
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -4,8 +4,8 @@ import os
 import statistics
 from typing import Dict, Optional, Sequence, Tuple
 
-from .errors import InputError
-from .files import check_outputs, read_rows, write_rows
+from gng_d2.errors import InputError
+from gng_d2.files import check_outputs, read_rows, write_rows
 
 __all__ = ["open_run", "finish_run", "mean_and_std"]
 

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from .analysis import norm_table
-from .layers.binding import layer_shape, named_norms
-from .data.loader import seed_everything
-from .groups import GROUP_CHOICES
+from gng_d2.analysis import norm_table
+from gng_d2.layers.binding import layer_shape, named_norms
+from gng_d2.data.loader import seed_everything
+from gng_d2.groups import GROUP_CHOICES
 
 __all__ = ["BlockGradients", "block_kind", "measure_blocks", "probe"]
 

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 
-from .checkpoint import Checkpointer
-from .data.loader import PlaceSampler, SeededDataset, seed_everything
-from .errors import InputError
+from gng_d2.checkpoint import Checkpointer
+from gng_d2.data.loader import PlaceSampler, SeededDataset, seed_everything
+from gng_d2.errors import InputError
 
 __all__ = ["PET", "ImageSet", "load_images", "Classifier", "num_iterations", "train"]
 

@@ -8,14 +8,14 @@ from statistics import geometric_mean, mean, quantiles
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
-from gng_d2.mlp import PRACTICAL
-from gng_d2.paper_tables import TABLE_3, TABLE_4, TABLE_5, TABLE_6
-from gng_d2.probe import block_kind
+from study.mlp import PRACTICAL
+from study.paper import TABLE_3, TABLE_4, TABLE_5, TABLE_6
+from study.gradients import block_kind
 from gng_d2.files import read_rows
-from gng_d2.runs import mean_and_std
-from gng_d2.summary import differences_table, results_table
+from study.rows import mean_and_std
+from study.report import differences_table, results_table
 
-DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
+DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "docs")
 RESULTS = os.path.join(DOCS, "results")
 UNIT = "unit block as the paper has it"
 

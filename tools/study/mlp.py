@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from .errors import InputError
-from .groups import practical_num_groups
-from .files import machine
-from .runs import finish_run, open_run
+from gng_d2.errors import InputError
+from gng_d2.groups import practical_num_groups
+from gng_d2.files import machine
+from .rows import finish_run, open_run
 
 __all__ = ["PRACTICAL", "load_mnist", "mlp", "settings_of", "train", "train_all"]
 

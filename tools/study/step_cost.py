@@ -12,9 +12,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from .benchmark_norm import milliseconds
-from .config import load_config
-from .layers import WSConv2d, standardize_weight
+from .norm_cost import milliseconds
+from gng_d2.config import load_config
+from gng_d2.layers import WSConv2d, standardize_weight
 
 __all__ = ["MODELS", "NORMS", "config_of", "random_batch", "step_rows"]
 

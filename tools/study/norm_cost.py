@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .analysis import build_on_meta
-from .ops.group_norm import _GroupNorm, group_norm
+from gng_d2.analysis import build_on_meta
+from gng_d2.ops.group_norm import _GroupNorm, group_norm
 
 __all__ = ["norm_inputs", "implementations", "norm_rows", "milliseconds", "copy_bandwidth", "keep_freed_memory"]
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .groups import isometry_ratio
+from gng_d2.groups import isometry_ratio
 
 __all__ = ["REPEATS", "UnitBlock", "estimate", "exact_ratios", "has_finite_variance", "measure_ratios", "paper_ratios"]
 

@@ -9,11 +9,11 @@ from typing import Dict, List, Sequence
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from .compare import Comparison, Run, differences
-from .config import load_config
-from .paper_tables import TABLE_5, TABLE_6
+from .comparison import Comparison, Run, differences
+from gng_d2.config import load_config
+from .paper import TABLE_5, TABLE_6
 from .plots import plot_comparison
-from .files import read_metrics, write_rows
+from gng_d2.files import read_metrics, write_rows
 
 __all__ = ["METRICS", "final_values", "paper_values", "summarize", "write_report"]
 
@@ -31,7 +31,7 @@ METRICS = {
 }
 LOSS = "total_loss"
 
-CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "configs")
 # keys that leave the training what it is
 NEUTRAL = {
     *("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD"),
