@@ -1,8 +1,14 @@
 import os
+import random
 import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+# The tests name files from the root of the checkout, wherever pytest was started.
+os.chdir(Path(__file__).parents[1])
 
 # Before triton is imported: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
@@ -11,6 +17,14 @@ if not torch.cuda.is_available():
 # Before anything of Detectron2 is imported: its dataset root is read once. The tests draw their own data.
 _root = tempfile.TemporaryDirectory(prefix="gng_d2-tests-")
 os.environ["DETECTRON2_DATASETS"] = _root.name
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
