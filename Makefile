@@ -1,21 +1,30 @@
 # make demo    trains the quick Panoptic FPN with PGN on the CPU and draws what it learned
-# make test    runs the tests
+# make test    runs all tests
+# make quick   runs the tests that are not slow, in less than 90 s
+# make lint    checks the format and the code, changing nothing
 # make results writes docs/results.md from the measurements in docs/results
 # Each makes .venv first if it is not there; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test results
+.PHONY: demo test quick lint results
 demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q
 
+quick: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
 results: $(INSTALLED)
 	PYTHONPATH=tools $(VENV)/bin/python -m study.page
 
-$(INSTALLED): constraints.txt setup.py tools/make_venv.py gng_d2/ops/cpu_kernels.c
+$(INSTALLED): constraints.txt setup.py pyproject.toml tools/make_venv.py gng_d2/ops/cpu_kernels.c
 	$(PYTHON) tools/make_venv.py $(VENV)
 	@touch $@

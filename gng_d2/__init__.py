@@ -6,10 +6,15 @@ Importing it is all that a Detectron2 program needs: every ``NORM`` key then tak
 
 from importlib.util import find_spec
 
-from .layers import binding  # noqa: F401  installs the hook by which norms meet their weight layers
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
-from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, fold_weight_standardization
+from .layers import (
+    GroupNorm,
+    PracticalGroupNorm,
+    WSConv2d,
+    binding,  # noqa: F401  installs the hook by which norms meet their weight layers
+    fold_weight_standardization,
+)
 from .norm_names import extend_get_norm
 
 __all__ = [

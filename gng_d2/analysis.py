@@ -7,10 +7,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .layers.binding import layer_shape, named_norms
 from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
+from .layers.binding import layer_shape, named_norms
 
 __all__ = ["build_on_meta", "norm_name", "num_groups", "norm_table"]
 
@@ -72,7 +72,9 @@ def norm_table(model: nn.Module) -> List[Dict]:
                 "n_out": n_out,
                 "num_groups": groups,
                 "ideal_num_groups": ideal_num_groups(n_in, n_out, gain_ratio) if layer is not None else None,
-                "isometry_ratio": isometry_ratio(n_in, n_out, groups, gain_ratio) if layer is not None and groups else None,
+                "isometry_ratio": isometry_ratio(n_in, n_out, groups, gain_ratio)
+                if layer is not None and groups
+                else None,
                 "weight_standardized": isinstance(layer, WSConv2d),
             }
         )

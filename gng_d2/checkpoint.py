@@ -97,7 +97,9 @@ class Checkpointer(DetectionCheckpointer):
         taken = [
             (name, norm)
             for name, norm in self.model.named_modules()
-            if isinstance(norm, nn.GroupNorm) and norm.affine and f"{name}.weight" not in missing_keys
+            if isinstance(norm, nn.GroupNorm)
+            and norm.affine
+            and f"{name}.weight" not in missing_keys
             and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in batch_norms)
         ]
         if not taken:

@@ -193,7 +193,7 @@ def _strip_prefixes(state):
     stripped = {}
     for name in state:
         if name not in outside:
-            short = name[prefixes[name].end():]
+            short = name[prefixes[name].end() :]
             if short in stripped:
                 raise InputError(f"it has {short} twice, with and without a prefix")
             stripped[short] = state[name]
@@ -262,6 +262,7 @@ def _check_names(state, names, depth):
 
 def _sizes(state, depth):
     """Input channels, width of the first block, and how much of it each group of its 3x3 convolution has."""
+
     def size(name, dim):  # what is no convolution's weight comes out in the check of the shapes
         return max(state[name].shape[dim], 1) if state[name].dim() == 4 else 1
 

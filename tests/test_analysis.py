@@ -7,13 +7,40 @@ import pytest
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config
 
-KEYS = ["name", "norm", "layer", "n_in", "n_out", "num_groups", "ideal_num_groups", "isometry_ratio",
-        "weight_standardized"]
+KEYS = [
+    "name",
+    "norm",
+    "layer",
+    "n_in",
+    "n_out",
+    "num_groups",
+    "ideal_num_groups",
+    "isometry_ratio",
+    "weight_standardized",
+]
 EVERYWHERE = ["MODEL.RESNETS.NORM", "PGN", "MODEL.FPN.NORM", "PGN"]
 # (n_in, n_out) of the layers of R-50 and of FPN -> groups
-R50 = {(3, 64): 1, (64, 64): 1, (64, 256): 1, (256, 64): 64, (256, 128): 32, (128, 128): 1, (128, 512): 1,
-       (256, 512): 1, (512, 128): 128, (512, 256): 64, (256, 256): 1, (256, 1024): 1, (512, 1024): 1,
-       (1024, 256): 256, (1024, 512): 128, (512, 512): 1, (512, 2048): 1, (1024, 2048): 1, (2048, 512): 512}
+R50 = {
+    (3, 64): 1,
+    (64, 64): 1,
+    (64, 256): 1,
+    (256, 64): 64,
+    (256, 128): 32,
+    (128, 128): 1,
+    (128, 512): 1,
+    (256, 512): 1,
+    (512, 128): 128,
+    (512, 256): 64,
+    (256, 256): 1,
+    (256, 1024): 1,
+    (512, 1024): 1,
+    (1024, 256): 256,
+    (1024, 512): 128,
+    (512, 512): 1,
+    (512, 2048): 1,
+    (1024, 2048): 1,
+    (2048, 512): 512,
+}
 FPN = {(256, 256): 1, (512, 256): 64, (1024, 256): 256, (2048, 256): 256}
 
 
@@ -50,8 +77,21 @@ def test_other_norms_are_listed_too(norm, groups):
 
 def test_tool(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    done = subprocess.run([sys.executable, "tools/analyze_groups.py", "--config-file", "configs/pfpn_pgn.yaml", "--json",
-                           str(out), "--plot", str(plot), *EVERYWHERE], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "tools/analyze_groups.py",
+            "--config-file",
+            "configs/pfpn_pgn.yaml",
+            "--json",
+            str(out),
+            "--plot",
+            str(plot),
+            *EVERYWHERE,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text()) == rows(*EVERYWHERE)
     assert "sem_seg_head.p2.0.norm" in done.stdout
@@ -59,8 +99,20 @@ def test_tool(tmp_path):
 
 
 def test_tool_says_what_is_wrong_in_a_line():
-    done = subprocess.run([sys.executable, "-W", "ignore", "tools/analyze_groups.py", "--config-file",
-                           "configs/pfpn_pgn.yaml", "MODEL.FPN.NORM", "PGGN"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "tools/analyze_groups.py",
+            "--config-file",
+            "configs/pfpn_pgn.yaml",
+            "MODEL.FPN.NORM",
+            "PGGN",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.FPN.NORM: unknown norm 'PGGN'")
     assert "Traceback" not in done.stderr

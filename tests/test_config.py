@@ -68,14 +68,17 @@ def test_broken_config_file(name, tmp_path):
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("name, message", [("nowhere.yaml", "nowhere.yaml does not exist"),
-                                           ("", "--config-file"), ("model.py", "lazy")])
+@pytest.mark.parametrize(
+    "name, message", [("nowhere.yaml", "nowhere.yaml does not exist"), ("", "--config-file"), ("model.py", "lazy")]
+)
 def test_missing_config_file(name, message):
     with pytest.raises(InputError, match=message):
         load_config(name)
 
 
-@pytest.mark.parametrize("overrides", [["MODEL.NOROM", "PGN"], ["VERSION.X", "3"], ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "many"]])
+@pytest.mark.parametrize(
+    "overrides", [["MODEL.NOROM", "PGN"], ["VERSION.X", "3"], ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "many"]]
+)
 def test_bad_overrides(overrides):
     with pytest.raises(InputError, match=overrides[0]):
         load_config("configs/quick/pfpn_pgn.yaml", overrides)

@@ -125,8 +125,9 @@ def test_gn_ws_resnet50(folder):
     check_features(randomized(torchvision_gn_ws()), folder, "GN+WS")
 
 
-@pytest.mark.parametrize("name, sizes", [("resnet18", {}), ("resnet50", {}),
-                                         ("resnext50_32x4d", {"num_groups": 32, "width": 4})])
+@pytest.mark.parametrize(
+    "name, sizes", [("resnet18", {}), ("resnet50", {}), ("resnext50_32x4d", {"num_groups": 32, "width": 4})]
+)
 def test_torchvision_bn(folder, name, sizes):
     torch.manual_seed(0)
     conversion = check_features(randomized(getattr(torchvision.models, name)()), folder, "FrozenBN", **sizes)
@@ -239,8 +240,14 @@ def test_refusals(resnet18, change, depth, message):
         convert_resnet(change(resnet18), depth)
 
 
-@pytest.mark.parametrize("name, message", [("resnet26", "2, 2, 2, 2 bottleneck blocks"), ("seresnet50", "no place for"),
-                                           ("resnet50d", r"no place for conv1\.0\.weight")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("resnet26", "2, 2, 2, 2 bottleneck blocks"),
+        ("seresnet50", "no place for"),
+        ("resnet50d", r"no place for conv1\.0\.weight"),
+    ],
+)
 def test_refuses_other_resnets(name, message):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -335,8 +342,14 @@ def test_tool(folder, monkeypatch, capsys):
     torch.save(thin(torchvision.models.resnet18()), folder / "in.pth")
     run_tool(monkeypatch, folder / "in.pth", folder / "out.pkl", "--depth", 18)
     said = capsys.readouterr().out
-    for text in ("ResNet-18 with BatchNorm, 100 tensors", "the classifier: fc.weight, fc.bias", "(20 in all)",
-                 "bn1.num_batches_tracked", "MODEL.RESNETS.RES2_OUT_CHANNELS 64", "They do not fit GN"):
+    for text in (
+        "ResNet-18 with BatchNorm, 100 tensors",
+        "the classifier: fc.weight, fc.bias",
+        "(20 in all)",
+        "bn1.num_batches_tracked",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS 64",
+        "They do not fit GN",
+    ):
         assert text in said
     with pytest.raises(SystemExit, match=r"^error: .*in\.pth: it is a ResNet-18, not a ResNet-50$"):
         run_tool(monkeypatch, folder / "in.pth", folder / "other.pkl", "--depth", 50)

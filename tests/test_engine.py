@@ -17,9 +17,24 @@ from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
-SMALL = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
-         "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.002", "SOLVER.WARMUP_ITERS", "0",
-         "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"]
+SMALL = [
+    "MODEL.FPN.OUT_CHANNELS",
+    "32",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "32",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "32",
+    "SOLVER.IMS_PER_BATCH",
+    "2",
+    "SOLVER.BASE_LR",
+    "0.002",
+    "SOLVER.WARMUP_ITERS",
+    "0",
+    "SOLVER.LR_SCHEDULER_NAME",
+    "WarmupMultiStepLR",
+    "SOLVER.STEPS",
+    "()",
+]
 
 
 def loss_of_image(model, sample, index):
@@ -104,8 +119,19 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
-    opts = [*SMALL, "SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "0",
-            "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", workers]
+    opts = [
+        *SMALL,
+        "SOLVER.MAX_ITER",
+        "7",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "3",
+        "TEST.EVAL_PERIOD",
+        "0",
+        "DATASETS.TEST",
+        "()",
+        "DATALOADER.NUM_WORKERS",
+        workers,
+    ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
     command = [sys.executable, "-W", "ignore", "-c", KILL_AT_4, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
@@ -157,15 +183,35 @@ def test_bad_input_is_one_line(args, message, tmp_path):
 def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     """And a checkpoint of PGN+WS evaluated with a GN config stops, naming the layers."""
     opts = [*SMALL[:4], "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "SOLVER.IMS_PER_BATCH", "2"]
-    train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "OUTPUT_DIR", str(tmp_path), *opts,
-              "SOLVER.MAX_ITER", "2")
+    train_net(
+        "--config-file",
+        "configs/quick/faster_rcnn_pgn_ws.yaml",
+        "OUTPUT_DIR",
+        str(tmp_path),
+        *opts,
+        "SOLVER.MAX_ITER",
+        "2",
+    )
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval")]
-    same = train_net("--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", "--eval-only", *weights, *opts,
-                     "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.FLIP", "False")
+    same = train_net(
+        "--config-file",
+        "configs/quick/faster_rcnn_pgn_ws.yaml",
+        "--eval-only",
+        *weights,
+        *opts,
+        "TEST.AUG.ENABLED",
+        "True",
+        "TEST.AUG.MIN_SIZES",
+        "(96,)",
+        "TEST.AUG.FLIP",
+        "False",
+    )
     assert "AP50" in same.stdout
     for folder in ("inference", "inference_TTA"):
         assert (tmp_path / "eval" / folder / "coco_instances_results.json").exists()
-    other = train_net("--config-file", "configs/quick/faster_rcnn_gn_ws.yaml", "--eval-only", *weights, *opts, check=False)
+    other = train_net(
+        "--config-file", "configs/quick/faster_rcnn_gn_ws.yaml", "--eval-only", *weights, *opts, check=False
+    )
     assert other.returncode == 1
     assert "error: the checkpoint was trained with other norms" in other.stderr
     assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr
@@ -173,9 +219,27 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
 
 def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
-    done = train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2",
-                     "MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256", "MODEL.RESNETS.NORM", "PGN",
-                     "INPUT.MIN_SIZE_TRAIN", "(32,)", "SOLVER.MAX_ITER", "1", check=False)
+    done = train_net(
+        "--config-file",
+        CONFIG,
+        "--num-gpus",
+        "2",
+        "OUTPUT_DIR",
+        str(tmp_path),
+        "SOLVER.IMS_PER_BATCH",
+        "2",
+        "MODEL.RESNETS.DEPTH",
+        "50",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "256",
+        "MODEL.RESNETS.NORM",
+        "PGN",
+        "INPUT.MIN_SIZE_TRAIN",
+        "(32,)",
+        "SOLVER.MAX_ITER",
+        "1",
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
 

@@ -6,6 +6,7 @@ import torch
 from gng_d2 import activation_gains, ideal_num_groups, isometry_ratio
 from study.paper import TABLE_2
 
+
 @pytest.mark.parametrize("sigma", TABLE_2)
 @pytest.mark.parametrize("activation", TABLE_2[1])
 def test_table_2(activation, sigma):

@@ -72,8 +72,18 @@ def test_isometry_ratio():
 
 
 @pytest.mark.parametrize("function", [ideal_num_groups, practical_num_groups, lambda *a: isometry_ratio(*a, 1)])
-@pytest.mark.parametrize("bad, error", [(0, ValueError), (-4, ValueError), (8.0, TypeError), (True, TypeError),
-                                        ("8", TypeError), (None, TypeError), (np.bool_(True), TypeError)])
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (0, ValueError),
+        (-4, ValueError),
+        (8.0, TypeError),
+        (True, TypeError),
+        ("8", TypeError),
+        (None, TypeError),
+        (np.bool_(True), TypeError),
+    ],
+)
 def test_bad_sizes(function, bad, error):
     with pytest.raises(error, match="n_in must be a positive integer"):
         function(bad, 8)
@@ -81,8 +91,17 @@ def test_bad_sizes(function, bad, error):
         function(8, bad)
 
 
-@pytest.mark.parametrize("bad, error", [(0, ValueError), (-1.0, ValueError), (math.nan, ValueError),
-                                        (math.inf, ValueError), (True, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (0, ValueError),
+        (-1.0, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        (True, TypeError),
+        ("1", TypeError),
+    ],
+)
 def test_bad_gain_ratio_and_num_groups(bad, error):
     with pytest.raises(error, match="gain_ratio"):
         practical_num_groups(8, 8, bad)

@@ -28,8 +28,18 @@ def test_detectron2s_own_stay_as_they_are():
     assert type(get_norm(gng_d2.PracticalGroupNorm, 8)) is gng_d2.PracticalGroupNorm
 
 
-@pytest.mark.parametrize("name, near", [("PGM", "PGN"), ("pgn", "PGN"), ("bn", "BN"), ("frozenbn", "FrozenBN"),
-                                        ("GN0", "GN"), ("GN-4", "GN"), ("GroupNorm", "GN")])
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("PGM", "PGN"),
+        ("pgn", "PGN"),
+        ("bn", "BN"),
+        ("frozenbn", "FrozenBN"),
+        ("GN0", "GN"),
+        ("GN-4", "GN"),
+        ("GroupNorm", "GN"),
+    ],
+)
 def test_unknown_name_lists_the_known_and_the_nearest(name, near):
     with pytest.raises(ValueError, match=rf"unknown norm '{name}'; did you mean '{near}.*PGN, GN<k>.*FrozenBN"):
         get_norm(name, 64)
@@ -66,17 +76,22 @@ print(resnet.BasicStem(3, 64, norm="PGN").conv1.norm)
 def test_import_order_makes_no_difference(order):
     imports = ["import gng_d2", "import detectron2.modeling, detectron2.projects.deeplab"]
     first, second = imports if order == "gng_d2 first" else imports[::-1]
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM.format(first=first, second=second)],
-                         capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(first=first, second=second)],
+        capture_output=True,
+        text=True,
+    )
     assert out.returncode == 0, out.stderr
     assert "num_groups=1, in_channels=3, from Conv2d(3, 64)" in out.stdout
 
 
 def test_imports_without_detectron2():
-    program = "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n" \
-              "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n" \
-              "import gng_d2, torch; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)\n" \
-              "norm = gng_d2.GroupNorm(2, 4, weight_standardization=True)\n" \
-              "conv = gng_d2.WSConv2d(3, 4, 3, norm=norm); conv(torch.ones(1, 3, 4, 4)).sum().backward()"
+    program = (
+        "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n"
+        "import gng_d2, torch; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)\n"
+        "norm = gng_d2.GroupNorm(2, 4, weight_standardization=True)\n"
+        "conv = gng_d2.WSConv2d(3, 4, 3, norm=norm); conv(torch.ones(1, 3, 4, 4)).sum().backward()"
+    )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert out.stdout.strip() == "16", out.stderr

@@ -21,9 +21,13 @@ from gng_d2.visualize import plot_groups
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
+    )
     parser.add_argument("--json", metavar="OUT", help="write the table as a list of objects")
-    parser.add_argument("--plot", metavar="OUT.png", help="draw group counts along the depth, and K for GN, GN1 and PGN")
+    parser.add_argument(
+        "--plot", metavar="OUT.png", help="draw group counts along the depth, and K for GN, GN1 and PGN"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     return parser.parse_args()
 

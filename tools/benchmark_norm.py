@@ -7,13 +7,14 @@
 All implementations run in turn, in one run: times are medians, to be read as ratios. Each norm has the groups that
 PGN gives it; `native` is PyTorch's op at the same groups, `native_gn32` at 32. `frozen_bn` is the affine map of each
 channel alone. On CUDA the cache is flushed before each call, and `ours_always` and the compiled forms of PyTorch's op
-are timed too; on a CPU each call follows one of itself. Other packages (Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
+are timed too; on a CPU each call follows one of itself. Other packages (Liger-Kernel, apex, SGLang's,
+which adds a SiLU and has no backward) are timed where they are installed.
 
-A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write the data
-of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2, gradient: 3).
+A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write
+the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2, gradient: 3).
 
-On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep memory that is
-freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs, whatever the norm.
+On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep
+memory that is freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs, whatever the norm.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
-from study.norm_cost import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.ops import cpu_kernels
 from gng_d2.files import check_outputs, machine, write_rows
+from gng_d2.ops import cpu_kernels
+from study.norm_cost import copy_bandwidth, keep_freed_memory, norm_inputs, norm_rows
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
@@ -39,7 +40,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT", help="write all rows")
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="images in a batch; default: 1")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216"
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=["contiguous", "channels_last"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -59,10 +62,13 @@ def measure(args):
         for config in ("faster_rcnn_pgn_ws.yaml", "pfpn_pgn.yaml"):
             cfg = load_config(os.path.join(CONFIGS, config))
             inputs += [i for i in norm_inputs(cfg, images, *args.size) if i not in inputs]
-    jobs = [(*i, getattr(torch, d), l == "channels_last") for d in args.dtype for l in args.layout for i in inputs]
+    settings = [(getattr(torch, dtype), layout == "channels_last") for dtype in args.dtype for layout in args.layout]
+    jobs = [(*shape, *setting) for setting in settings for shape in inputs]
     rows = []
     for job in tqdm(jobs, unit="input"):
-        rows += [{**row, "machine": machine(args.device)} for row in norm_rows(*job, args.device, bandwidth, args.seconds)]
+        rows += [
+            {**row, "machine": machine(args.device)} for row in norm_rows(*job, args.device, bandwidth, args.seconds)
+        ]
     return rows
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time a whole training step of Faster R-CNN R-50-FPN and of Panoptic FPN R-50 under FrozenBN, GN, GN+WS, PGN and PGN+WS.
+"""Time a whole training step of two detectors under FrozenBN, GN, GN+WS, PGN and PGN+WS: Faster R-CNN, Panoptic FPN.
 
     tools/benchmark_train.py --json out.json
     tools/benchmark_train.py --models pfpn --images 2 --precision float32 amp
@@ -17,10 +17,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
-from study.norm_cost import keep_freed_memory
-from study.step_cost import MODELS, step_rows
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, write_rows
+from study.norm_cost import keep_freed_memory
+from study.step_cost import MODELS, step_rows
 
 
 def parse_args():
@@ -28,8 +28,12 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT", help="write all rows")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: both")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 2] if cuda else [1], help="images in a batch; default: 1 2 on CUDA")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[1, 2] if cuda else [1], help="images in a batch; default: 1 2 on CUDA"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216"
+    )
     parser.add_argument(
         "--precision", nargs="+", default=["float32", "amp"] if cuda else ["float32"], choices=["float32", "amp"],
         help="amp is float16 under autocast, on CUDA; default: both on CUDA",
@@ -54,7 +58,14 @@ def main(args):
         write_rows(args.json, rows)
     print(machine(args.device))
     hidden = ("machine", "size")
-    print(tabulate([{k: v for k, v in row.items() if k not in hidden} for row in rows], headers="keys", floatfmt=".3f", missingval="not measured"))
+    print(
+        tabulate(
+            [{k: v for k, v in row.items() if k not in hidden} for row in rows],
+            headers="keys",
+            floatfmt=".3f",
+            missingval="not measured",
+        )
+    )
 
 
 if __name__ == "__main__":

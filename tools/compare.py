@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
-from study.comparison import Comparison, time_iteration, train_all
 from gng_d2.errors import InputError
+from study.comparison import Comparison, time_iteration, train_all
 from study.report import write_report
 
 

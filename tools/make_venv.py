@@ -4,6 +4,7 @@
 Used by the Makefile. Needs nothing but Python's standard library. To use gng_d2 in an environment
 that has Detectron2 already, `pip install -e .` is all.
 """
+
 import argparse
 import hashlib
 import os
@@ -33,8 +34,11 @@ def run(step, *command):
     print("-- " + step, flush=True)
     code = subprocess.call(command, cwd=ROOT)
     if code:
-        fail(step, "  `{}`\n  ended with exit status {}; its own message is above. Is PyPI reachable from "
-             "here (network, proxy, disk space)?".format(" ".join(command), code))
+        fail(
+            step,
+            "  `{}`\n  ended with exit status {}; its own message is above. Is PyPI reachable from "
+            "here (network, proxy, disk space)?".format(" ".join(command), code),
+        )
 
 
 def strip_compiled(source, target):
@@ -52,19 +56,44 @@ def strip_compiled(source, target):
 
 def install_detectron2(python):
     with tempfile.TemporaryDirectory() as folder:
-        run("downloading Detectron2", python, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder,
-            "--only-binary=:all:", "--python-version=3.10", "--implementation=cp", DETECTRON2)
+        run(
+            "downloading Detectron2",
+            python,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--dest",
+            folder,
+            "--only-binary=:all:",
+            "--python-version=3.10",
+            "--implementation=cp",
+            DETECTRON2,
+        )
         wheel = os.path.join(folder, DETECTRON2_WHEEL.format("cp310"))
         with open(wheel, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         if digest != DETECTRON2_SHA256:
-            fail("checking Detectron2", "  the sha256 of {} is\n  {}, not\n  {}: this is another file than "
-                 "the one this project was tried with".format(os.path.basename(wheel), digest, DETECTRON2_SHA256))
+            fail(
+                "checking Detectron2",
+                "  the sha256 of {} is\n  {}, not\n  {}: this is another file than "
+                "the one this project was tried with".format(os.path.basename(wheel), digest, DETECTRON2_SHA256),
+            )
         portable = os.path.join(folder, DETECTRON2_WHEEL.format("py3"))
         strip_compiled(wheel, portable)
         # without their dependencies: both ask for numpy<2, which Python 3.13 has no wheel of
-        run("installing Detectron2 and panopticapi", python, "-m", "pip", "install", "-q", "--no-deps",
-            portable, PANOPTICAPI)
+        run(
+            "installing Detectron2 and panopticapi",
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            portable,
+            PANOPTICAPI,
+        )
 
 
 def main():
@@ -73,9 +102,13 @@ def main():
     folder = os.path.abspath(parser.parse_args().folder)
 
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        fail("checking Python", "  this is Python {}.{} ({}); torch and Detectron2 here need {}.{} to {}.{}.\n"
-             "  Name another one: make PYTHON=python3.12 ...".format(
-                 *sys.version_info[:2], sys.executable, *OLDEST, *NEWEST))
+        fail(
+            "checking Python",
+            "  this is Python {}.{} ({}); torch and Detectron2 here need {}.{} to {}.{}.\n"
+            "  Name another one: make PYTHON=python3.12 ...".format(
+                *sys.version_info[:2], sys.executable, *OLDEST, *NEWEST
+            ),
+        )
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(os.path.join(folder, "bin", "pip")):
         if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(os.path.join(folder, "pyvenv.cfg")):
@@ -84,11 +117,21 @@ def main():
         try:
             venv.create(folder, clear=os.path.exists(folder), with_pip=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            fail("making " + folder, "  {}\n  Debian and Ubuntu keep venv in a package of its own: "
-                 "apt install python3-venv".format(error))
+            fail(
+                "making " + folder,
+                "  {}\n  Debian and Ubuntu keep venv in a package of its own: apt install python3-venv".format(error),
+            )
     # PyPI's torchvision needs the CUDA build of torch, on a CPU too: 5 GB on disk.
-    run("installing PyTorch and the libraries (minutes on the first run)",
-        python, "-m", "pip", "install", "-q", "-r", "constraints.txt")
+    run(
+        "installing PyTorch and the libraries (minutes on the first run)",
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-r",
+        "constraints.txt",
+    )
     install_detectron2(python)
     run("installing gng_d2", python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
     run("importing it", python, "-c", "import detectron2, gng_d2")

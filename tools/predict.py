@@ -26,7 +26,9 @@ from gng_d2.visualize import draw_output
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
+    )
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
     parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")

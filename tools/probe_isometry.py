@@ -28,9 +28,9 @@ from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import check_config, check_datasets, check_weights, load_config
 from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
-from study.plots import plot_probe
-from study.gradients import probe
 from gng_d2.files import check_outputs, machine, write_rows
+from study.gradients import probe
+from study.plots import plot_probe
 
 
 def parse_args():

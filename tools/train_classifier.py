@@ -20,10 +20,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import study.classifier
-from study.classifier import PET, load_images, num_iterations, train
 from gng_d2.errors import InputError
-from study.paper import TABLE_4
 from gng_d2.files import check_outputs, machine, write_rows
+from study.classifier import PET, load_images, num_iterations, train
+from study.paper import TABLE_4
 from study.rows import finish_run, mean_and_std, open_run
 
 
@@ -31,26 +31,53 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=study.classifier.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="caltech-101", metavar="NAME",
-                        help=f"{PET}, or what to call the folders of classes in ROOT; default: %(default)s")
-    parser.add_argument("--data", required=True, metavar="ROOT",
-                        help=f"folder with a folder of images for each class; {PET} is downloaded to it if missing")
-    parser.add_argument("--classes", type=int, metavar="N", 
-                        help="only the N classes with the fewest images; default: all")
+    parser.add_argument(
+        "--dataset",
+        default="caltech-101",
+        metavar="NAME",
+        help=f"{PET}, or what to call the folders of classes in ROOT; default: %(default)s",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="ROOT",
+        help=f"folder with a folder of images for each class; {PET} is downloaded to it if missing",
+    )
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="only the N classes with the fewest images; default: all"
+    )
     parser.add_argument("--depth", type=int, default=50, choices=(50, 101), help="of the ResNet; default: %(default)s")
-    parser.add_argument("--norms", nargs="+", default=["GN", "GN1", "PGN"], metavar="NORM",
-                        help="names that a config's NORM may have; default: GN GN1 PGN")
+    parser.add_argument(
+        "--norms",
+        nargs="+",
+        default=["GN", "GN1", "PGN"],
+        metavar="NORM",
+        help="names that a config's NORM may have; default: GN GN1 PGN",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
-    parser.add_argument("--weights", default="", metavar="FILE.pkl",
-                        help="of tools/convert_weights.py, to start from; default: from scratch")
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE.pkl",
+        help="of tools/convert_weights.py, to start from; default: from scratch",
+    )
     parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=0.005, help="learning rate; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-                        help="processes that load images; default: %(default)s")
-    parser.add_argument("--output", default="output/classifier", metavar="DIR",
-                        help="a folder for each run, with its checkpoints, goes here; default: %(default)s")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that load images; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/classifier",
+        metavar="DIR",
+        help="a folder for each run, with its checkpoints, goes here; default: %(default)s",
+    )
     parser.add_argument("--json", metavar="OUT", help="write a row for each run")
     return parser.parse_args()
 
@@ -101,8 +128,10 @@ def print_table(args, rows):
         table.append([norm, paper.get(norm), mean, std, len(args.seeds)])
     headers = ["norm", "paper, error %", "ours, error %", "std over seeds", "seeds"]
     print(tabulate(table, headers, floatfmt=".3f", missingval="-"))
-    print("ours: {dataset}, {classes} classes, {train_images} training and {test_images} test images of {image_size} "
-          "pixels, R-{depth}, {epochs} epochs".format(**rows[0]))
+    print(
+        "ours: {dataset}, {classes} classes, {train_images} training and {test_images} test images of {image_size} "
+        "pixels, R-{depth}, {epochs} epochs".format(**rows[0])
+    )
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from tabulate import tabulate
 
 import study.mlp
 from gng_d2.errors import InputError
+from gng_d2.files import check_outputs, write_rows
 from study.mlp import PRACTICAL, settings_of, train_all
 from study.paper import TABLE_3
 from study.plots import plot_learning_curves
-from gng_d2.files import check_outputs, write_rows
 from study.rows import mean_and_std
 
 
@@ -26,16 +26,36 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=study.mlp.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="datasets", metavar="ROOT",
-                        help="folder that has MNIST/raw, or that it is downloaded to; default: %(default)s")
-    parser.add_argument("--groups", type=int, nargs="+", default=list(TABLE_3), choices=list(TABLE_3), metavar="G",
-                        help="numbers of groups, powers of 2; default: 1 2 4 ... 512")
+    parser.add_argument(
+        "--data",
+        default="datasets",
+        metavar="ROOT",
+        help="folder that has MNIST/raw, or that it is downloaded to; default: %(default)s",
+    )
+    parser.add_argument(
+        "--groups",
+        type=int,
+        nargs="+",
+        default=list(TABLE_3),
+        choices=list(TABLE_3),
+        metavar="G",
+        help="numbers of groups, powers of 2; default: 1 2 4 ... 512",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=1, metavar="N",
-                        help="runs at a time, each on one CPU thread; default: %(default)s")
-    parser.add_argument("--output", default="output/mlp_mnist", metavar="DIR",
-                        help="a folder for each run goes here; default: %(default)s")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, each on one CPU thread; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/mlp_mnist",
+        metavar="DIR",
+        help="a folder for each run goes here; default: %(default)s",
+    )
     parser.add_argument("--json", metavar="OUT", help="write a row for each run, with its learning curve")
     parser.add_argument("--plot", metavar="OUT.png", help="draw the learning curves, the mean over the seeds")
     return parser.parse_args()

@@ -20,10 +20,10 @@ import sys
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
-from study.unit_block import REPEATS
-from study.plots import plot_sweep
 from gng_d2.files import check_outputs, machine, write_rows
+from study.plots import plot_sweep
 from study.theory import sweep, table_1, table_2
+from study.unit_block import REPEATS
 
 
 def parse_args():

@@ -25,9 +25,7 @@ def split_files(root: Path, split: str) -> Dict[str, Path]:
     }
 
 
-def write_split(
-    root: Path, split: str, scenes: Iterable[Scene], things: Sequence[str], stuff: Sequence[str]
-) -> None:
+def write_split(root: Path, split: str, scenes: Iterable[Scene], things: Sequence[str], stuff: Sequence[str]) -> None:
     """Write ``scenes`` under ``root``. Category ids count from 1, things first."""
     files = split_files(root, split)
     for key in ("image_root", "panoptic_root", "sem_seg_root"):

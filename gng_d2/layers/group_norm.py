@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
-
 from gng_d2.ops import group_norm
+
 from .ws_conv import standardize
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
-
 from gng_d2.ops import cpu_kernels, weight_standardization_cpu
 from gng_d2.ops.backends import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
 
@@ -94,7 +93,9 @@ if HAS_OPS:
     torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
     if cpu_kernels.is_compiled():
         torch.library.impl("gng_d2::standardize", "cpu")(cpu_kernels.checked(weight_standardization_cpu.forward))
-        torch.library.impl("gng_d2::standardize_backward", "cpu")(cpu_kernels.checked(weight_standardization_cpu.backward))
+        torch.library.impl("gng_d2::standardize_backward", "cpu")(
+            cpu_kernels.checked(weight_standardization_cpu.backward)
+        )
     if HAS_TRITON:
         torch.library.impl("gng_d2::standardize", "cuda")(weight_standardization_triton.forward)
         torch.library.impl("gng_d2::standardize_backward", "cuda")(weight_standardization_triton.backward)

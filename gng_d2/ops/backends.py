@@ -34,7 +34,7 @@ def is_transformed() -> bool:
 
 
 def is_plain(*tensors: Optional[Tensor]) -> bool:
-    """Whether the dispatcher has nothing to see to: no mode that watches ops; no subclass, no lazy negation, no missing memory."""
+    """Whether the dispatcher has nothing to do: no mode watches ops, no subclass, lazy negation or missing memory."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_neg() and t.data_ptr()) for t in tensors
     )

@@ -62,7 +62,9 @@ def checked(kernel: Callable) -> Callable:
     def run(*arguments):
         for t in arguments:
             if isinstance(t, Tensor) and (t.dtype != torch.float32 or not t.data_ptr()):
-                raise RuntimeError(f"on a CPU this takes float32 tensors that have memory, not {t.dtype} at {t.data_ptr():#x}")
+                raise RuntimeError(
+                    f"on a CPU this takes float32 tensors that have memory, not {t.dtype} at {t.data_ptr():#x}"
+                )
         return kernel(*arguments)
 
     return run

@@ -67,7 +67,9 @@ def _is_for_us(input, num_groups, weight, bias):
     half = input.dtype != torch.float32
     if not one_type and not (half and all(p.dtype == torch.float32 for p in affine)):
         return False
-    return _is_faster_on_cuda(input, num_groups, keeps_type=half and (not one_type or torch.is_autocast_enabled("cuda")))
+    return _is_faster_on_cuda(
+        input, num_groups, keeps_type=half and (not one_type or torch.is_autocast_enabled("cuda"))
+    )
 
 
 def _is_faster_on_cuda(input, num_groups, keeps_type):

@@ -21,7 +21,7 @@ _PIECE = 4096  # elements that the first cache holds
 
 
 def pays(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
-    """Whether :func:`forward` takes these and, from measurements with 1 and 2 threads, is faster than PyTorch's own op."""
+    """Whether :func:`forward` takes these and, as measured with 1 and 2 threads, is faster than PyTorch's own op."""
     elements = x.numel()
     if not (
         type(x) is Tensor  # a subclass may have no memory
@@ -37,7 +37,9 @@ def pays(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Opti
     if elements < _MIN_POSITIONS * images * channels or channels % num_groups:
         return False
     for p in (weight, bias):
-        if p is not None and not (p.shape == (channels,) and p.is_cpu and p.dtype == torch.float32 and p.is_contiguous()):
+        if p is not None and not (
+            p.shape == (channels,) and p.is_cpu and p.dtype == torch.float32 and p.is_contiguous()
+        ):
             return False
     groups, threads = images * num_groups, torch.get_num_threads()
     share_of_busy_threads = groups / (math.ceil(groups / threads) * threads)

@@ -73,7 +73,7 @@ def _moments_kernel(
 
 @triton.jit
 def _partial_moments(mean_ptr, m2_ptr, first, channels, size, positions, num_chunks, chunk, BLOCK: tl.constexpr):
-    """BLOCK of a group's partial results from ``first`` on: count, mean and M2; a count of 0 where there are no more."""
+    """BLOCK of a group's partial results from ``first`` on: count, mean and M2; count 0 where there are no more."""
     i = first + tl.arange(0, BLOCK)
     inside = i < size * num_chunks
     k = i // size

@@ -21,7 +21,10 @@ def forward(weight: Tensor, eps: float) -> Tensor:
 
 def backward(gradient: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gradient of ``weight``, from that of the output."""
-    gradient, weight = gradient.contiguous(), weight.contiguous()  # a hook on saved tensors may have changed their layout
+    gradient, weight = (
+        gradient.contiguous(),
+        weight.contiguous(),
+    )  # a hook on saved tensors may have changed their layout
     out = torch.empty_like(weight)
     cpu_kernels.call("standardize_backward", gradient, weight, out, len(weight), weight.numel() // len(weight), eps)
     return out

@@ -80,7 +80,10 @@ def forward(weight: Tensor, eps: float) -> Tensor:
 
 def backward(gradient: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gradient of ``weight``, from that of the output."""
-    gradient, weight = gradient.contiguous(), weight.contiguous()  # a hook on saved tensors may have changed their layout
+    gradient, weight = (
+        gradient.contiguous(),
+        weight.contiguous(),
+    )  # a hook on saved tensors may have changed their layout
     out = torch.empty_like(weight)
     _launch(_gradient_kernel, gradient, weight, out, eps=eps)
     return out

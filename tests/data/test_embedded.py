@@ -121,8 +121,9 @@ def test_same_seed_same_files(tmp_path):
 
 def test_an_interrupted_preparation_is_not_trusted(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "gng_d2.data"], env=environment,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "gng_d2.data"], env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not list(tmp_path.glob(".*/*/train/*.jpg")):
         assert time.time() < deadline and process.poll() is None

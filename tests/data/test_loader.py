@@ -28,7 +28,9 @@ def test_what_is_left_is_what_grouping_would_go_on_with(batch_size, skipped):
 def first_batches(count, start_iter=0, *overrides):
     cfg = load_config("configs/quick/pfpn_pgn.yaml", ["INPUT.MIN_SIZE_TRAIN", "(96, 128)", *overrides])
     batches = itertools.islice(build_train_loader(cfg, start_iter), count)
-    return [[(d["image_id"], tuple(d["image"].shape), int(d["image"].long().sum())) for d in batch] for batch in batches]
+    return [
+        [(d["image_id"], tuple(d["image"].shape), int(d["image"].long().sum())) for d in batch] for batch in batches
+    ]
 
 
 def test_order_and_augmentation_follow_from_seed_and_iteration(shapes):

@@ -14,8 +14,14 @@ def pgn(channels=8):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv1d(24, 8, 3), nn.Conv2d(24, 8, 3), nn.Conv3d(24, 8, 3), nn.ConvTranspose2d(24, 8, 3), nn.Linear(24, 8),
-     nn.Conv2d(24, 8, 3, groups=4)],
+    [
+        nn.Conv1d(24, 8, 3),
+        nn.Conv2d(24, 8, 3),
+        nn.Conv3d(24, 8, 3),
+        nn.ConvTranspose2d(24, 8, 3),
+        nn.Linear(24, 8),
+        nn.Conv2d(24, 8, 3, groups=4),
+    ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_sibling(layer):

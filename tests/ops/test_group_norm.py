@@ -1,4 +1,4 @@
-"""The op around the kernels: which one it picks, and what PyTorch does with it. Numbers: test_group_norm_{cpu,triton}.py"""
+"""The op around the kernels: which it picks, and what PyTorch does with it. Numbers: test_group_norm_{cpu,triton}.py"""
 
 import importlib
 from types import SimpleNamespace
@@ -38,7 +38,10 @@ def leaves_of(*shape, dtype=torch.float32, parameters=torch.float32, road="kerne
     torch.manual_seed(0)
     device = "cpu" if road == "cpu_road" else DEVICE
     x = torch.randn(shape, device=device).to(dtype)
-    return [x.requires_grad_(), *(torch.randn(shape[1], device=device).to(parameters).requires_grad_() for _ in range(2))]
+    return [
+        x.requires_grad_(),
+        *(torch.randn(shape[1], device=device).to(parameters).requires_grad_() for _ in range(2)),
+    ]
 
 
 def gradients(function, leaves):
@@ -130,7 +133,9 @@ def test_some_inputs_take_a_gradient(road, wanted, request):
     request.getfixturevalue(road)
     leaves = [t.requires_grad_(i in wanted) for i, t in enumerate(leaves_of(2, 6, 5, 7, road=road))]
     inputs = [leaves[i] for i in wanted]
-    ours, theirs = (torch.autograd.grad(f(leaves[0], 2, *leaves[1:]).cos().sum(), inputs) for f in (group_norm, F.group_norm))
+    ours, theirs = (
+        torch.autograd.grad(f(leaves[0], 2, *leaves[1:]).cos().sum(), inputs) for f in (group_norm, F.group_norm)
+    )
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other)
     x = leaves[0].detach().requires_grad_()
@@ -152,7 +157,8 @@ def test_torch_func_and_forward_mode_take_pytorchs_op():
 def test_autograd_through_the_kernels(kernels):
     leaves = leaves_of(2, 6, 5, 7)
     for one, other in zip(
-        gradients(lambda *t: group_norm(t[0], 3, *t[1:]), leaves), gradients(lambda *t: F.group_norm(t[0], 3, *t[1:]), leaves)
+        gradients(lambda *t: group_norm(t[0], 3, *t[1:]), leaves),
+        gradients(lambda *t: F.group_norm(t[0], 3, *t[1:]), leaves),
     ):
         torch.testing.assert_close(one, other)
 
@@ -196,7 +202,9 @@ def test_second_derivatives(kernels):
 
 def test_second_derivatives_with_parameters_in_float32(kernels):
     leaves = leaves_of(1, 4, 8, 8, dtype=torch.float16)
-    first = torch.autograd.grad(group_norm(leaves[0], 2, *leaves[1:]).float().square().sum(), leaves[0], create_graph=True)
+    first = torch.autograd.grad(
+        group_norm(leaves[0], 2, *leaves[1:]).float().square().sum(), leaves[0], create_graph=True
+    )
     second = torch.autograd.grad(first[0].float().square().sum(), leaves[0])[0]
     wide = [t.detach().float().requires_grad_() for t in leaves]
     first = torch.autograd.grad(F.group_norm(wide[0], 2, *wide[1:]).square().sum(), wide[0], create_graph=True)
@@ -225,9 +233,7 @@ def test_the_ops_keep_pytorchs_rules(kernels, shape):
     y, mean, rstd = torch.ops.gng_d2.group_norm(x, weight, bias, 2, 1e-5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.gng_d2.group_norm.default, (x, weight, bias, 2, 1e-5), test_utils=tests)
-    torch.library.opcheck(
-        torch.ops.gng_d2.group_norm_backward.default, (y, x, mean, rstd, weight, 2), test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.gng_d2.group_norm_backward.default, (y, x, mean, rstd, weight, 2), test_utils=tests)
 
 
 def test_compiles_without_a_graph_break(kernels):
@@ -316,6 +322,7 @@ def test_choice_on_cuda(monkeypatch):
 
 def test_without_a_c_compiler_pytorchs_op_is_used(monkeypatch):
     """Triton runs one when it first launches."""
+
     def fail(*args):
         raise RuntimeError("Failed to find C compiler")
 

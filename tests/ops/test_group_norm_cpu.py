@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu
 
 if not cpu_kernels.is_compiled():
-    assert not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]), "there is a C compiler: install gng_d2 again"
+    assert not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]), (
+        "there is a C compiler: install gng_d2 again"
+    )
     pytest.skip("gng_d2 was installed without a C compiler", allow_module_level=True)
 
 
@@ -36,7 +38,10 @@ def draw(*shape, mean=0.0, std=1.0):
 def gradients(function, x, *parameters):
     leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
     y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape))]
+    return [
+        y.detach(),
+        *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)),
+    ]
 
 
 def assert_no_worse_than_pytorchs(shape, groups, mean=0.0, std=1.0):
@@ -189,7 +194,9 @@ def test_modes_see_the_op():
     x, weight, bias = draw(1, 64, 128, 128)
     graph = make_fx(lambda *t: gradients(lambda *u: group_norm(u[0], 1, *u[1:]), *t))(x, weight, bias)
     other = draw(1, 64, 128, 128, mean=3)[0]
-    for one, expected in zip(graph(other, weight, bias), gradients(lambda *t: group_norm(t[0], 1, *t[1:]), other, weight, bias)):
+    for one, expected in zip(
+        graph(other, weight, bias), gradients(lambda *t: group_norm(t[0], 1, *t[1:]), other, weight, bias)
+    ):
         torch.testing.assert_close(one, expected)
     with torch.no_grad():
         graph = make_fx(lambda *t: group_norm(t[0], 1, *t[1:]))(x, weight, bias)
@@ -203,7 +210,8 @@ def test_batched_gradients():
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     dy = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = (
-        torch.autograd.grad(f(x, 1, weight, bias), leaves, dy, is_grads_batched=True) for f in (group_norm, F.group_norm)
+        torch.autograd.grad(f(x, 1, weight, bias), leaves, dy, is_grads_batched=True)
+        for f in (group_norm, F.group_norm)
     )
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)

@@ -57,7 +57,14 @@ def assert_no_worse(errors, factor=1.2, mean=0.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape, groups",
-    [((1, 6, 5, 7), 1), ((2, 6, 5, 7), 3), ((2, 6, 5, 7), 6), ((1, 130, 3, 3), 13), ((2, 3, 48, 50), 1), ((1, 1, 9, 9), 1)],
+    [
+        ((1, 6, 5, 7), 1),
+        ((2, 6, 5, 7), 3),
+        ((2, 6, 5, 7), 6),
+        ((1, 130, 3, 3), 13),
+        ((2, 3, 48, 50), 1),
+        ((1, 1, 9, 9), 1),
+    ],
 )
 def test_relative_error_is_no_worse_than_pytorchs(shape, groups, dtype, channels_last):
     # the interpreter cuts bfloat16 off where a GPU rounds it
@@ -142,7 +149,8 @@ for data in "*fp32", "*bf16":
     for constants in (
         dict(stride_s=1, BLOCK_C=1, BLOCK_S=2048, BLOCK=1024),
         dict(stride_c=1, BLOCK_C=64, BLOCK_S=32, BLOCK=16384, weight_ptr=None, bias_ptr=None),
-        dict(channels=1, positions=1, stride_s=1, num_groups=1, num_chunks=1, chunk=1, BLOCK_C=1, BLOCK_S=1, BLOCK=1024),
+        dict.fromkeys(("channels", "positions", "stride_s", "num_groups", "num_chunks", "chunk", "BLOCK_C", "BLOCK_S"), 1)
+        | {"BLOCK": 1024},
     ):
         for kernel in kernels:
             names = kernel.arg_names

@@ -15,10 +15,10 @@ from PIL import Image
 
 import study.classifier
 from gng_d2 import practical_num_groups
-from study.classifier import PET, Classifier, load_images, train
 from gng_d2.convert import write_weights
 from gng_d2.errors import InputError
 from gng_d2.files import read_rows
+from study.classifier import PET, Classifier, load_images, train
 
 TOOL = "tools/train_classifier.py"
 
@@ -42,6 +42,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def small_resnet(monkeypatch):
     """One block in place of 16."""
+
     def make_default_stages(depth, **kwargs):
         sizes = {"in_channels": 64, "out_channels": 64, "bottleneck_channels": 32}
         return [ResNet.make_stage(BottleneckBlock, 1, **sizes, **kwargs)]
@@ -51,8 +52,18 @@ def small_resnet(monkeypatch):
 
 
 def settings(norm="PGN", seed=0, **changed):
-    return {"depth": 50, "norm": norm, "seed": seed, "epochs": 3, "image_size": 32, "batch_size": 8, "lr": 0.025,
-            "amp": False, "train_images": 36, **changed}
+    return {
+        "depth": 50,
+        "norm": norm,
+        "seed": seed,
+        "epochs": 3,
+        "image_size": 32,
+        "batch_size": 8,
+        "lr": 0.025,
+        "amp": False,
+        "train_images": 36,
+        **changed,
+    }
 
 
 def final_weights(folder):
@@ -159,8 +170,25 @@ def test_the_tool_learns_and_does_no_finished_run_again(small_resnet, root, tmp_
     output, json_file = tmp_path / "runs", tmp_path / "rows.json"
 
     def tool(*args):
-        arguments = ["--data", root, "--epochs", 8, "--image-size", 32, "--batch-size", 8, "--lr", 0.025,
-                     "--workers", 0, "--output", output, "--json", json_file, *args]
+        arguments = [
+            "--data",
+            root,
+            "--epochs",
+            8,
+            "--image-size",
+            32,
+            "--batch-size",
+            8,
+            "--lr",
+            0.025,
+            "--workers",
+            0,
+            "--output",
+            output,
+            "--json",
+            json_file,
+            *args,
+        ]
         monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
         capsys.readouterr()
         runpy.run_path(TOOL, run_name="__main__")

@@ -12,18 +12,34 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer, default_setup
 
-from study import comparison as compare, plots, report as summary
-from study.comparison import Comparison, default_norm_keys, time_iteration, train_all
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
 from gng_d2.files import read_rows
+from study import comparison as compare
+from study import plots
+from study import report as summary
+from study.comparison import Comparison, default_norm_keys, time_iteration, train_all
 from study.report import paper_values, summarize, write_report
 
 CONFIG = "configs/quick/pfpn_gn.yaml"
 KEYS = ["MODEL.SEM_SEG_HEAD.NORM"]
-TINY = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
-        "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.002", "SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "2"]
+TINY = [
+    "MODEL.FPN.OUT_CHANNELS",
+    "32",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "32",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "32",
+    "SOLVER.IMS_PER_BATCH",
+    "2",
+    "SOLVER.BASE_LR",
+    "0.002",
+    "SOLVER.MAX_ITER",
+    "5",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "2",
+]
 
 
 # which runs
@@ -79,7 +95,10 @@ def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_pat
         ({"seeds": [0, -1]}, "--seeds: -1 is no seed"),
         ({"keys": ["MODEL.FPN"]}, "--norm-keys: MODEL.FPN is no NORM key"),
         ({"num_machines": 2}, "give --dist-url"),
-        ({"keys": None, "overrides": [f"MODEL.{k}.NORM BN" for k in ("FPN", "RESNETS", "SEM_SEG_HEAD")]}, "no norm that is GN"),
+        (
+            {"keys": None, "overrides": [f"MODEL.{k}.NORM BN" for k in ("FPN", "RESNETS", "SEM_SEG_HEAD")]},
+            "no norm that is GN",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, tmp_path):
@@ -135,8 +154,12 @@ def calls(comparison):
 def test_what_finished_is_not_run_again_and_what_failed_is(job, tmp_path):
     comparison = small(tmp_path, ["GN", "GN3", "GN5", "PGN"], [0])
     for _ in range(2):
-        assert run(comparison) == [("GN seed 0", "finished"), ("GN3 seed 0", "failed"), ("GN5 seed 0", "failed"),
-                                   ("PGN seed 0", "finished")]
+        assert run(comparison) == [
+            ("GN seed 0", "finished"),
+            ("GN3 seed 0", "failed"),
+            ("GN5 seed 0", "failed"),
+            ("PGN seed 0", "finished"),
+        ]
     assert calls(comparison) == [1, 2, 2, 1]
     reasons = [run.state()["reason"] for run in comparison.runs]
     assert reasons == [None, "ValueError: it does not divide", "killed by SIGKILL (out of memory?)", None]
@@ -179,8 +202,10 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
     for other, difference in (
         (small(tmp_path, overrides=["SOLVER.MAX_ITER", "30"]), "SOLVER.MAX_ITER: 20 there, 30 here"),
         (small(tmp_path, num_gpus=2), "processes: 1 there, 2 here"),
-        (Comparison(CONFIG, ["GN"], [0], str(tmp_path / "out"), ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "20"]),
-         "MODEL.FPN.NORM: GN there, <norm> here"),
+        (
+            Comparison(CONFIG, ["GN"], [0], str(tmp_path / "out"), ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "20"]),
+            "MODEL.FPN.NORM: GN there, <norm> here",
+        ),
     ):
         with pytest.raises(InputError, match=difference):
             other.claim_output()

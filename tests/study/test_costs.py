@@ -4,17 +4,23 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn import functional as F
 
-from study import norm_cost as benchmark_norm, step_cost as benchmark_train
 from gng_d2.config import load_config
 from gng_d2.layers import WSConv2d
+from study import norm_cost as benchmark_norm
+from study import step_cost as benchmark_train
 
-KEYS = "shape num_groups dtype direction implementation milliseconds ratio_to_native_gn32 fraction_of_copy_bandwidth".split()
+KEYS = {
+    *("shape", "num_groups", "dtype", "direction", "implementation"),
+    *("milliseconds", "ratio_to_native_gn32", "fraction_of_copy_bandwidth"),
+}
 
 
 def test_inputs_are_those_of_the_real_model():
     """The same as a real forward pass on the CPU gives."""
     overrides = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.WEIGHTS '' MODEL.FPN.OUT_CHANNELS 32"
-    cfg = load_config("configs/pfpn_pgn.yaml", [*overrides.split(), "MODEL.RESNETS.NORM", "PGN", "MODEL.FPN.NORM", "GN"])
+    cfg = load_config(
+        "configs/pfpn_pgn.yaml", [*overrides.split(), "MODEL.RESNETS.NORM", "PGN", "MODEL.FPN.NORM", "GN"]
+    )
     found = benchmark_norm.norm_inputs(cfg, 1, 64, 96)
     seen = []
     model = build_model(cfg)
@@ -74,7 +80,8 @@ def test_the_five_setups():
 
 def test_rows_of_a_step():
     small = (
-        "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 "
+        "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 "
+        "MODEL.ROI_BOX_HEAD.FC_DIM 32 "
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.SEM_SEG_HEAD.CONVS_DIM 32"
     )
     rows = list(benchmark_train.step_rows("pfpn", False, 1, 64, 96, "cpu", 0.01, small.split()))

@@ -8,9 +8,9 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
+from gng_d2.files import read_rows
 from gng_d2.layers import GroupNorm, PracticalGroupNorm
 from study.gradients import measure_blocks
-from gng_d2.files import read_rows
 
 KEYS = ["setup", "name", "norm", "n_in", "n_out", "num_groups", "kernel_size", "stride", "fan_out", "activation",
         "paper", "measured"]  # fmt: skip

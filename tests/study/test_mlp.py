@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gng_d2.errors import InputError
-from study.mlp import load_mnist, mlp, settings_of, train, train_all
 from gng_d2.files import machine, read_rows
+from study.mlp import load_mnist, mlp, settings_of, train, train_all
 from study.rows import mean_and_std, open_run
 
 
@@ -40,6 +40,7 @@ def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monk
     """Seen from outside the training: what goes into the first layer, and the weights it starts with."""
     seen = {}
     for groups in (1, 64, 512):
+
         def recording(num_groups):
             model = mlp(num_groups)
             weights = [p.detach().clone() for p in model.parameters()]
@@ -79,8 +80,28 @@ def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
 def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
     """Killed with some runs finished: these are not trained again, and the rows are those of runs in one go."""
     output, json_file, plot = (tmp_path / name for name in ("runs", "rows.json", "curves.png"))
-    command = [sys.executable, "-W", "ignore", "tools/train_mlp.py", "--data", mnist, "--groups", 1, 64,
-               "--seeds", 0, 1, "--epochs", 60, "--output", output, "--json", json_file, "--plot", plot]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "tools/train_mlp.py",
+        "--data",
+        mnist,
+        "--groups",
+        1,
+        64,
+        "--seeds",
+        0,
+        1,
+        "--epochs",
+        60,
+        "--output",
+        output,
+        "--json",
+        json_file,
+        "--plot",
+        plot,
+    ]
     command = list(map(str, command))
     job = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (output / "groups1-seed0" / "row.json").exists():

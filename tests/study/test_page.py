@@ -3,7 +3,6 @@
 from statistics import mean, stdev
 
 from gng_d2.files import read_rows
-
 from study import page as make_results
 
 
@@ -17,7 +16,10 @@ def test_table_3_is_computed_from_the_runs():
     errors = [row["test_error"] for row in rows if row["num_groups"] == 64]
     line = next(line for line in make_results.table_3(rows).splitlines() if "64 (practical)" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")][1:5] == [
-        "1.670", f"{mean(errors):.3f}", f"{stdev(errors):.3f}", str(len(errors))
+        "1.670",
+        f"{mean(errors):.3f}",
+        f"{stdev(errors):.3f}",
+        str(len(errors)),
     ]
 
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from study.paper import TABLE_1
 from gng_d2.files import read_rows
+from study.paper import TABLE_1
 from study.theory import sweep, table_1, table_2
 
 TABLE_1_KEYS = ["n_in", "n_out", "num_groups", "equation", "paper_empirical", "empirical", "low", "high", "theoretical",

@@ -36,7 +36,6 @@ __all__ = ["PET", "ImageSet", "load_images", "Classifier", "num_iterations", "tr
 PET = "oxford-iiit-pet"
 
 
-
 @dataclass(frozen=True)
 class ImageSet:
     """Pairs of a PIL image and its label."""

@@ -27,12 +27,14 @@ from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
-from gng_d2.norm_names import norm_from_name
 from gng_d2.files import check_outputs, machine, read_metrics, written_whole
+from gng_d2.norm_names import norm_from_name
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 
-TRAIN_NET = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "tools", "train_net.py")
+TRAIN_NET = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "tools", "train_net.py"
+)
 WS = "+WS"
 
 

@@ -19,9 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from gng_d2.analysis import norm_table
-from gng_d2.layers.binding import layer_shape, named_norms
 from gng_d2.data.loader import seed_everything
 from gng_d2.groups import GROUP_CHOICES
+from gng_d2.layers.binding import layer_shape, named_norms
 
 __all__ = ["BlockGradients", "block_kind", "measure_blocks", "probe"]
 

@@ -17,8 +17,9 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from gng_d2.errors import InputError
-from gng_d2.groups import practical_num_groups
 from gng_d2.files import machine
+from gng_d2.groups import practical_num_groups
+
 from .rows import finish_run, open_run
 
 __all__ = ["PRACTICAL", "load_mnist", "mlp", "settings_of", "train", "train_all"]
@@ -27,7 +28,6 @@ IN, HIDDEN, CLASSES = 784, 512, 10
 PRACTICAL = practical_num_groups(IN, HIDDEN)
 RECIPE = {"batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 CURVE_POINTS = 100
-
 
 
 def load_mnist(root: str, train: bool) -> Tuple[Tensor, Tensor]:

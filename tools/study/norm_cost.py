@@ -116,7 +116,13 @@ _PASSES = {"forward": 3, "forward+backward": 8}
 
 
 def norm_rows(
-    shape: Tuple[int, ...], num_groups: int, dtype: torch.dtype, channels_last: bool, device: str, bandwidth: float, seconds: float
+    shape: Tuple[int, ...],
+    num_groups: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    device: str,
+    bandwidth: float,
+    seconds: float,
 ) -> Iterator[Dict]:
     """One row for each direction and implementation. ``bandwidth`` of a copy in bytes a second.
 

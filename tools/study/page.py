@@ -8,12 +8,12 @@ from statistics import geometric_mean, mean, quantiles
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
+from gng_d2.files import read_rows
+from study.gradients import block_kind
 from study.mlp import PRACTICAL
 from study.paper import TABLE_3, TABLE_4, TABLE_5, TABLE_6
-from study.gradients import block_kind
-from gng_d2.files import read_rows
-from study.rows import mean_and_std
 from study.report import differences_table, results_table
+from study.rows import mean_and_std
 
 DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "docs")
 RESULTS = os.path.join(DOCS, "results")
@@ -94,7 +94,16 @@ def sweep(rows):
         if row["equation"] == "B":
             error = f" ± {row['standard_error']:.3f}" if row["standard_error"] is not None else ""
             layer = f"{row['layer']}, {row['map_size']}x{row['map_size']}"
-            lines.append([layer, row["group_size"], row["num_groups"], row["paper"], row["exact"], f"{row['empirical']:.3f}{error}"])
+            lines.append(
+                [
+                    layer,
+                    row["group_size"],
+                    row["num_groups"],
+                    row["paper"],
+                    row["exact"],
+                    f"{row['empirical']:.3f}{error}",
+                ]
+            )
     return markdown(lines, ["layer, map", "n_g", "G", "paper, Eq. 22", "exact", "measured"])
 
 
@@ -106,7 +115,14 @@ def isometry(rows):
             blocks = [r for r in rows if r["setup"] == setup and block_kind(r) == kind and r["measured"]]
             low, middle, high = quantiles([r["measured"] for r in blocks], n=4)
             paper = quantiles([r["paper"] for r in blocks], n=4)
-            lines.append([kind, setup, len(blocks), *(f"{m:.2f} ({l:.2f} to {h:.2f})" for l, m, h in (paper, (low, middle, high)))])
+            lines.append(
+                [
+                    kind,
+                    setup,
+                    len(blocks),
+                    *(f"{m:.2f} ({low:.2f} to {high:.2f})" for low, m, high in (paper, (low, middle, high))),
+                ]
+            )
     return markdown(lines, ["block", "groups", "how many", "paper's K (quartiles)", "measured (quartiles)"])
 
 
@@ -118,7 +134,9 @@ def table_3(rows):
         loss = 1000 * mean(row["train_loss"][-1] for row in of_groups)
         name = f"{groups}{' (practical)' * (groups == PRACTICAL)}"
         lines.append([name, paper, *mean_and_std(errors), len(errors), loss])
-    return markdown(lines, ["G", "paper, error %", "ours, error %", "standard deviation", "seeds", "last train loss, 1/1000"])
+    return markdown(
+        lines, ["G", "paper, error %", "ours, error %", "standard deviation", "seeds", "last train loss, 1/1000"]
+    )
 
 
 def table_4(rows):
@@ -131,7 +149,10 @@ def table_4(rows):
 
 
 def paper_table_4():
-    lines = [[dataset, f"R-{depth}", *(errors.get(norm) for norm in ("GN", "GN1", "PGN"))] for (dataset, depth), errors in TABLE_4.items()]
+    lines = [
+        [dataset, f"R-{depth}", *(errors.get(norm) for norm in ("GN", "GN1", "PGN"))]
+        for (dataset, depth), errors in TABLE_4.items()
+    ]
     return markdown(lines, ["paper's error %", "", "G = 32", "G = 1", "practical"])
 
 
@@ -149,7 +170,10 @@ def gpu_hours(model, seconds, iterations, runs=9):
 
 
 def comparison(rows):
-    tables = [tabulate(table(rows), headers="keys", tablefmt="github", disable_numparse=True) for table in (results_table, differences_table)]
+    tables = [
+        tabulate(table(rows), headers="keys", tablefmt="github", disable_numparse=True)
+        for table in (results_table, differences_table)
+    ]
     return (
         f"{tables[0]}\n\nMean ± standard deviation over seeds.\n\n{tables[1]}\n\n"
         "Mean ± standard error of the differences seed by seed. `*`: the 95 % interval (Student's t) leaves out 0."
@@ -159,12 +183,17 @@ def comparison(rows):
 def cost_of_a_norm(rows):
     lines, noise = [], []
     for key in dict.fromkeys((row["dtype"], row["layout"], row["direction"], row["implementation"]) for row in rows):
-        ratios = [r["ratio_to_native_gn32"] for r in rows if key == (r["dtype"], r["layout"], r["direction"], r["implementation"])]
+        ratios = [
+            r["ratio_to_native_gn32"]
+            for r in rows
+            if key == (r["dtype"], r["layout"], r["direction"], r["implementation"])
+        ]
         if key[-1] == "native_gn32_again":
             noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({', '.join(key[:-1])})")
         else:
             lines.append([*key[:-1], key[-1], geometric_mean(ratios), min(ratios), max(ratios)])
     headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
+
     def key_of(row):
         return "x".join(map(str, row["shape"])), row["num_groups"], row["dtype"], row["layout"]
 
@@ -179,7 +208,9 @@ def cost_of_a_norm(rows):
         f"Ours, forward: geometric mean {geometric_mean(reached):.2f}, highest {max(reached):.2f}.\n\n"
         f"The same call a second time differs by less than this in 95 % of the inputs: {'; '.join(noise)}.\n\n"
         "The slowest of ours, forward:\n\n"
-        + markdown(slowest, ["input", "G", "dtype", "layout", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f")
+        + markdown(
+            slowest, ["input", "G", "dtype", "layout", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f"
+        )
     )
 
 
@@ -201,98 +232,150 @@ COCO_80 = (
 
 
 def page():
-    return "\n\n".join(
-        [
-            INTRODUCTION,
-            CONCLUSIONS,
-            section(
-                "Table 1: the paper's four equations", "theory_table1", "python tools/validate_theory.py table1 --json docs/results/theory_table1.json",
-                table_1, "Intervals: 95 % for A and C. B and D have no finite variance at 4 features a group: median of 20 repeats, "
-                "5 % and 95 % quantiles. The paper takes variances about each sample's own mean, which lowers A.",
-            ),
-            section(
-                "Eq. 22 beyond 4 features a group", "theory_sweep",
-                "python tools/validate_theory.py sweep --json docs/results/theory_sweep.json --plot docs/results/theory_sweep.png",
-                sweep, "The factor by which the norm raises the variance of the gradient (B). The plot has K too.", "theory_sweep.png",
-            ),
-            section(
-                "Table 2: activation gains", "theory_table2", "python tools/validate_theory.py table2 --json docs/results/theory_table2.json",
-                table_2, "Ours by quadrature, the paper's from 10^7 samples.",
-            ),
-            section(
-                "Gradient ratios of a real model", "isometry_r50",
-                "python tools/probe_isometry.py --config-file configs/faster_rcnn_gn_ws.yaml --json docs/results/isometry_r50.json "
-                "--plot docs/results/isometry_r50.png MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 INPUT.MIN_SIZE_TRAIN '(320,)'",
-                isometry, "Each block of Faster R-CNN R-50-FPN GN+WS at initialization, on COCO images: what of the gradient at its output it "
-                "passes to its input, beside the paper's K.", "isometry_r50.png",
-            ),
-            section(
-                "Table 3 and Figure 2: an MLP on MNIST", "mlp_mnist",
-                "python tools/train_mlp.py --data ROOT --processes 2 --json docs/results/mlp_mnist.json --plot docs/results/mlp_mnist.png",
-                table_3, "The paper's hyper-parameters are in an appendix that is not at hand; ours were fixed beforehand and are in "
-                "`tools/train_mlp.py --help`.", "mlp_mnist.png",
-            ),
-            section(
-                "Table 4: ResNets as classifiers", "classifier_caltech101",
-                "python tools/train_classifier.py --data caltech101 --json docs/results/classifier_caltech101.json", table_4, paper_table_4(),
-            ),
-            section(
-                "", "classifier_caltech101_small",
-                "python tools/train_classifier.py --data caltech101 --classes 10 --image-size 64 --batch-size 16 --epochs 6 --lr 0.001 --seeds 0", table_4,
-                "The same code made small, for a CPU; no number here stands beside the paper's:",
-            ),
-            section(
-                "Table 5: Panoptic FPN on COCO", "table5", COMPARE + "configs/pfpn_gn.yaml --output output/table5 --num-gpus 8",
-                comparison, paper_table(TABLE_5) + "\n\n" + gpu_hours("Panoptic FPN R-50 3x", 0.302, 270_000),
-            ),
-            section(
-                "Table 5 made small", "quick_pfpn",
-                COMPARE + "configs/quick/pfpn_gn.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --output DIR TEST.EVAL_PERIOD 250",
-                comparison, "The quick Panoptic FPN on the dataset that the package draws, 1000 steps of 2 images. As in Table 5, the norm of "
-                "the semantic head alone varies.", "quick_pfpn.png",
-            ),
-            section(
-                "Table 6: Faster R-CNN GN+WS on COCO", "table6", COMPARE + "configs/faster_rcnn_gn_ws.yaml --output output/table6 --num-gpus 8",
-                comparison, paper_table(TABLE_6) + "\n\n" + gpu_hours("Mask R-CNN R-50-FPN with GN, which is near it,", 0.356, 180_000),
-            ),
-            section(
-                "Table 6 made small", "quick_faster_rcnn", COMPARE + "configs/quick/faster_rcnn_gn_ws.yaml --output DIR TEST.EVAL_PERIOD 250",
-                comparison, "The quick Faster R-CNN GN+WS on the dataset that the package draws, 1000 steps of 2 images; the norm varies "
-                "everywhere.", "quick_faster_rcnn.png",
-            ),
-            section(
-                "Table 6's model on 80 COCO images", "coco80_faster_rcnn",
-                "python tools/compare.py --norms GN GN1 PGN --seeds 0 --config-file configs/faster_rcnn_gn_ws.yaml --output DIR " + COCO_80,
-                comparison, "R-50 GN+WS from scratch, the shorter side of an image 128 pixels, 80 steps of 2 images: two rounds over 80 images, one "
-                "seed. How fast the loss falls, and no more.", "coco80_faster_rcnn.png",
-            ),
-            section(
-                "What a norm costs, CPU", "benchmark_norm_cpu", "python tools/benchmark_norm.py --json docs/results/benchmark_norm_cpu.json", cost_of_a_norm,
-                "Each distinct norm of Faster R-CNN R-50-FPN GN+WS and of Panoptic FPN's semantic head at 800 x 1216, under PGN, one image. "
-                "The goal was a geometric mean of at most 1.10 for ours, forward, and no input above 1.40. What bounds it: at G = 32 PyTorch's "
-                "op reads a large tensor from memory once, since a group stays in a cache; at G = 1 it must be read twice, and on a small one "
-                "two threads wait for each other. Memory that is freed is kept, see `--help`.",
-            ),
-            section(
-                "What a norm costs, GPU", "benchmark_norm_cuda",
-                "python tools/benchmark_norm.py --images 1 2 --dtype float32 float16 bfloat16 --layout contiguous channels_last "
-                "--json docs/results/benchmark_norm_cuda.json", cost_of_a_norm,
-                "The kernels are tested in Triton's interpreter and compile for compute capability 9.0; when ours is taken and when PyTorch's "
-                "is a rule that no GPU has checked yet.",
-            ),
-            section(
-                "What a training step costs, CPU", "benchmark_train_cpu",
-                "python tools/benchmark_train.py --size 480 736 --json docs/results/benchmark_train_cpu.json", cost_of_a_step,
-                "Convolutions take nearly all of it, and three steps of each tell no norm from another: FrozenBN, which does the least, is not "
-                "the fastest. For the same reason norm and ReLU are not one pass: a prototype did it in 0.54 to 0.67 of the time of the two, "
-                "and saved less than 1 % of convolution, norm and ReLU in the semantic head's layers.",
-            ),
-            section(
-                "What a training step costs, GPU", "benchmark_train_cuda",
-                "python tools/benchmark_train.py --json docs/results/benchmark_train_cuda.json", cost_of_a_step,
-            ),
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                INTRODUCTION,
+                CONCLUSIONS,
+                section(
+                    "Table 1: the paper's four equations",
+                    "theory_table1",
+                    "python tools/validate_theory.py table1 --json docs/results/theory_table1.json",
+                    table_1,
+                    "Intervals: 95 % for A and C. B and D have no finite variance at 4 features a group: median of 20 repeats, "
+                    "5 % and 95 % quantiles. The paper takes variances about each sample's own mean, which lowers A.",
+                ),
+                section(
+                    "Eq. 22 beyond 4 features a group",
+                    "theory_sweep",
+                    "python tools/validate_theory.py sweep --json docs/results/theory_sweep.json --plot docs/results/theory_sweep.png",
+                    sweep,
+                    "The factor by which the norm raises the variance of the gradient (B). The plot has K too.",
+                    "theory_sweep.png",
+                ),
+                section(
+                    "Table 2: activation gains",
+                    "theory_table2",
+                    "python tools/validate_theory.py table2 --json docs/results/theory_table2.json",
+                    table_2,
+                    "Ours by quadrature, the paper's from 10^7 samples.",
+                ),
+                section(
+                    "Gradient ratios of a real model",
+                    "isometry_r50",
+                    "python tools/probe_isometry.py --config-file configs/faster_rcnn_gn_ws.yaml --json docs/results/isometry_r50.json "
+                    "--plot docs/results/isometry_r50.png MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 INPUT.MIN_SIZE_TRAIN '(320,)'",
+                    isometry,
+                    "Each block of Faster R-CNN R-50-FPN GN+WS at initialization, on COCO images: what of the gradient at its output it "
+                    "passes to its input, beside the paper's K.",
+                    "isometry_r50.png",
+                ),
+                section(
+                    "Table 3 and Figure 2: an MLP on MNIST",
+                    "mlp_mnist",
+                    "python tools/train_mlp.py --data ROOT --processes 2 --json docs/results/mlp_mnist.json --plot docs/results/mlp_mnist.png",
+                    table_3,
+                    "The paper's hyper-parameters are in an appendix that is not at hand; ours were fixed beforehand and are in "
+                    "`tools/train_mlp.py --help`.",
+                    "mlp_mnist.png",
+                ),
+                section(
+                    "Table 4: ResNets as classifiers",
+                    "classifier_caltech101",
+                    "python tools/train_classifier.py --data caltech101 --json docs/results/classifier_caltech101.json",
+                    table_4,
+                    paper_table_4(),
+                ),
+                section(
+                    "",
+                    "classifier_caltech101_small",
+                    "python tools/train_classifier.py --data caltech101 --classes 10 --image-size 64 --batch-size 16 --epochs 6 --lr 0.001 --seeds 0",
+                    table_4,
+                    "The same code made small, for a CPU; no number here stands beside the paper's:",
+                ),
+                section(
+                    "Table 5: Panoptic FPN on COCO",
+                    "table5",
+                    COMPARE + "configs/pfpn_gn.yaml --output output/table5 --num-gpus 8",
+                    comparison,
+                    paper_table(TABLE_5) + "\n\n" + gpu_hours("Panoptic FPN R-50 3x", 0.302, 270_000),
+                ),
+                section(
+                    "Table 5 made small",
+                    "quick_pfpn",
+                    COMPARE
+                    + "configs/quick/pfpn_gn.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --output DIR TEST.EVAL_PERIOD 250",
+                    comparison,
+                    "The quick Panoptic FPN on the dataset that the package draws, 1000 steps of 2 images. As in Table 5, the norm of "
+                    "the semantic head alone varies.",
+                    "quick_pfpn.png",
+                ),
+                section(
+                    "Table 6: Faster R-CNN GN+WS on COCO",
+                    "table6",
+                    COMPARE + "configs/faster_rcnn_gn_ws.yaml --output output/table6 --num-gpus 8",
+                    comparison,
+                    paper_table(TABLE_6)
+                    + "\n\n"
+                    + gpu_hours("Mask R-CNN R-50-FPN with GN, which is near it,", 0.356, 180_000),
+                ),
+                section(
+                    "Table 6 made small",
+                    "quick_faster_rcnn",
+                    COMPARE + "configs/quick/faster_rcnn_gn_ws.yaml --output DIR TEST.EVAL_PERIOD 250",
+                    comparison,
+                    "The quick Faster R-CNN GN+WS on the dataset that the package draws, 1000 steps of 2 images; the norm varies "
+                    "everywhere.",
+                    "quick_faster_rcnn.png",
+                ),
+                section(
+                    "Table 6's model on 80 COCO images",
+                    "coco80_faster_rcnn",
+                    "python tools/compare.py --norms GN GN1 PGN --seeds 0 --config-file configs/faster_rcnn_gn_ws.yaml --output DIR "
+                    + COCO_80,
+                    comparison,
+                    "R-50 GN+WS from scratch, the shorter side of an image 128 pixels, 80 steps of 2 images: two rounds over 80 images, one "
+                    "seed. How fast the loss falls, and no more.",
+                    "coco80_faster_rcnn.png",
+                ),
+                section(
+                    "What a norm costs, CPU",
+                    "benchmark_norm_cpu",
+                    "python tools/benchmark_norm.py --json docs/results/benchmark_norm_cpu.json",
+                    cost_of_a_norm,
+                    "Each distinct norm of Faster R-CNN R-50-FPN GN+WS and of Panoptic FPN's semantic head at 800 x 1216, under PGN, one image. "
+                    "The goal was a geometric mean of at most 1.10 for ours, forward, and no input above 1.40. What bounds it: at G = 32 PyTorch's "
+                    "op reads a large tensor from memory once, since a group stays in a cache; at G = 1 it must be read twice, and on a small one "
+                    "two threads wait for each other. Memory that is freed is kept, see `--help`.",
+                ),
+                section(
+                    "What a norm costs, GPU",
+                    "benchmark_norm_cuda",
+                    "python tools/benchmark_norm.py --images 1 2 --dtype float32 float16 bfloat16 --layout contiguous channels_last "
+                    "--json docs/results/benchmark_norm_cuda.json",
+                    cost_of_a_norm,
+                    "The kernels are tested in Triton's interpreter and compile for compute capability 9.0; when ours is taken and when PyTorch's "
+                    "is a rule that no GPU has checked yet.",
+                ),
+                section(
+                    "What a training step costs, CPU",
+                    "benchmark_train_cpu",
+                    "python tools/benchmark_train.py --size 480 736 --json docs/results/benchmark_train_cpu.json",
+                    cost_of_a_step,
+                    "Convolutions take nearly all of it, and three steps of each tell no norm from another: FrozenBN, which does the least, is not "
+                    "the fastest. For the same reason norm and ReLU are not one pass: a prototype did it in 0.54 to 0.67 of the time of the two, "
+                    "and saved less than 1 % of convolution, norm and ReLU in the semantic head's layers.",
+                ),
+                section(
+                    "What a training step costs, GPU",
+                    "benchmark_train_cuda",
+                    "python tools/benchmark_train.py --json docs/results/benchmark_train_cuda.json",
+                    cost_of_a_step,
+                ),
+            ]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def _plot_sweep_panel(axes, curves):
 
 
 def plot_probe(rows: List[Dict], path: str) -> None:
-    """For rows of :func:`study.gradients.probe`: measured ratio and the paper's K along the depth of the model, one panel
-    for each setup with groups of its own."""
+    """For rows of :func:`study.gradients.probe`: measured ratio and the paper's K along the depth of the
+    model, one panel for each setup with groups of its own."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     setups = {}  # by their groups: the configured model may be one of the others
     for setup in dict.fromkeys(row["setup"] for row in rows):

@@ -9,11 +9,12 @@ from typing import Dict, List, Sequence
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from .comparison import Comparison, Run, differences
 from gng_d2.config import load_config
+from gng_d2.files import read_metrics, write_rows
+
+from .comparison import Comparison, Run, differences
 from .paper import TABLE_5, TABLE_6
 from .plots import plot_comparison
-from gng_d2.files import read_metrics, write_rows
 
 __all__ = ["METRICS", "final_values", "paper_values", "summarize", "write_report"]
 

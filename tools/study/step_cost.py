@@ -12,9 +12,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from .norm_cost import milliseconds
 from gng_d2.config import load_config
 from gng_d2.layers import WSConv2d, standardize_weight
+
+from .norm_cost import milliseconds
 
 __all__ = ["MODELS", "NORMS", "config_of", "random_batch", "step_rows"]
 
@@ -69,7 +70,9 @@ def step_rows(
     Peak memory is that of a model alone: what it and its optimizer hold, and what a step adds. CUDA only.
     """
     if device == "cuda":
-        _Job(config_of(model, "GN", device, overrides), amp, images, height, width)  # makes what all share, workspaces say
+        _Job(
+            config_of(model, "GN", device, overrides), amp, images, height, width
+        )  # makes what all share, workspaces say
     jobs = {norm: _Job(config_of(model, norm, device, overrides), amp, images, height, width) for norm in NORMS}
     times = milliseconds([job.step for job in jobs.values()], device, seconds)
     step = dict(zip(jobs, times))
@@ -104,7 +107,10 @@ class _Job:
             group["lr"] = 0.0
         batch = random_batch(cfg, images, height, width)
         # a scale of 1: where gradients overflow, the optimizer would skip its step
-        kinds = {False: SimpleTrainer, True: partial(AMPTrainer, grad_scaler=torch.amp.GradScaler("cuda", init_scale=1.0))}
+        kinds = {
+            False: SimpleTrainer,
+            True: partial(AMPTrainer, grad_scaler=torch.amp.GradScaler("cuda", init_scale=1.0)),
+        }
         self.trainer = kinds[amp](self.model, itertools.repeat(batch), optimizer)
         self.trainer.iter = 0
         self.step()

@@ -9,6 +9,8 @@ import torch
 from tqdm import tqdm
 
 from gng_d2.gains import activation_gains
+
+from .paper import TABLE_1, TABLE_2
 from .unit_block import (
     UnitBlock,
     estimate,
@@ -18,7 +20,6 @@ from .unit_block import (
     paper_ratios,
     standard_error,
 )
-from .paper import TABLE_1, TABLE_2
 
 __all__ = ["SWEEP", "sweep", "table_1", "table_2"]
 
