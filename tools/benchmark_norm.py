@@ -11,10 +11,12 @@ are timed too; on a CPU each call follows one of itself. Other packages (Liger-K
 which adds a SiLU and has no backward) are timed where they are installed.
 
 A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write
-the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2, gradient: 3).
+the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2,
+gradient: 3).
 
 On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep
-memory that is freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs, whatever the norm.
+memory that is freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs,
+whatever the norm.
 """
 
 import argparse

@@ -149,8 +149,8 @@ for data in "*fp32", "*bf16":
     for constants in (
         dict(stride_s=1, BLOCK_C=1, BLOCK_S=2048, BLOCK=1024),
         dict(stride_c=1, BLOCK_C=64, BLOCK_S=32, BLOCK=16384, weight_ptr=None, bias_ptr=None),
-        dict.fromkeys(("channels", "positions", "stride_s", "num_groups", "num_chunks", "chunk", "BLOCK_C", "BLOCK_S"), 1)
-        | {"BLOCK": 1024},
+        dict(channels=1, positions=1, stride_s=1, num_groups=1, num_chunks=1, chunk=1)
+        | dict(BLOCK_C=1, BLOCK_S=1, BLOCK=1024),
     ):
         for kernel in kernels:
             names = kernel.arg_names
