@@ -2,11 +2,17 @@ from setuptools import Extension, find_packages, setup
 
 setup(
     name="gng_d2",
-    version="0.1.0",
+    version="0.2.0",
     description="Group normalization for Detectron2 whose number of groups follows from each layer's shape",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["gng_d2", "gng_d2.*"]),
+    # The configs stand at the root of a checkout, where people look for them, and in the package once installed.
+    packages=[*find_packages(include=["gng_d2", "gng_d2.*"]), "gng_d2.configs"],
+    package_dir={"gng_d2.configs": "configs"},
+    package_data={"gng_d2.configs": ["*.yaml", "*/*.yaml"]},
     # No module of Python's, but a library that gng_d2/ops/cpu_kernels.py loads, and can do without.
     ext_modules=[
         Extension(

@@ -1,0 +1,31 @@
+"""Our configs, wherever the package is installed."""
+
+import os
+from importlib.util import find_spec
+
+from .errors import InputError
+
+__all__ = ["get_config_file"]
+
+
+def get_config_file(name: str) -> str:
+    """The path of one of our configs, as :func:`detectron2.model_zoo.get_config_file` gives those of Detectron2.
+
+    So a program that has installed gng_d2 from a wheel needs no checkout.
+
+    Args:
+        name: below ``configs``, for instance "pfpn_pgn.yaml" or "quick/pfpn_pgn.yaml".
+
+    Raises:
+        InputError: there is no such config; lists those that there are.
+    """
+    (folder,) = find_spec("gng_d2.configs").submodule_search_locations
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise InputError(f"gng_d2 has no config {name!r}. It has {', '.join(_configs(folder))}")
+    return path
+
+
+def _configs(folder):
+    files = (os.path.join(at, file) for at, _, files in os.walk(folder) for file in files)
+    return sorted(os.path.relpath(file, folder) for file in files if file.endswith(".yaml"))

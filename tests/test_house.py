@@ -1,0 +1,125 @@
+"""The walls of the house: who may import whom, and a wheel that needs nothing of the checkout."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path("gng_d2")
+STUDY = Path("tools/study")
+
+
+def imports(path):
+    """The modules that a file of the package names in its imports, in full: functions' own imports too."""
+    parents = path.with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = list(parents[: len(parents) - node.level]) if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def below(module, *packages):
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def test_imports_are_read_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("a/b/c.py")
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import x.y\nfrom .d import e\nfrom ..f import g\nfrom .. import h\ndef i():\n    from z import k\n"
+    )
+    assert set(imports(file)) == {"x.y", "a.b.d", "a.b.d.e", "a.f", "a.f.g", "a", "a.h", "z", "z.k"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_who_may_import_whom(path):
+    found = set(imports(path))
+    assert not [m for m in found if below(m, "study", "tools")], "the product knows nothing of the study"
+    ours = {m for m in found if below(m, "gng_d2")} - {"gng_d2"}
+    if path.is_relative_to(PACKAGE / "ops"):
+        assert all(below(m, "gng_d2.ops") for m in ours), "ops are functions on tensors, and know no modules"
+    if path.is_relative_to(PACKAGE / "layers"):
+        allowed = ("gng_d2.layers", "gng_d2.ops", "gng_d2.groups", "gng_d2.errors", "gng_d2.norm_names")
+        assert all(below(m, *allowed) for m in ours), "layers know no configs and no jobs"
+        assert not [m for m in found if below(m, "detectron2.config", "yacs")]
+
+
+@pytest.mark.parametrize(
+    "path, most", [(p, 330) for p in sorted(PACKAGE.rglob("*.py"))] + [(p, 500) for p in sorted(STUDY.glob("*.py"))]
+)
+def test_a_file_has_one_subject(path, most):
+    assert len(path.read_text().splitlines()) <= most
+
+
+IN_AN_EMPTY_FOLDER = """
+import os, pkgutil, sys
+checkout, installed = sys.argv[1:3]
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(args[0]))
+import gng_d2
+for module in pkgutil.walk_packages(gng_d2.__path__, "gng_d2."):
+    if not module.name.endswith(("__main__", "_cpu_kernels")):
+        __import__(module.name)
+ours = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "gng_d2" and m.__file__]
+assert all(file.startswith(installed) for file in ours), ours
+from detectron2.engine import default_argument_parser
+from gng_d2.engine import run_job
+from gng_d2.model_zoo import get_config_file
+config = get_config_file("quick/pfpn_pgn.yaml")
+run_job(default_argument_parser().parse_args(["--config-file", config, "OUTPUT_DIR", "out", *sys.argv[3:]]))
+assert os.path.exists("out/model_final.pth")
+within = [path for path in map(str, opened) if os.path.abspath(path).startswith(checkout + os.sep)]
+within = [path for path in within if f"{os.sep}.venv{os.sep}" not in path]
+assert not within, within
+print("trained", gng_d2.ideal_num_groups(784, 512))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, made of a copy: setuptools leaves its traces where it builds."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("gng_d2", "configs"):
+        shutil.copytree(name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (file,) = out.glob("*.whl")
+    return file
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"gng_d2"}
+    configs = {str(path.relative_to("configs")) for path in Path("configs").rglob("*.yaml")}
+    assert configs == {name.removeprefix("gng_d2/configs/") for name in names if name.endswith(".yaml")}
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_an_empty_folder(wheel, shapes, tmp_path):
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    small = (
+        "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 64 SOLVER.MAX_ITER 1 DATASETS.TEST () DATALOADER.NUM_WORKERS 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_AN_EMPTY_FOLDER, os.getcwd(), str(installed), *small.split()],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "trained 68.0", done.stdout[-2000:] + done.stderr
