@@ -28,7 +28,7 @@ from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, read_metrics, written_whole
-from gng_d2.norm_names import norm_from_name
+from gng_d2.norm_names import norm_from_name, norm_in_path
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 
@@ -125,7 +125,7 @@ class Comparison:
     def runs(self) -> List[Run]:
         """Seed by seed, so that what has run at any time can be compared."""
         return [
-            Run(norm, seed, os.path.join(self.output, norm, f"seed_{seed}"))
+            Run(norm, seed, os.path.join(self.output, norm_in_path(norm), f"seed_{seed}"))
             for seed in self.seeds
             for norm in self.norms
         ]
