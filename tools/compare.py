@@ -23,6 +23,7 @@ from tqdm import tqdm
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.errors import InputError
+from gng_d2.imports import add_import_argument
 from study.comparison import Comparison, time_iteration, train_all
 from study.report import write_report
 
@@ -41,6 +42,7 @@ def parse_args():
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config in all runs")
     return parser.parse_args()
 
@@ -82,6 +84,7 @@ def main(args):
         args.output,
         args.norm_keys,
         args.opts,
+        imports=args.imports,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

@@ -28,6 +28,7 @@ from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, read_metrics, written_whole
+from gng_d2.imports import import_modules
 from gng_d2.norm_names import norm_from_name, norm_in_path
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
@@ -76,6 +77,7 @@ class Comparison:
     Args:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
+        imports: modules and files that are run first, here and in each run (:func:`~gng_d2.imports.import_modules`).
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
     Raises:
@@ -91,6 +93,7 @@ class Comparison:
         keys: Optional[Sequence[str]] = None,
         overrides: Sequence[str] = (),
         *,
+        imports: Sequence[str] = (),
         num_gpus: int = 1,
         num_machines: int = 1,
         machine_rank: int = 0,
@@ -104,7 +107,7 @@ class Comparison:
         if num_machines > 1 and dist_url == "auto":
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
-        self.overrides = list(overrides)
+        self.overrides, self.imports = list(overrides), list(imports)
         self.world_size = num_gpus * num_machines
         self.machine_rank = machine_rank
         self.launch = {
@@ -113,6 +116,7 @@ class Comparison:
             "--machine-rank": machine_rank,
             "--dist-url": dist_url,
         }
+        import_modules(self.imports)
         cfg = load_config(config_file, self.overrides)
         self.keys = list(keys) if keys else default_norm_keys(cfg)
         known = dict(norm_keys(cfg))
@@ -141,6 +145,7 @@ class Comparison:
         launch = [str(word) for pair in self.launch.items() for word in pair]
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
+            *(("--import", *self.imports) if self.imports else ()),
             *(*launch, *self.run_overrides(run)),
         ]
 
