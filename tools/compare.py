@@ -9,8 +9,9 @@ Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, th
 was: what finished is not run again, what was interrupted resumes, what failed is tried once more. Started
 twice at the same time (under two CUDA_VISIBLE_DEVICES), each takes the runs that the other leaves.
 
-The report, results.md, results.json and curves.png in DIR, has for each metric that the model has (in percent)
-mean and standard deviation over the seeds, and the paired differences to the first norm.
+The report, results.md, results.json, curves.png and channels_per_group.png in DIR, has for each metric that the model
+has (in percent) mean and standard deviation over the seeds, and the paired differences to the first norm with their
+95 % intervals.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def main(args):
         if args.machine_rank == 0:
             write_report(comparison)
     if args.machine_rank == 0:
-        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json, curves.png")
+        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json and pictures")
     failed = [run for run in comparison.runs if run.state()["status"] == "failed"]
     if failed:
         raise InputError(f"{len(failed)} of {len(comparison.runs)} runs failed. The same command tries them once more")

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -156,6 +157,18 @@ class Comparison:
     def cfg(self) -> CfgNode:
         """The first norm's config, scaled to the number of processes as Detectron2 does it."""
         return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
+
+    def channels_per_group(self, norm: str) -> Dict[int, int]:
+        """In how many of the layers under test a group has how many channels: what ``norm`` makes of their widths."""
+
+        def norms(name):
+            words = [word for key in self.keys for word in (key, name)]
+            return norm_table(build_on_meta(load_config(self.config_file, [*self.overrides, *words])))
+
+        under_test = {a["name"] for a, b in zip(norms("LN"), norms("BN")) if a["norm"] != b["norm"]}
+        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row["name"] in under_test]
+        known = [row["n_out"] // row["num_groups"] for row in rows if row["num_groups"] and row["n_out"]]
+        return dict(sorted(Counter(known).items()))
 
     def machine(self) -> str:
         return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
