@@ -16,6 +16,7 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import check_config, load_config
 from gng_d2.errors import InputError
+from gng_d2.imports import add_import_argument, import_modules
 from gng_d2.visualize import plot_groups
 
 
@@ -28,11 +29,13 @@ def parse_args():
     parser.add_argument(
         "--plot", metavar="OUT.png", help="draw group counts along the depth, and K for GN, GN1 and PGN"
     )
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     return parser.parse_args()
 
 
 def main(args):
+    import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     rows = norm_table(build_on_meta(cfg))

@@ -9,8 +9,9 @@ Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, th
 was: what finished is not run again, what was interrupted resumes, what failed is tried once more. Started
 twice at the same time (under two CUDA_VISIBLE_DEVICES), each takes the runs that the other leaves.
 
-The report, results.md, results.json and curves.png in DIR, has for each metric that the model has (in percent)
-mean and standard deviation over the seeds, and the paired differences to the first norm.
+The report, results.md, results.json, curves.png and channels_per_group.png in DIR, has for each metric that the model
+has (in percent) mean and standard deviation over the seeds, and the paired differences to the first norm with their
+95 % intervals.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.errors import InputError
+from gng_d2.imports import add_import_argument
 from study.comparison import Comparison, time_iteration, train_all
 from study.report import write_report
 
@@ -41,6 +43,7 @@ def parse_args():
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config in all runs")
     return parser.parse_args()
 
@@ -82,6 +85,7 @@ def main(args):
         args.output,
         args.norm_keys,
         args.opts,
+        imports=args.imports,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -98,7 +102,7 @@ def main(args):
         if args.machine_rank == 0:
             write_report(comparison)
     if args.machine_rank == 0:
-        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json, curves.png")
+        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json and pictures")
     failed = [run for run in comparison.runs if run.state()["status"] == "failed"]
     if failed:
         raise InputError(f"{len(failed)} of {len(comparison.runs)} runs failed. The same command tries them once more")

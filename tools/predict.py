@@ -21,6 +21,7 @@ import gng_d2
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import check_config, check_output_dir, check_weights, load_config
 from gng_d2.errors import InputError
+from gng_d2.imports import add_import_argument, import_modules
 from gng_d2.visualize import draw_output
 
 
@@ -32,6 +33,7 @@ def parse_args():
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
     parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
+    add_import_argument(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
     return parser.parse_args()
 
@@ -48,6 +50,7 @@ def predict(cfg, model, path):
 
 
 def main(args):
+    import_modules(args.imports)
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *args.opts])
     check_config(cfg)
     check_weights(cfg)

@@ -29,6 +29,7 @@ from gng_d2.config import check_config, check_datasets, check_weights, load_conf
 from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, write_rows
+from gng_d2.imports import add_import_argument, import_modules
 from study.gradients import probe
 from study.plots import plot_probe
 
@@ -40,6 +41,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and proposals (default: %(default)s)")
     parser.add_argument("--json", metavar="OUT", help="write the rows as a list of objects")
     parser.add_argument("--plot", metavar="OUT.png", help="draw measured and K along the depth, a panel for each setup")
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
     return parser.parse_args()
 
@@ -65,6 +67,7 @@ def print_rows(rows):
 def main(args):
     if args.images < 1 or args.seed < 0:
         raise InputError(f"--images {args.images} --seed {args.seed}: at least one image, and a seed of 0 or more")
+    import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     cfg.merge_from_list(["DATASETS.TEST", (), "DATALOADER.NUM_WORKERS", 0])
     cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", args.images, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SEED", args.seed])

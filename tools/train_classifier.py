@@ -22,6 +22,7 @@ from tqdm import tqdm
 import study.classifier
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, write_rows
+from gng_d2.norm_names import norm_in_path
 from study.classifier import PET, load_images, num_iterations, train
 from study.paper import TABLE_4
 from study.rows import finish_run, mean_and_std, open_run
@@ -102,7 +103,7 @@ def main(args):
         "amp": device == "cuda",
     }
     runs = [{"norm": norm, "seed": seed, **common} for seed in args.seeds for norm in args.norms]
-    names = [f"{args.dataset}-R{args.depth}-{run['norm']}-seed{run['seed']}" for run in runs]
+    names = [f"{args.dataset}-R{args.depth}-{norm_in_path(run['norm'])}-seed{run['seed']}" for run in runs]
     folders = [os.path.join(args.output, name) for name in names]
     logging.getLogger("detectron2.engine.train_loop").disabled = True  # it prints tracebacks of what is raised anyway
     jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run) is None]

@@ -16,9 +16,12 @@ from detectron2.engine import default_argument_parser
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.engine import run_job
 from gng_d2.errors import InputError
+from gng_d2.imports import add_import_argument
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
+    parser = default_argument_parser(epilog=__doc__)
+    add_import_argument(parser)
+    args = parser.parse_args()
     try:
         run_job(args)
     except InputError as error:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -28,7 +29,8 @@ from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, read_metrics, written_whole
-from gng_d2.norm_names import norm_from_name
+from gng_d2.imports import import_modules
+from gng_d2.norm_names import norm_from_name, norm_in_path
 
 __all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
 
@@ -76,6 +78,7 @@ class Comparison:
     Args:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
+        imports: modules and files that are run first, here and in each run (:func:`~gng_d2.imports.import_modules`).
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
     Raises:
@@ -91,6 +94,7 @@ class Comparison:
         keys: Optional[Sequence[str]] = None,
         overrides: Sequence[str] = (),
         *,
+        imports: Sequence[str] = (),
         num_gpus: int = 1,
         num_machines: int = 1,
         machine_rank: int = 0,
@@ -104,7 +108,7 @@ class Comparison:
         if num_machines > 1 and dist_url == "auto":
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
-        self.overrides = list(overrides)
+        self.overrides, self.imports = list(overrides), list(imports)
         self.world_size = num_gpus * num_machines
         self.machine_rank = machine_rank
         self.launch = {
@@ -113,6 +117,7 @@ class Comparison:
             "--machine-rank": machine_rank,
             "--dist-url": dist_url,
         }
+        import_modules(self.imports)
         cfg = load_config(config_file, self.overrides)
         self.keys = list(keys) if keys else default_norm_keys(cfg)
         known = dict(norm_keys(cfg))
@@ -125,7 +130,7 @@ class Comparison:
     def runs(self) -> List[Run]:
         """Seed by seed, so that what has run at any time can be compared."""
         return [
-            Run(norm, seed, os.path.join(self.output, norm, f"seed_{seed}"))
+            Run(norm, seed, os.path.join(self.output, norm_in_path(norm), f"seed_{seed}"))
             for seed in self.seeds
             for norm in self.norms
         ]
@@ -141,6 +146,7 @@ class Comparison:
         launch = [str(word) for pair in self.launch.items() for word in pair]
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
+            *(("--import", *self.imports) if self.imports else ()),
             *(*launch, *self.run_overrides(run)),
         ]
 
@@ -151,6 +157,18 @@ class Comparison:
     def cfg(self) -> CfgNode:
         """The first norm's config, scaled to the number of processes as Detectron2 does it."""
         return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
+
+    def channels_per_group(self, norm: str) -> Dict[int, int]:
+        """In how many of the layers under test a group has how many channels: what ``norm`` makes of their widths."""
+
+        def norms(name):
+            words = [word for key in self.keys for word in (key, name)]
+            return norm_table(build_on_meta(load_config(self.config_file, [*self.overrides, *words])))
+
+        under_test = {a["name"] for a, b in zip(norms("LN"), norms("BN")) if a["norm"] != b["norm"]}
+        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row["name"] in under_test]
+        known = [row["n_out"] // row["num_groups"] for row in rows if row["num_groups"] and row["n_out"]]
+        return dict(sorted(Counter(known).items()))
 
     def machine(self) -> str:
         return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)

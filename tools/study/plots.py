@@ -10,7 +10,7 @@ import numpy as np  # noqa: E402
 
 from .gradients import block_kind  # noqa: E402
 
-__all__ = ["plot_comparison", "plot_learning_curves", "plot_probe", "plot_sweep"]
+__all__ = ["plot_channels_per_group", "plot_comparison", "plot_learning_curves", "plot_probe", "plot_sweep"]
 
 
 def plot_comparison(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
@@ -35,6 +35,36 @@ def plot_comparison(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
         axes.set(xlabel="iteration", ylabel=quantity)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="mean ± standard deviation", title_fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_channels_per_group(rows: List[Dict], path: str) -> None:
+    """Which group size does best: for rows of one metric, a point a seed over the channels in a group, a dash at
+    their mean, PGN and GN1 in colours of their own.
+
+    Where a norm's layers differ in it (PGN; GN, as layers differ in width), it stands at their geometric mean and a
+    line reaches from the lowest to the highest.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours = {"PGN": "tab:red", "GN1": "tab:blue"}
+    for row in rows:
+        values = [value for value in row["values"] if value is not None]
+        if not values or not row["channels_per_group"]:
+            continue
+        channels, layers = np.array(row["channels_per_group"], dtype=float).T
+        middle = np.exp2(np.average(np.log2(channels), weights=layers))
+        mean = np.mean(values)
+        colour = colours.get(row["norm"].removesuffix("+WS"), "0.35")
+        axes.plot([channels.min(), channels.max()], [mean, mean], color=colour, lw=0.8, alpha=0.5)
+        axes.plot([middle] * len(values), values, "o", color=colour, ms=5, alpha=0.7)
+        axes.plot(middle, mean, "_", color=colour, ms=18, mew=2)
+        axes.annotate(row["norm"], (middle, max(values)), (0, 7), textcoords="offset points", ha="center", color=colour)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.margins(y=0.15)
+    axes.set(xlabel="channels in a group, layers under test", ylabel=rows[0]["metric"])
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

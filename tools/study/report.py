@@ -4,9 +4,10 @@ import math
 import os
 import shlex
 import statistics
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
+from scipy import stats
 from tabulate import tabulate
 
 from gng_d2.config import load_config
@@ -14,7 +15,7 @@ from gng_d2.files import read_metrics, write_rows
 
 from .comparison import Comparison, Run, differences
 from .paper import TABLE_5, TABLE_6
-from .plots import plot_comparison
+from .plots import plot_channels_per_group, plot_comparison
 
 __all__ = ["METRICS", "final_values", "paper_values", "summarize", "write_report"]
 
@@ -38,9 +39,6 @@ NEUTRAL = {
     *("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD"),
     *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE"),
 }
-
-# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; more are taken as the last
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def paper_values(cfg: CfgNode) -> Dict[str, float]:
@@ -123,7 +121,7 @@ def results_table(rows: List[Dict]) -> List[Dict]:
 
 
 def differences_table(rows: List[Dict]) -> List[Dict]:
-    """A line for each norm but the first, ``paired difference ± its standard error``, the paper's line below."""
+    """A line for each norm but the first, ``paired difference (its 95 % interval)``, the paper's line below."""
     (baseline, first), *others = _by_norm(rows).items()
     paper_first = {metric: row["paper"] for metric, row in first.items()}
     lines = []
@@ -152,13 +150,42 @@ def _cell(value, spread=None, sign=""):
 
 
 def _difference_cell(row):
-    value, error, seeds = row["difference"], row["difference_error"], row["difference_seeds"]
-    beyond = error is not None and abs(value) > STUDENT[min(seeds - 1, len(STUDENT)) - 1] * error
-    return _cell(value, error, "+") + " *" * beyond
+    interval = difference_interval(row)
+    if interval is None:
+        return _cell(row["difference"], sign="+")
+    low, high = interval
+    return f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f})" + " *" * (low > 0 or high < 0)
+
+
+def difference_interval(row: Dict) -> Optional[Tuple[float, float]]:
+    """The 95 % interval of a row's difference, by Student's t: what its seeds leave open. None for a single seed."""
+    error, seeds = row["difference_error"], row["difference_seeds"]
+    if error is None:
+        return None
+    half = float(stats.t.ppf(0.975, seeds - 1)) * error
+    return row["difference"] - half, row["difference"] + half
+
+
+def intervals_note(rows: List[Dict]) -> str:
+    """What a reader must know of the intervals in :func:`differences_table`: how they were made, and how many."""
+    count = sum(difference_interval(row) is not None for row in rows)
+    if not count:
+        return "Differences of a single seed: no interval, so no conclusion."
+    return (
+        "Mean of the differences seed by seed, with its 95 % interval (Student's t). `*`: the interval leaves out 0; "
+        "without it, the seeds alone may explain the difference. "
+        f"{count} comparison{'s were' if count > 1 else ' was'} made here, and of twenty that the seeds do explain, "
+        f"one gets a `*`."
+    )
 
 
 def write_report(comparison: Comparison) -> str:
-    """Write results.json, results.md and curves.png of what has finished into the comparison's folder.
+    """Write results.json, results.md, curves.png and channels_per_group.png of what has finished into the
+    comparison's folder.
+
+    A row of results.json has beside what :func:`summarize` gives ``channels_per_group``: how many channels in a group
+    how many of the layers under test have, as pairs; ``curves``: (iteration, value) by seed, where
+    :func:`curves_of` has them; and the ``machine``.
 
     Returns the text of results.md.
     """
@@ -171,10 +198,17 @@ def write_report(comparison: Comparison) -> str:
             curves.setdefault(quantity, {}).setdefault(run.norm, {})[run.seed] = points
     paper = {norm: paper_values(comparison.norm_cfg(norm)) for norm in comparison.norms}
     rows = summarize(values, paper)
-    trained_on = {"machine": "; ".join(machines)}
-    write_rows(os.path.join(comparison.output, "results.json"), [{**row, **trained_on} for row in rows])
+    channels = {norm: list(comparison.channels_per_group(norm).items()) if values[norm] else [] for norm in values}
+    for row in rows:
+        row["channels_per_group"] = channels[row["norm"]]
+        row["curves"] = curves.get(row["metric"], {}).get(row["norm"], {})
+        row["machine"] = "; ".join(machines)
+    write_rows(os.path.join(comparison.output, "results.json"), rows)
     if curves:
         plot_comparison(curves, os.path.join(comparison.output, "curves.png"))
+    if rows:
+        first = [row for row in rows if row["metric"] == rows[0]["metric"]]
+        plot_channels_per_group(first, os.path.join(comparison.output, "channels_per_group.png"))
     text = report(comparison, rows, machines)
     with open(os.path.join(comparison.output, "results.md"), "w") as file:
         file.write(text)
@@ -210,11 +244,11 @@ def report(comparison: Comparison, rows: List[Dict], machines: Sequence[str]) ->
     if any(row["difference_seeds"] for row in rows):
         parts += [
             _markdown(differences_table(rows)),
-            "Mean ± standard error of the differences seed by seed. `*`: the 95 % interval (Student's t) leaves out 0. "
-            "Without it, the seeds alone may explain the difference; and of twenty that they do explain, one gets it.",
+            intervals_note(rows),
         ]
     if rows:
         parts.append("![loss and metric over the iterations](curves.png)")
+        parts.append("![metric over the channels in a group](channels_per_group.png)")
     if open_runs:
         parts.append("\n".join(f"- {run}: {_open_state(run)}" for run in open_runs))
     return "\n\n".join(parts) + "\n"
