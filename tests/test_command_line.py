@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import command_line
 from command_line import add_outputs, add_overrides, run_tool, tool_parser
 from gng_d2.errors import InputError
 
