@@ -126,6 +126,7 @@ MetadataCatalog.get("gng_users_images").set(
 """
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_comparisons_runs_have_it_too(shapes, user, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = user("gng_user", DATASET)
