@@ -9,6 +9,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from tabulate import tabulate
 
@@ -38,7 +39,7 @@ def main(args):
     import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    rows = norm_table(build_on_meta(cfg))
+    rows = [asdict(row) for row in norm_table(build_on_meta(cfg))]
     if not rows:
         raise InputError(f"config file {args.config_file}: its model has no norms")
     headers = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}

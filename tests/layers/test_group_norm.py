@@ -7,6 +7,7 @@ from torch import nn
 
 from gng_d2 import GroupNorm, PracticalGroupNorm
 from gng_d2.errors import InputError
+from gng_d2.norm_names import norm_from_name
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -142,7 +143,7 @@ def test_instance_norm_on_a_map_is_allowed():
 
 
 def test_groups_that_do_not_divide_are_refused_at_binding():
-    norm = GroupNorm(48, 64)  # as RetinaNet probes it, no error yet
+    norm = norm_from_name("GN48")(64)  # as RetinaNet probes it, no error yet
     with pytest.raises(InputError, match=r"GN48 cannot follow Conv2d\(3, 64\)"):
         nn.Sequential(nn.Conv2d(3, 64, 3), norm)
 
