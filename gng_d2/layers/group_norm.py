@@ -38,6 +38,9 @@ class GroupNorm(nn.GroupNorm):
             is 0 whatever the input, or where there is no weight layer to standardize.
     """
 
+    # True once fold_weight_standardization wrote the standardized weight into the weight layer
+    weight_standardization_folded: bool = False
+
     def __init__(
         self,
         num_groups: int,
