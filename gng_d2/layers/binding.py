@@ -19,7 +19,7 @@ from gng_d2.errors import InputError
 from .group_norm import GroupNorm
 from .look import NO_LAYER
 from .producers import Producer, find_producers
-from .ws_conv import Conv2d, WSConv2d, standardize
+from .ws_conv import WSConv2d, standardize, unstandardize
 
 __all__ = [
     "bind",
@@ -250,4 +250,4 @@ def _give_back_weights(model, layers):
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
     for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
         if type(layer) is WSConv2d:
-            layer.__class__ = Conv2d
+            unstandardize(layer)

@@ -62,6 +62,8 @@ class GroupNorm(nn.GroupNorm):
     # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
     channels_per_group: Optional[int] = None
     _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
+    # True once fold_weight_standardization wrote the standardized weight into the weight layer
+    weight_standardization_folded: bool = False
 
     def __init__(
         self,
