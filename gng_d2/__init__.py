@@ -1,20 +1,24 @@
 """Group normalization for Detectron2 whose number of groups follows from each layer's shape.
 
 Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes ``PGN``,
-``GN<k>``, and either with ``+WS``.
+``GN<k>``, ``GN/<c>``, and each with ``+WS``.
 """
 
 from importlib.util import find_spec
 
+from .analysis import norm_table
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
 from .layers import (
     GroupNorm,
     PracticalGroupNorm,
     WSConv2d,
-    binding,  # noqa: F401  installs the hook by which norms meet their weight layers
+    bind_norms,
     fold_weight_standardization,
+    unbound_norms,
 )
+from .layers.binding import install_binding_hook
+from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
 
 __all__ = [
@@ -22,11 +26,16 @@ __all__ = [
     "PracticalGroupNorm",
     "WSConv2d",
     "activation_gains",
+    "bind_norms",
+    "check_norm_keys",
     "fold_weight_standardization",
     "ideal_num_groups",
     "isometry_ratio",
+    "norm_table",
     "practical_num_groups",
+    "unbound_norms",
 ]
 
+install_binding_hook()
 if find_spec("detectron2") is not None:
     extend_get_norm()

@@ -1,26 +1,91 @@
 """A model's norms, their groups and the paper's K, before it trains."""
 
-from typing import Dict, List, Optional
+from dataclasses import dataclass, fields
+from typing import List, Optional
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
 from .layers.binding import layer_shape, named_norms
+from .layers.look import NO_LAYER
+from .norm_names import norm_name
 
-__all__ = ["build_on_meta", "norm_name", "num_groups", "norm_table"]
+__all__ = ["NormRow", "build_on_meta", "norm_table", "num_groups"]
 
 
-def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model of ``cfg`` without memory for its weights: for its structure, in a second.
+@dataclass(frozen=True)
+class NormRow:
+    """One norm of a model, with its weight layer and its groups. None is what is not known or does not apply."""
+
+    name: str  # its path in the model
+    norm: str  # by which a config asks for it, such as "PGN+WS"; its class where it has no such name
+    layer: Optional[str]  # path of its weight layer, or what the norm knows of it: "Conv2d(256, 64)"
+    n_in: Optional[int]  # input channels of that layer; the norm's own width where no single layer feeds it
+    n_out: Optional[int]  # output channels of that layer
+    num_groups: Optional[int]
+    ideal_num_groups: Optional[float]  # Eq. 32
+    isometry_ratio: Optional[float]  # K, Eq. 31: of the variance of the gradient before the block to that after it
+    weight_standardized: bool
+
+    def __getitem__(self, key: str):  # with keys(), for row["name"] and {**row}
+        return getattr(self, key)
+
+    def keys(self):
+        return [field.name for field in fields(self)]
+
+
+def norm_table(model: nn.Module) -> List[NormRow]:
+    """One row for each norm of ``model``, in its order: norms of ours, of PyTorch and of Detectron2.
+
+    Any model will do, also on the meta device. ``dataclasses.asdict(row)`` is a row for JSON.
+
+    Examples::
+        >>> (row,) = norm_table(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128)))
+        >>> row.layer, row.n_in, row.num_groups, row.ideal_num_groups, row.isometry_ratio
+        ('0', 64, 32, -16.0, 4.0)
+    """
+    return [_row(*found) for found in named_norms(model)]
+
+
+def _row(name, norm, layer_name, layer):
+    n_in, n_out = (None, None) if layer is None else layer_shape(layer)
+    standardized = isinstance(layer, WSConv2d)
+    if layer is None and isinstance(norm, GroupNorm) and norm.in_channels is not None:
+        layer_name, n_in, n_out = norm.weight_layer, norm.in_channels, norm.num_channels
+        standardized = norm.weight_standardization and norm.weight_layer != NO_LAYER
+    gain_ratio = getattr(norm, "gain_ratio", 1.0)
+    groups = num_groups(norm)
+    return NormRow(
+        name=name,
+        norm=norm_name(norm),
+        layer=layer_name,
+        n_in=n_in,
+        n_out=n_out,
+        num_groups=groups,
+        ideal_num_groups=None if n_in is None else ideal_num_groups(n_in, n_out, gain_ratio),
+        isometry_ratio=None if n_in is None or not groups else isometry_ratio(n_in, n_out, groups, gain_ratio),
+        weight_standardized=standardized,
+    )
+
+
+def num_groups(norm: nn.Module) -> Optional[int]:
+    """Groups of a group or layer norm; None for a norm over the batch."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups
+    return 1 if type(norm).__name__ == "LayerNorm" else None
+
+
+def build_on_meta(cfg) -> nn.Module:
+    """The model of a Detectron2 ``cfg`` without memory for its weights: for its structure, in a second.
 
     Raises:
         InputError: Detectron2 cannot build it.
     """
+    from detectron2.modeling import build_model  # norm_table works without
+
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -31,51 +96,3 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
         raise
     except Exception as error:  # of any kind: it runs every constructor that the config names
         raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
-
-
-def norm_name(norm: nn.Module) -> str:
-    """The name by which a config asks for such a norm; its class where it has none."""
-    if isinstance(norm, GroupNorm):
-        return norm.norm_name()
-    if isinstance(norm, nn.GroupNorm):
-        return "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
-    names = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
-    return names.get(type(norm).__name__, type(norm).__name__)
-
-
-def num_groups(norm: nn.Module) -> Optional[int]:
-    """Groups of a group or layer norm; None for a norm over the batch."""
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_groups
-    return 1 if type(norm).__name__ == "LayerNorm" else None
-
-
-def norm_table(model: nn.Module) -> List[Dict]:
-    """One row for each norm of ``model``, in its order.
-
-    Keys: ``name`` and ``norm`` of the norm, ``layer``: name of its weight layer, ``n_in`` and ``n_out``
-    of that layer, ``num_groups``, ``ideal_num_groups`` (Eq. 32), ``isometry_ratio`` (K, Eq. 31),
-    ``weight_standardized``. What is not known (a norm without a weight layer) or does not apply (groups
-    of a batch norm) is None.
-    """
-    rows = []
-    for name, norm, layer_name, layer in named_norms(model):
-        n_in, n_out = layer_shape(layer) if layer is not None else (None, None)
-        gain_ratio = getattr(norm, "gain_ratio", 1.0)
-        groups = num_groups(norm)
-        rows.append(
-            {
-                "name": name,
-                "norm": norm_name(norm),
-                "layer": layer_name,
-                "n_in": n_in,
-                "n_out": n_out,
-                "num_groups": groups,
-                "ideal_num_groups": ideal_num_groups(n_in, n_out, gain_ratio) if layer is not None else None,
-                "isometry_ratio": isometry_ratio(n_in, n_out, groups, gain_ratio)
-                if layer is not None and groups
-                else None,
-                "weight_standardized": isinstance(layer, WSConv2d),
-            }
-        )
-    return rows

@@ -1,4 +1,4 @@
-"""Which names a config's NORM may have: ours beside Detectron2's."""
+"""From a norm's name, such as "PGN+WS", to the norm and back: the one place that knows the names."""
 
 import difflib
 import re
@@ -6,17 +6,22 @@ import types
 from functools import partial
 from typing import Callable, Optional
 
+from torch import nn
+
 from .errors import InputError
 from .groups import nearest_divisor
 from .layers import GroupNorm, PracticalGroupNorm
 
-__all__ = ["KNOWN_NORMS", "norm_from_name", "norm_in_path", "extend_get_norm"]
+__all__ = ["KNOWN_NORMS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
+
+# what a name ends in whose convolution is weight-standardized
+WS = "+WS"
 
 # <k>: any number of groups, <c>: of channels in each group
-KNOWN_NORMS = (
-    *("PGN", "GN<k>", "GN/<c>", "PGN+WS", "GN+WS", "GN<k>+WS", "GN/<c>+WS"),
-    *("GN", "LN", "BN", "FrozenBN", "SyncBN"),
-)
+_OURS = ("PGN", "GN<k>", "GN/<c>", "GN")
+KNOWN_NORMS = (*_OURS, *(name + WS for name in _OURS), "LN", "BN", "FrozenBN", "SyncBN")
+
+_THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
 
 
 def norm_from_name(name: str) -> Optional[Callable]:
@@ -24,13 +29,18 @@ def norm_from_name(name: str) -> Optional[Callable]:
 
     ============  =================================================================
     ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
-    ``GN<k>``     :class:`~gng_d2.layers.GroupNorm` with k groups
+    ``GN``        :class:`~gng_d2.layers.GroupNorm` with 32 groups
+    ``GN<k>``     the same with k groups
     ``GN/<c>``    the same with c channels in each group, ``GN/1`` being instance norm
-    ``...+WS``    one of them, or ``GN``, whose convolution is weight-standardized
+    ``...+WS``    one of them whose convolution is weight-standardized
     ============  =================================================================
+
+    Examples::
+        >>> norm_from_name("GN16+WS")(64)
+        GroupNorm(num_channels=64, num_groups=16, in_channels=None, eps=1e-05, affine=True, weight_standardization=True)
     """
     match = re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
-    if match is None or name == "GN":
+    if match is None:
         return None
     base, groups, channels, standardized = match.groups()
     if base == "PGN":
@@ -38,14 +48,39 @@ def norm_from_name(name: str) -> Optional[Callable]:
     elif channels:
         make = partial(_with_channels_per_group, int(channels))
     else:
-        make = partial(GroupNorm, int(groups or 32))
+        make = partial(_with_groups, int(groups or 32))
     return partial(make, weight_standardization=True) if standardized else make
+
+
+def _with_groups(num_groups, num_channels, **options):
+    """Whether the groups divide the channels is checked when the norm meets its layer, which the error then names."""
+    norm = GroupNorm(1, num_channels, **options)
+    norm.num_groups = num_groups
+    return norm
 
 
 def _with_channels_per_group(channels, num_channels, **options):
     norm = GroupNorm(num_channels // nearest_divisor(num_channels, channels), num_channels, **options)
     norm.channels_per_group = channels
     return norm
+
+
+def norm_name(norm: nn.Module) -> str:
+    """The name by which a config asks for such a norm; its class where it has none.
+
+    Examples::
+        >>> norm_name(PracticalGroupNorm(64, weight_standardization=True)), norm_name(nn.GroupNorm(4, 64))
+        ('PGN+WS', 'GN4')
+    """
+    if not isinstance(norm, nn.GroupNorm):
+        return _THEIRS.get(type(norm).__name__, type(norm).__name__)
+    if isinstance(norm, PracticalGroupNorm):
+        name = "PGN"
+    elif getattr(norm, "channels_per_group", None):
+        name = f"GN/{norm.channels_per_group}"
+    else:
+        name = "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
+    return name + WS * getattr(norm, "weight_standardization", False)
 
 
 def norm_in_path(name: str) -> str:
@@ -56,11 +91,11 @@ def norm_in_path(name: str) -> str:
 def unknown_norm(name: str) -> InputError:
     examples = (known.replace("<k>", "1").replace("<c>", "1") for known in KNOWN_NORMS)
     names = {example.upper(): example for example in examples}
-    near = names[difflib.get_close_matches(name.upper(), names, 1, 0.0)[0]]
+    near = difflib.get_close_matches(name.upper(), names, 1)
+    meant = f"; did you mean {names[near[0]]!r}?" if near else "."
     known = ", ".join(KNOWN_NORMS)
     return InputError(
-        f"unknown norm {name!r}; did you mean {near!r}? Known norms: {known} (<k>: a number of groups, <c>: of "
-        f"channels in each group)"
+        f"unknown norm {name!r}{meant} Known norms: {known} (<k>: a number of groups, <c>: of channels in each group)"
     )
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -50,7 +51,7 @@ def rows(*overrides):
 
 def test_panoptic_fpn_as_configured():
     table = rows()
-    assert all(list(row) == KEYS for row in table)
+    assert all(list(asdict(row)) == KEYS for row in table)
     head = [row for row in table if row["name"].startswith("sem_seg_head")]
     assert sorted((r["n_in"], r["n_out"], r["num_groups"]) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
     assert all(r["norm"] == "PGN" and r["layer"] + ".norm" == r["name"] for r in head)
@@ -93,7 +94,7 @@ def test_tool(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(out.read_text()) == rows(*EVERYWHERE)
+    assert json.loads(out.read_text()) == [asdict(row) for row in rows(*EVERYWHERE)]
     assert "sem_seg_head.p2.0.norm" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 

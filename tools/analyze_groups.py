@@ -26,6 +26,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    from dataclasses import asdict
+
     from tabulate import tabulate
 
     from gng_d2.analysis import build_on_meta, norm_table
@@ -39,7 +41,7 @@ def main():
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
     prepare_outputs(args.json, args.plot)
-    rows = norm_table(build_on_meta(cfg))
+    rows = [asdict(row) for row in norm_table(build_on_meta(cfg))]
     if not rows:
         raise InputError(f"config file {args.config_file}: its model has no norms")
     headers = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}

@@ -3,108 +3,171 @@
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
 
-import gc
+from numbers import Integral
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 from gng_d2.ops import group_norm
+from gng_d2.ops.backends import is_transformed
 
-from .ws_conv import standardize
+from .fx_leaf import call_as_leaf
+from .look import MEND, look
+from .module_path import module_path
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
 
+# calls with gradients in which a norm looks which layer made its input
+LOOKS = 16
+
 
 class GroupNorm(nn.GroupNorm):
-    """:class:`torch.nn.GroupNorm` that checks itself against the weight layer it follows.
+    r""":class:`torch.nn.GroupNorm` that knows the weight layer it follows.
 
-    Detectron2 makes a norm before the layer that it belongs to. So that ``num_groups`` divides
-    ``num_channels`` is checked when the two meet (:meth:`bind`), with the layer's name in the error.
+    The channels are separated into groups, and those of a group normalized together, in each image by itself:
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    So it can ask for a standardized convolution, name the layer in its errors, and show in a table of the model's
+    norms how its groups compare with the ideal number (:func:`gng_d2.norm_table`).
 
     Args:
-        num_groups: groups to separate the channels into.
+        num_groups: groups to separate the channels into, a divisor of ``num_channels``.
         num_channels: channels of the input.
-        eps, affine: as in :class:`torch.nn.GroupNorm`.
-        weight_standardization: make the weight layer a :class:`~gng_d2.layers.WSConv2d` when the two meet.
+        eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
+        weight_standardization: make the convolution that this norm follows a :class:`~gng_d2.WSConv2d` when it
+            becomes its child (``conv.norm = norm``) or a child of the same parent right after it
+            (``nn.Sequential(conv, norm)``).
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_channels``.
 
     Raises:
-        InputError: in ``forward``, where each group would hold a single number, whose normalization
-            is 0 whatever the input, or where there is no weight layer to standardize.
+        InputError: a number is not positive, or the groups do not divide the channels. In ``forward``: the input has
+            other channels; each group would hold a single number, whose normalization is 0 whatever the input; there
+            is no convolution to standardize, or in training another one made the input than was standardized.
+
+    Examples::
+        >>> norm = GroupNorm(8, 64)
+        >>> norm(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 64, 7, 7])
+        >>> nn.Sequential(nn.Conv2d(3, 64, 3), GroupNorm(8, 64, weight_standardization=True))[0]
+        WSConv2d(3, 64, kernel_size=(3, 3), stride=(1, 1))
     """
 
     # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
     channels_per_group: Optional[int] = None
+    _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
+    # True once fold_weight_standardization wrote the standardized weight into the weight layer
+    weight_standardization_folded: bool = False
 
     def __init__(
         self,
         num_groups: int,
         num_channels: int,
-        *,
         eps: float = 1e-5,
         affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
         weight_standardization: bool = False,
     ):
-        super().__init__(1, num_channels, eps, affine)
-        self.num_groups = num_groups
+        num_channels, num_groups = _positive("num_channels", num_channels), _positive("num_groups", num_groups)
+        if num_channels % num_groups:
+            raise InputError(f"num_groups={num_groups} does not divide num_channels={num_channels}")
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.weight_standardization = weight_standardization
         self.in_channels: Optional[int] = None
         self.weight_layer: Optional[str] = None
 
-    def bind(self, weight_layer: nn.Module, in_channels: int) -> None:
-        """Take ``weight_layer``, with ``in_channels`` input channels, as the layer that feeds this norm."""
+    def bind(self, in_channels: int, weight_layer: str) -> None:
+        """Take the layer that ``weight_layer`` describes, with ``in_channels`` inputs, as the one this norm follows."""
         if self.num_channels % self.num_groups:
             raise InputError(
-                f"{self.norm_name()} cannot follow {_describe(weight_layer)}: its {self.num_channels} "
-                f"output channels do not divide into {self.num_groups} groups. Choose a divisor of "
-                f"{self.num_channels}, or PGN, which does."
+                f"{self.norm_name()} cannot follow {weight_layer}: its {self.num_channels} output channels do not "
+                f"divide into {self.num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which does."
             )
-        if self.weight_standardization:
-            standardize(weight_layer, self.norm_name())
         self.in_channels = in_channels
-        self.weight_layer = _describe(weight_layer)
+        self.weight_layer = weight_layer
+
+    def is_bound(self) -> bool:
+        """Whether it has all that it needs of its weight layer, and so can run."""
+        return self.num_groups is not None and not (self.weight_standardization and self.weight_layer is None)
 
     def norm_name(self) -> str:
         """The name by which a config asks for this norm, for instance "GN16+WS"."""
-        if self.channels_per_group:
-            name = f"GN/{self.channels_per_group}"
-        else:
-            name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
-        return name + "+WS" * self.weight_standardization
+        from gng_d2.norm_names import norm_name  # which imports this file
+
+        return norm_name(self)
+
+    def needs_layer(self) -> bool:
+        """Whether it depends on which weight layer it follows."""
+        return self.weight_standardization
+
+    def look_again(self) -> None:
+        """Look in the next calls with gradients which layer makes the input, as in the first ones."""
+        self.__dict__.pop("_looks", None)
+
+    def train(self, mode: bool = True) -> "GroupNorm":
+        self.look_again()  # the model may have been edited since
+        return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
+            if isinstance(input, Proxy):
+                return call_as_leaf(self, input)
             self._check(input)
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def _check(self, input):
-        if self.weight_standardization and self.weight_layer is None:
-            raise self._unbound_error("so there is no weight to standardize")
+        # In this order: a compiler must not see the number of looks, which changes.
+        if not torch.compiler.is_compiling() and self._looks and input.requires_grad:
+            self._look(input)
+        groups, channels = self.num_groups, self.num_channels
+        if groups is None or (self.weight_standardization and self.weight_layer is None):
+            raise self.unbound_error()
+        if torch.jit.is_tracing():
+            return
+        if input.dim() < 2 or input.size(1) != channels or channels % groups:
+            raise self._shape_error(input.shape)
         # Group norm of a single number is its bias: PyTorch refuses it for one image only.
-        single = self.num_groups == self.num_channels and all(size == 1 for size in input.shape[2:])
-        if single and not torch.jit.is_tracing():
+        if groups == channels and all(size == 1 for size in input.shape[2:]):
             raise InputError(
-                f"{_module_path(self)}: each of the {self.num_groups} groups of this norm would hold a single "
-                f"number (input {tuple(input.shape)}), so its output would not depend on its input. Give it a "
-                f"larger input or another norm here, for instance GN1."
+                f"{module_path(self)}: each of the {groups} groups of this norm would hold a single number (input "
+                f"{tuple(input.shape)}), so its output would not depend on its input. Give it a larger input or "
+                f"another norm here, for instance GN1."
             )
 
-    def _unbound_error(self, consequence):
+    def _look(self, input):
+        if is_transformed() or not torch.is_grad_enabled():
+            return
+        self.__dict__["_looks"] = self._looks - 1 if self.needs_layer() else 0
+        if self.needs_layer():
+            look(self, input)
+
+    def unbound_error(self, reason: str = "") -> InputError:
+        """What is raised where this norm cannot run for want of its layer; ``reason``: what was found in its place."""
+        lacks = "its number of groups is not known" if self.num_groups is None else "there is no weight to standardize"
         return InputError(
-            f"{_module_path(self)}: this {self.norm_name()} never met a weight layer with {self.num_channels} "
-            f"output channels, {consequence}. Register it as `norm` of its convolution or right after it in "
-            f"the same module (PGN without WS also takes in_channels=)"
+            f"{module_path(self)}: this {self.norm_name()} never met a weight layer with {self.num_channels} output "
+            f"channels, so {lacks}{reason and ', and ' + reason}. {MEND}"
         )
+
+    def _shape_error(self, shape):
+        if self.num_channels % self.num_groups:
+            wrong = f"num_groups={self.num_groups} does not divide num_channels={self.num_channels}"
+        else:
+            wrong = f"it takes inputs (N, {self.num_channels}, *), not {tuple(shape)}"
+        return InputError(f"{module_path(self)}: {wrong} in {self}")
 
     def extra_repr(self) -> str:
         source = f", from {self.weight_layer}" if self.weight_layer else ""
         return (
-            f"{self.num_channels}, num_groups={self.num_groups}"
+            f"num_channels={self.num_channels}, num_groups={self.num_groups}"
             + f" ({self.norm_name()})" * bool(self.channels_per_group)
             + f", in_channels={self.in_channels}{source}, eps={self.eps}, affine={self.affine}"
             + ", weight_standardization=True" * self.weight_standardization
@@ -112,24 +175,33 @@ class GroupNorm(nn.GroupNorm):
 
 
 class PracticalGroupNorm(GroupNorm):
-    """Group norm with the practical number of groups of its unit block (Algorithm 1).
+    r"""Group norm with the practical number of groups of its unit block (Algorithm 1).
 
-    The number of groups needs the input channels of the weight layer before the norm. Either they
-    are given, or the norm takes them when it becomes a child of that layer (``conv.norm = norm``) or
-    of the same parent right after it (``nn.Sequential(conv, norm)``). ``num_groups`` is None until then.
+    Gradients keep their variance through weight layer, norm and ReLU where the number of groups is
+
+    .. math:: G_{ideal} = (n_{in} - n_{out}) / 4
+
+    (Eq. 32). The norm has the divisor of :math:`n_{out}` nearest to it in :math:`\log_2`. Either ``in_channels`` is
+    given, or the norm takes it when it becomes a child of its weight layer (``conv.norm = norm``) or of the same parent
+    right after it (``nn.Sequential(conv, norm)``), from :func:`gng_d2.bind_norms`, or in the first training step, from
+    the layer that made its input. ``num_groups`` is None until then.
 
     Args:
-        num_channels: channels of the input, the output channels of the weight layer.
-        in_channels: input channels of the weight layer. None: taken from the layer.
-        gain_ratio: F/B of the activation that follows (Section 2.3), 1 for ReLU and its relatives.
-        eps, affine, weight_standardization: as in :class:`GroupNorm`.
+        num_channels: channels of the input, :math:`n_{out}` of the weight layer. Not the number of groups, with which
+            the arguments of :class:`torch.nn.GroupNorm` begin.
+        in_channels: :math:`n_{in}` of the weight layer, of a grouped or transposed one as well the whole
+            ``in_channels``. None: taken from the layer.
+        eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
+        gain_ratio: F/B of the activation that follows (Section 2.3), 1 for ReLU and its relatives; it multiplies
+            :math:`n_{in}`.
+        weight_standardization: as in :class:`GroupNorm`. The layer must be met, so ``in_channels`` cannot be given.
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_channels``.
 
     Raises:
-        InputError: in ``forward``, where it never met a weight layer, or where each group would hold
-            a single number.
+        InputError: as :class:`GroupNorm`; in ``forward`` also where it has met no weight layer, and in training where
+            another one made its input than it was bound to.
 
     Examples::
         >>> PracticalGroupNorm(64, in_channels=128).num_groups
@@ -144,56 +216,48 @@ class PracticalGroupNorm(GroupNorm):
         self,
         num_channels: int,
         in_channels: Optional[int] = None,
-        *,
-        gain_ratio: float = 1.0,
         eps: float = 1e-5,
         affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        gain_ratio: float = 1.0,
         weight_standardization: bool = False,
     ):
+        if weight_standardization and in_channels is not None:
+            raise InputError(
+                f"PracticalGroupNorm({num_channels}, in_channels={in_channels}, weight_standardization=True): to "
+                f"standardize its convolution the norm has to meet it, and takes in_channels from it. Leave one out"
+            )
         # Fails here, where the caller sees it, for sizes that have no number of groups.
         num_groups = practical_num_groups(1 if in_channels is None else in_channels, num_channels, gain_ratio)
         super().__init__(
-            None if in_channels is None else num_groups,
-            num_channels,
-            eps=eps,
-            affine=affine,
-            weight_standardization=weight_standardization,
+            num_groups, num_channels, eps, affine, device, dtype, weight_standardization=weight_standardization
         )
+        self.num_groups = None if in_channels is None else num_groups
         self.in_channels = in_channels
         self.gain_ratio = gain_ratio
 
-    def bind(self, weight_layer: nn.Module, in_channels: int) -> None:
+    def needs_layer(self) -> bool:
+        return True
+
+    def bind(self, in_channels: int, weight_layer: str) -> None:
         self.num_groups = practical_num_groups(in_channels, self.num_channels, self.gain_ratio)
-        super().bind(weight_layer, in_channels)
+        super().bind(in_channels, weight_layer)
 
-    def norm_name(self) -> str:
-        return "PGN" + "+WS" * self.weight_standardization
-
-    def _check(self, input):
-        if self.num_groups is None:
-            raise self._unbound_error("so its number of groups is not known")
-        super()._check(input)
-
-
-def _describe(weight_layer):
-    """For instance "Conv2d(256, 128)"."""
-    shape = [str(v) for k, v in vars(weight_layer).items() if k in _SIZES]
-    return f"{type(weight_layer).__name__}({', '.join(shape)})"
+    def _shape_error(self, shape):
+        error = super()._shape_error(shape)
+        if shape[1:2] != (self.in_channels,):
+            return error
+        return InputError(
+            f"{error}. PracticalGroupNorm's arguments are (num_channels, in_channels), not nn.GroupNorm's (num_groups, "
+            f"num_channels): PracticalGroupNorm({shape[1]}) takes its number of groups from its layer"
+        )
 
 
-_SIZES = ("in_channels", "out_channels", "in_features", "out_features")
-
-
-def _module_path(module):
-    """The dotted name of ``module`` below the outermost live module that holds it."""
-    parents = {}
-    for parent in gc.get_objects():
-        if issubclass(type(parent), nn.Module):
-            for name, child in parent.__dict__.get("_modules", {}).items():
-                parents.setdefault(id(child), (parent, name))
-    names, seen = [], set()
-    while id(module) in parents and id(module) not in seen:
-        seen.add(id(module))
-        module, name = parents[id(module)]
-        names.insert(0, name)
-    return ".".join(names) or type(module).__name__
+def _positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a positive integer, not {value!r}")
+    if value < 1:
+        raise InputError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)

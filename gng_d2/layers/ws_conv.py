@@ -7,17 +7,16 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from gng_d2.errors import InputError
-from gng_d2.ops import cpu_kernels, weight_standardization_cpu
-from gng_d2.ops.backends import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_transformed, triton_works
+from gng_d2.ops import standardize_weight
 
-if HAS_TRITON:
-    from gng_d2.ops import weight_standardization_triton
+from .fx_leaf import call_as_leaf
 
-__all__ = ["WSConv2d", "standardize_weight", "standardize", "fold_weight_standardization"]
-
-_EPS = 1e-5
+__all__ = ["WSConv2d", "standardize", "unstandardize", "fold_weight_standardization"]
 
 if find_spec("detectron2") is not None:
     from detectron2.layers import Conv2d
@@ -31,91 +30,43 @@ else:
             self.norm = norm
             self.activation = activation
 
-
-def standardize_weight(weight: Tensor) -> Tensor:
-    """(w - mean) / (std + 1e-5) of each output filter, with the unbiased standard deviation.
-
-    A filter of equal weights becomes 0. A filter of a single weight, which has no deviation, is left as
-    it is.
-
-    Shape:
-        - Input, output: :math:`(C_{out}, *)`. Computed in float32 at least, returned in the input's type.
-
-    Examples::
-        >>> standardize_weight(torch.tensor([[1.0, 2.0, 3.0]]))
-        tensor([[-1.0000,  0.0000,  1.0000]])
-    """
-    if weight.numel() == weight.shape[0]:
-        return weight
-    if not torch.jit.is_scripting():
-        if _is_for_kernels(weight):
-            return _Standardize.apply(weight)
-    return _standardize(weight)
-
-
-def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:  # an argument, as TorchScript reads no global number
-    """In PyTorch's ops, which torch.compile fuses."""
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    filters = wide.flatten(1)
-    deviation = filters - filters.mean(1, keepdim=True)
-    # torch.std takes eight times as long on a CPU
-    std = torch.linalg.vector_norm(deviation, dim=1, keepdim=True) / (filters.shape[1] - 1) ** 0.5
-    return (deviation / (std + eps)).view(weight.shape).to(weight.dtype)
-
-
-def _is_for_kernels(weight):
-    """Whether one kernel forward and one backward can do it."""
-    if not HAS_OPS or is_transformed() or torch.compiler.is_compiling():
-        return False
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_contiguous() or not weight.numel():
-        return False
-    if weight.is_cpu:
-        return weight.dtype == torch.float32 and cpu_kernels.is_compiled()
-    return weight.is_cuda and weight.dtype in TRITON_TYPES and HAS_TRITON and triton_works(weight.device.index)
-
-
-class _Standardize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight):
-        ctx.save_for_backward(weight)
-        return torch.ops.gng_d2.standardize.default(weight, _EPS)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient that can be differentiated again
-            return torch.autograd.grad(_standardize(weight), weight, gradient, create_graph=True)[0]
-        return torch.ops.gng_d2.standardize_backward.default(gradient, weight, _EPS)
-
-
-if HAS_OPS:
-    torch.library.define("gng_d2::standardize", "(Tensor weight, float eps) -> Tensor")
-    torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
-    if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::standardize", "cpu")(cpu_kernels.checked(weight_standardization_cpu.forward))
-        torch.library.impl("gng_d2::standardize_backward", "cpu")(
-            cpu_kernels.checked(weight_standardization_cpu.backward)
-        )
-    if HAS_TRITON:
-        torch.library.impl("gng_d2::standardize", "cuda")(weight_standardization_triton.forward)
-        torch.library.impl("gng_d2::standardize_backward", "cuda")(weight_standardization_triton.backward)
-    torch.library.register_fake("gng_d2::standardize")(lambda weight, eps: torch.empty_like(weight))
-    torch.library.register_fake("gng_d2::standardize_backward")(lambda gradient, weight, eps: torch.empty_like(weight))
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            if self.norm is not None:
+                x = self.norm(x)
+            if self.activation is not None:
+                x = self.activation(x)
+            return x
 
 
 class WSConv2d(Conv2d):
     """Detectron2's ``Conv2d`` that convolves with the standardized weight.
 
     ``weight`` stays the raw parameter: initializers, checkpoints, optimizers and weight decay see what they
-    always see. Arguments and shapes are those of :class:`detectron2.layers.Conv2d`.
+    always see. Arguments and shapes are those of :class:`detectron2.layers.Conv2d`, and ``padding_mode`` is that of
+    :class:`torch.nn.Conv2d`.
+
+    Examples::
+        >>> conv = WSConv2d(16, 32, 3, padding=1)
+        >>> conv(torch.randn(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 8, 8])
     """
 
+    __constants__ = [*nn.Conv2d.__constants__, "applies_norm"]
+
+    # False in what was an nn.Conv2d, which applies no norm, not even one that is its child
+    applies_norm: bool = True
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(x, Proxy):
+                return call_as_leaf(self, x)
         x = self._conv_forward(x, standardize_weight(self.weight), self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
+        if self.applies_norm:
+            if self.norm is not None:
+                x = self.norm(x)
+            if self.activation is not None:
+                x = self.activation(x)
         return x
 
 
@@ -123,7 +74,8 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
 
     By its class, as PyTorch's lazy modules do: the layer may be under construction, and its parameters,
-    children and hooks stay.
+    children and hooks stay. Nothing but the weight changes: Detectron2's ``Conv2d`` pads with zeros whatever its
+    ``padding_mode``, so that is set to "zeros"; ``nn.Conv2d`` pads by its own, and applies no norm.
 
     Raises:
         InputError: for anything but exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
@@ -136,20 +88,106 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
             f"Use {norm_name.removesuffix('+WS')} there"
         )
     if type(layer) is nn.Conv2d:
-        layer.norm = layer.activation = None
+        layer.applies_norm = False
+    else:
+        layer.padding_mode = "zeros"
     layer.__class__ = WSConv2d
+
+
+def unstandardize(layer: WSConv2d) -> None:
+    """Turn ``layer`` back into what it was before :func:`standardize`."""
+    layer.__class__ = _folded_class(layer)
+    layer.__dict__.pop("applies_norm", None)
 
 
 def fold_weight_standardization(model: nn.Module) -> nn.Module:
     """Replace, in place, each :class:`WSConv2d` by a plain convolution with the standardized weight.
 
-    For inference: the outputs are the same, and the weights are no longer standardized in every forward.
-    Returns ``model``.
+    This is for inference: the outputs are the same, and the weights are no longer standardized in every forward. Each
+    folded layer has a new parameter, so that whatever else holds the raw weight (another layer, an optimizer) keeps it;
+    two standardized layers that share a weight go on sharing it. A folded layer, and the norms of the model that
+    asked for standardization, have ``weight_standardization_folded`` set. Folding again changes nothing.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: for a layer that cannot be folded without changing what the model computes, by its name. The model
+            is then as it was.
+
+    Examples::
+        >>> model = torch.nn.Sequential(WSConv2d(16, 32, 3), torch.nn.ReLU())
+        >>> type(fold_weight_standardization(model)[0]).__name__
+        'Conv2d'
     """
-    layers = [layer for layer in model.modules() if type(layer) is WSConv2d]
-    with torch.no_grad():
-        for weight in {id(layer.weight): layer.weight for layer in layers}.values():  # tied weights once
-            weight.copy_(standardize_weight(weight))
+    named = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, WSConv2d) or _is_folded(layer)]
+    for name, layer in named:
+        obstacle = _changed_since_folded(layer) if _is_folded(layer) else _obstacle(layer)
+        if obstacle:
+            name = name or type(layer).__name__
+            raise InputError(f"{name}: its weight standardization cannot be folded, because {obstacle}")
+    layers = [layer for _, layer in named if not _is_folded(layer)]
+    sharing = {}
     for layer in layers:
-        layer.__class__ = Conv2d
+        sharing.setdefault(id(layer.weight), []).append(layer)
+    for group in sharing.values():
+        raw = group[0].weight
+        with torch.no_grad():
+            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # in the layout of raw
+        weight = nn.Parameter(weight, raw.requires_grad)
+        for layer in group:
+            layer.weight = weight
+            layer.__class__ = _folded_class(layer)
+            layer.__dict__.pop("applies_norm", None)
+            layer.weight_standardization_folded = True
+    for norm in model.modules() if layers else ():
+        if getattr(norm, "weight_standardization", False) and norm.weight_layer is not None:
+            norm.weight_standardization, norm.weight_standardization_folded = False, True
     return model
+
+
+def _is_folded(layer):
+    return getattr(layer, "weight_standardization_folded", False) and isinstance(layer, nn.Conv2d)
+
+
+def _folded_class(layer):
+    """The class whose forward is that of ``layer``, but for the standardization; None where there is none."""
+    if not layer.applies_norm:
+        return nn.Conv2d
+    if layer.padding_mode == "zeros":
+        return Conv2d
+    return nn.Conv2d if layer.norm is None and layer.activation is None else None
+
+
+def _obstacle(layer):
+    """Why a plain convolution would not compute what ``layer`` does; None if it would."""
+    if parametrize.is_parametrized(layer):
+        return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
+    if type(layer) is not WSConv2d or "forward" in vars(layer):
+        return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
+    if layer._parameters.get("weight") is None:
+        return (
+            "its weight is no parameter, but computed, as by torch.nn.utils.prune, weight_norm or spectral_norm. "
+            "Remove that first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+        )
+    if layer.weight.is_meta:
+        return "its weight is on the meta device. Load weights first"
+    if _folded_class(layer) is None:
+        return f"with a norm or an activation a plain Conv2d has no padding_mode {layer.padding_mode!r}"
+    return None
+
+
+def _changed_since_folded(layer):
+    """Why the weight of a folded ``layer`` is no longer a standardized one; None if it is."""
+    filters = layer.weight.detach().flatten(1).double()
+    if filters.is_meta or filters.shape[1] < 2:
+        return None
+    std, mean = torch.std_mean(filters, 1)  # std: s / (s + 1e-5) where it was s, so less than 1 if s was small
+    tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
+    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.5
+    if standardized or not filters.any():
+        return None
+    return (
+        "it was folded before, and then its weight changed (load_state_dict, training). Make the model anew, load or "
+        "train it, and fold it then"
+    )

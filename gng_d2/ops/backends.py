@@ -1,5 +1,6 @@
-"""What PyTorch is doing with an op, and whether Triton works: may a kernel of ours run?"""
+"""Whether kernels of ours may run: what is installed, what PyTorch is doing, and a switch that turns them off."""
 
+import os
 import warnings
 from functools import lru_cache
 from typing import Optional
@@ -8,22 +9,76 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["HAS_OPS", "HAS_TRITON", "TRITON_TYPES", "is_plain", "is_transformed", "triton_works"]
+from gng_d2.errors import InputError
+
+__all__ = [
+    "HAS_OPS",
+    "HAS_TRITON",
+    "is_plain",
+    "is_transformed",
+    "kernels_may_run",
+    "set_kernels_enabled",
+    "triton_works",
+]
 
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
 try:
-    from . import group_norm_triton
+    import triton  # noqa: F401
 
     HAS_TRITON = HAS_OPS
 except ImportError:  # Triton is not made for every platform
     HAS_TRITON = False
 
-TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+def _kernels_enabled_by_environment():
+    value = os.environ.get("GNG_D2_KERNELS") or "1"
+    if value not in ("0", "1"):
+        raise InputError(f"the environment variable GNG_D2_KERNELS is {value!r}: set it to 0 (kernels off) or 1 (on)")
+    return value == "1"
 
 
-def is_transformed() -> bool:
-    """Under torch.jit.trace, torch.export, torch.func or forward-mode differentiation, which want PyTorch's own ops."""
+_kernels_enabled = _kernels_enabled_by_environment()
+
+
+class set_kernels_enabled:
+    """Turn the kernels of this package on or off; where they are off, PyTorch's own ops compute everything.
+
+    This is for whoever suspects a kernel of ours: if the fault stays with them off, it lies elsewhere. It holds for all
+    threads, from the call on or, as a context, until its end; a backward pass takes what its forward pass took. The
+    environment variable ``GNG_D2_KERNELS=0`` turns them off when the program starts.
+
+    Args:
+        enabled: False turns them off, True on again. At first they are on.
+
+    Examples::
+        >>> from gng_d2.ops import group_norm, set_kernels_enabled
+        >>> x = torch.randn(1, 64, 128, 128)
+        >>> with set_kernels_enabled(False):
+        ...     torch.equal(group_norm(x, num_groups=1), torch.nn.functional.group_norm(x, num_groups=1))
+        True
+    """
+
+    def __init__(self, enabled: bool):
+        global _kernels_enabled
+        self._before = _kernels_enabled
+        _kernels_enabled = bool(enabled)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        global _kernels_enabled
+        _kernels_enabled = self._before
+
+
+def kernels_may_run() -> bool:
+    """Whether kernels of ours are on, and PyTorch is not doing something for which it wants its own ops."""
+    return _kernels_enabled and HAS_OPS and not is_transformed()
+
+
+def is_transformed():
+    """Whether torch.jit.trace, torch.export, torch.func or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
     return (
@@ -34,14 +89,18 @@ def is_transformed() -> bool:
 
 
 def is_plain(*tensors: Optional[Tensor]) -> bool:
-    """Whether the dispatcher has nothing to do: no mode watches ops, no subclass, lazy negation or missing memory."""
+    """Whether a kernel may read these without PyTorch's dispatcher.
+
+    It may not where a mode watches ops, or a tensor is of a subclass, lazily negated, or without memory.
+    """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_neg() and t.data_ptr()) for t in tensors
     )
 
 
 def triton_works(device_index: int) -> bool:
-    return _try_triton(device_index)
+    """Whether Triton is installed and can launch a kernel on this CUDA device."""
+    return HAS_TRITON and _try_triton(device_index)
 
 
 if HAS_OPS:
@@ -51,6 +110,8 @@ if HAS_OPS:
 @lru_cache(maxsize=None)
 def _try_triton(device_index):
     """Triton needs a C compiler when it first launches, which a slim container may not have."""
+    from . import group_norm_triton  # which imports this module
+
     try:
         group_norm_triton.forward(torch.zeros(1, 1, 2, device=f"cuda:{device_index}"), None, None, 1, 1e-5)
     except Exception as error:  # of any kind: it runs a compiler

@@ -1,18 +1,17 @@
-"""Group norm and weight standardization on a CPU: what calls ``cpu_kernels.c``.
+"""The functions of ``cpu_kernels.c``, where that file was compiled.
 
-That file is compiled when the package is installed. Where no compiler was there, PyTorch's ops do its work.
+It is compiled when the package is installed. Where there was no compiler, PyTorch's ops do its work.
 """
 
 import ctypes
 import warnings
-from functools import wraps
 from importlib.util import find_spec
-from typing import Callable
+from typing import Optional, Sequence, Union
 
 import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads where both are GNU's
 from torch import Tensor
 
-__all__ = ["is_compiled", "call", "checked"]
+__all__ = ["is_compiled", "call"]
 
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
@@ -42,29 +41,16 @@ _FUNCTIONS = _load()
 
 
 def is_compiled() -> bool:
+    """Whether :func:`call` can be used."""
     return bool(_FUNCTIONS)
 
 
-def call(name: str, *arguments) -> None:
-    """Run a function of ``cpu_kernels.c`` in PyTorch's threads. Tensors are contiguous; None is a null pointer."""
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    _FUNCTIONS[name](*values, torch.get_num_threads())
+def call(name: str, tensors: Sequence[Optional[Tensor]], *numbers: Union[int, float]) -> None:
+    """Run the function ``name`` of ``cpu_kernels.c`` in PyTorch's threads.
 
-
-def checked(kernel: Callable) -> Callable:
-    """``kernel`` as an op, to which a traced graph may hand other tensors than it was traced with.
-
-    Raises:
-        RuntimeError: for a tensor that is not float32, or whose memory was freed.
+    It reads and writes the memory of ``tensors`` as its C declaration says, and cannot check them: the caller gives
+    contiguous tensors of the right type and size; None is a null pointer. Only ``tensors`` become addresses, and a
+    tensor among ``numbers`` is an error.
     """
-
-    @wraps(kernel)
-    def run(*arguments):
-        for t in arguments:
-            if isinstance(t, Tensor) and (t.dtype != torch.float32 or not t.data_ptr()):
-                raise RuntimeError(
-                    f"on a CPU this takes float32 tensors that have memory, not {t.dtype} at {t.data_ptr():#x}"
-                )
-        return kernel(*arguments)
-
-    return run
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    _FUNCTIONS[name](*addresses, *numbers, torch.get_num_threads())

@@ -1,5 +1,6 @@
 """Group norm as fast as the hardware allows for any number of groups."""
 
+from functools import partial
 from typing import Optional
 
 import torch
@@ -7,15 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu_kernels, group_norm_cpu
-from .backends import HAS_OPS, HAS_TRITON, TRITON_TYPES, is_plain, is_transformed, triton_works
+from .backends import HAS_OPS, HAS_TRITON, is_plain, kernels_may_run
+from .checks import check_readable, check_shape, memory_format
 
+_BACKENDS = [group_norm_cpu]
 if HAS_TRITON:
     from . import group_norm_triton
 
-__all__ = ["group_norm"]
+    _BACKENDS.append(group_norm_triton)
 
-# A group of fewer elements is read by one thread block in about the time that our additional launches take.
-_MIN_GROUP = 2**15
+__all__ = ["group_norm"]
 
 
 def group_norm(
@@ -39,46 +41,31 @@ def group_norm(
         torch.Size([2, 6, 8, 8])
     """
     if not torch.jit.is_scripting():
-        if HAS_OPS and _is_for_us(input, num_groups, weight, bias):
-            if not input.is_contiguous():  # on CUDA alone
-                input = input.contiguous(memory_format=group_norm_triton.memory_format(input))
+        backend = _backend(input, num_groups, weight, bias, eps)
+        if backend is not None:
+            if not input.is_contiguous():  # copied here, its copy is what the backward pass keeps
+                input = input.contiguous(memory_format=memory_format(input))
             if torch.is_grad_enabled():
                 return _GroupNorm.apply(input, weight, bias, num_groups, eps)
-            if input.is_cpu and is_plain(input, weight, bias):  # the dispatcher takes a tenth of a small input's time
+            if backend is group_norm_cpu and is_plain(input, weight, bias):  # the dispatcher takes a tenth of the time
                 return group_norm_cpu.forward(input, weight, bias, num_groups, eps)[0]
             return torch.ops.gng_d2.group_norm.default(input, weight, bias, num_groups, eps)[0]
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
-def _is_for_us(input, num_groups, weight, bias):
-    """Whether ours takes what it is given, and is the faster one."""
-    if is_transformed():
-        return False
-    if input.is_cpu:
-        return not torch.compiler.is_compiling() and group_norm_cpu.pays(input, num_groups, weight, bias)
-    if input.dim() < 2 or not input.numel() or num_groups < 1 or input.shape[1] % num_groups:
-        return False
-    affine = [p for p in (weight, bias) if p is not None]
-    if any(p.shape != input.shape[1:2] or p.device != input.device for p in affine):
-        return False
-    one_type = all(p.dtype == input.dtype for p in affine)
-    if not input.is_cuda or not HAS_TRITON or input.dtype not in TRITON_TYPES:
-        return False
-    half = input.dtype != torch.float32
-    if not one_type and not (half and all(p.dtype == torch.float32 for p in affine)):
-        return False
-    return _is_faster_on_cuda(
-        input, num_groups, keeps_type=half and (not one_type or torch.is_autocast_enabled("cuda"))
-    )
+def _backend(input, num_groups, weight, bias, eps):
+    """The backend that takes these, None for PyTorch's op.
 
-
-def _is_faster_on_cuda(input, num_groups, keeps_type):
-    if not (keeps_type or group_norm_triton.memory_format(input) != torch.contiguous_format):
-        thread_blocks = input.shape[0] * num_groups
-        multiprocessors = torch.cuda.get_device_properties(input.device).multi_processor_count
-        if thread_blocks >= multiprocessors or input.numel() < thread_blocks * _MIN_GROUP:
-            return False
-    return triton_works(input.device.index)
+    That op also has the rules, and the errors, for whatever is no plain tensor, int or float. ``is_faster`` is asked
+    first because it turns small inputs away in the least time.
+    """
+    if type(num_groups) is int and num_groups > 0 and type(eps) is float and isinstance(input, Tensor):
+        if kernels_may_run():
+            for backend in _BACKENDS:
+                if backend.is_faster(input, num_groups, weight, bias):
+                    if backend.supports(input, num_groups, weight, bias):
+                        return backend
+    return None
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -87,29 +74,59 @@ class _GroupNorm(torch.autograd.Function):
         y, mean, rstd = torch.ops.gng_d2.group_norm.default(x, weight, bias, num_groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)  # not the bias, which may change before the backward pass
         ctx.num_groups, ctx.eps = num_groups, eps
-        ctx.type_of_bias = None if bias is None else bias.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(dy, x, weight, ctx.type_of_bias, ctx.num_groups, ctx.eps), None, None
+            return *_differentiable_gradients(dy, x, weight, ctx.bias_dtype, ctx.num_groups, ctx.eps), None, None
         dx, dweight, dbias = torch.ops.gng_d2.group_norm_backward.default(dy, x, mean, rstd, weight, ctx.num_groups)
         dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if ctx.type_of_bias is None else dbias.to(ctx.type_of_bias)
+        dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None
 
 
-def _differentiable_gradients(dy, x, weight, type_of_bias, num_groups, eps):
+def _differentiable_gradients(dy, x, weight, bias_dtype, num_groups, eps):
     """Gradients that can be differentiated again: those of PyTorch's op."""
     # no gradient depends on the bias
-    bias = None if type_of_bias is None else x.new_zeros(x.shape[1], dtype=type_of_bias).requires_grad_()
-    parameter_type = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
-    y = F.group_norm(x.to(parameter_type), num_groups, weight, bias, eps).to(x.dtype)
+    bias = None if bias_dtype is None else x.new_zeros(x.shape[1], dtype=bias_dtype).requires_grad_()
+    parameter_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    y = F.group_norm(x.to(parameter_dtype), num_groups, weight, bias, eps).to(x.dtype)
     wanted = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     gradients = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy, create_graph=True)))
     return [gradients.get(id(t)) for t in (x, weight, bias)]
+
+
+def _check(x, num_groups, **tensors):
+    """Raise RuntimeError for groups that do not divide the channels, or tensors that do not go together."""
+    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
+        raise RuntimeError(f"an input of shape {tuple(x.shape)} does not divide into {num_groups} groups of channels")
+    of_channels, of_groups = x.shape[1:2], (x.shape[0], num_groups)
+    shapes = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups, "dy": x.shape}
+    for name, tensor in tensors.items():
+        check_shape(name, tensor, shapes[name], x.device)
+
+
+def _forward(backend, x, weight, bias, num_groups, eps):
+    """The op: what ``backend`` computes, after checking all that it relies on."""
+    _check(x, num_groups, weight=weight, bias=bias)
+    check_readable((x, weight, bias), backend.DTYPES)
+    layout = memory_format(x)
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
+    y, mean, rstd = backend.forward(x.contiguous(memory_format=layout), weight, bias, num_groups, eps)
+    return y.contiguous(memory_format=layout), mean, rstd
+
+
+def _backward(backend, dy, x, mean, rstd, weight, num_groups):
+    _check(x, num_groups, weight=weight, mean=mean, rstd=rstd, dy=dy)
+    check_readable((dy, x, mean, rstd, weight), backend.DTYPES)
+    layout = memory_format(x)  # a hook on saved tensors may have changed it
+    weight = weight if weight is None else weight.contiguous()
+    dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+    dx, dweight, dbias = backend.backward(dy, x, mean.contiguous(), rstd.contiguous(), weight, num_groups)
+    return dx.contiguous(memory_format=layout), dweight, dbias
 
 
 if HAS_OPS:
@@ -122,18 +139,20 @@ if HAS_OPS:
         "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups) -> (Tensor, Tensor, Tensor)",
     )
     if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::group_norm", "cpu")(cpu_kernels.checked(group_norm_cpu.forward))
-        torch.library.impl("gng_d2::group_norm_backward", "cpu")(cpu_kernels.checked(group_norm_cpu.backward))
+        torch.library.impl("gng_d2::group_norm", "cpu")(partial(_forward, group_norm_cpu))
+        torch.library.impl("gng_d2::group_norm_backward", "cpu")(partial(_backward, group_norm_cpu))
     if HAS_TRITON:
-        torch.library.impl("gng_d2::group_norm", "cuda")(group_norm_triton.forward)
-        torch.library.impl("gng_d2::group_norm_backward", "cuda")(group_norm_triton.backward)
+        torch.library.impl("gng_d2::group_norm", "cuda")(partial(_forward, group_norm_triton))
+        torch.library.impl("gng_d2::group_norm_backward", "cuda")(partial(_backward, group_norm_triton))
 
     @torch.library.register_fake("gng_d2::group_norm")
     def _(x, weight, bias, num_groups, eps):
+        _check(x, num_groups, weight=weight, bias=bias)
         mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-        return torch.empty_like(x), mean, torch.empty_like(mean)
+        return torch.empty_like(x, memory_format=memory_format(x)), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("gng_d2::group_norm_backward")
     def _(dy, x, mean, rstd, weight, num_groups):
+        _check(x, num_groups, weight=weight, mean=mean, rstd=rstd, dy=dy)
         dweight = x.new_empty(x.shape[1], dtype=torch.float32)
-        return torch.empty_like(x), dweight, torch.empty_like(dweight)
+        return torch.empty_like(x, memory_format=memory_format(x)), dweight, torch.empty_like(dweight)

@@ -15,8 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["forward", "backward", "memory_format"]
+from .backends import triton_works
+from .checks import memory_format
 
+__all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# A group of fewer elements is read by one thread block in about the time that our additional launches take.
+_MIN_GROUP = 2**15
 _TILE = 2048  # elements that a program holds at a time
 _MERGED = 1024, 16384  # partial results that a program merges at a time: few, many
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -216,6 +223,42 @@ def _input_gradient_kernel(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+def is_faster(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+    """Whether this is faster on CUDA than PyTorch's op, which copies some inputs and fills the GPU only with groups."""
+    if not x.is_cuda or x.dim() < 2:
+        return False
+    if _keeps_dtype(x, weight, bias) or memory_format(x) != torch.contiguous_format:
+        return True
+    thread_blocks = x.shape[0] * num_groups
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return thread_blocks < multiprocessors and x.numel() >= thread_blocks * _MIN_GROUP
+
+
+def _keeps_dtype(x, weight, bias):
+    """Whether PyTorch's op would return float32 for this float16 or bfloat16 input, where this returns its type."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    wide = any(isinstance(p, Tensor) and p.dtype != x.dtype for p in (weight, bias))
+    return wide or torch.is_autocast_enabled("cuda")
+
+
+def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+    """Whether these are CUDA tensors of types and shapes that this takes, and Triton works.
+
+    Parameters have the type of the input, or are float32 beside a float16 or bfloat16 input.
+    """
+    if not x.is_cuda or x.dtype not in DTYPES or x.dim() < 2 or x.shape[1] % num_groups:
+        return False
+    if x.numel() <= num_groups:  # PyTorch refuses a single number
+        return False
+    affine = [p for p in (weight, bias) if p is not None]
+    if not all(isinstance(p, Tensor) and p.shape == x.shape[1:2] and p.device == x.device for p in affine):
+        return False
+    if not all(p.dtype == x.dtype for p in affine) and not all(p.dtype == torch.float32 for p in affine):
+        return False
+    return triton_works(x.device.index)
+
+
 def forward(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], num_groups: int, eps: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
@@ -223,11 +266,10 @@ def forward(
 
     Shape:
         - x: :math:`(N, C, *)`, contiguous or channels-last, at least one element; float32, float16 or bfloat16
-        - weight, bias: :math:`(C)`, of any floating type
+        - weight, bias: :math:`(C)`, contiguous, of any of these types
         - output: as x; mean, 1 / std: :math:`(N, G)`
     """
     grid = _Grid(x)
-    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
     partial = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     mean = x.new_empty((grid.images, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -251,12 +293,10 @@ def backward(
     """Gradients of x (in its type and layout), weight and bias (both in float32).
 
     Shape:
-        - dy: that of x
+        - dy: that of x, in its layout
         - others: as :func:`forward` takes and returns them
     """
     grid = _Grid(x)
-    dy = dy.contiguous(memory_format=memory_format(x))
-    weight = weight if weight is None else weight.contiguous()
     sums = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     group_sums = x.new_empty((2, *mean.shape), dtype=torch.float32)
     dx = torch.empty_like(x)
@@ -273,14 +313,6 @@ def backward(
             dy, x, dx, mean, rstd, weight, group_sums, *grid.layout, num_groups, *grid.chunks, groups, *grid.blocks
         )
     return dx, sums[1].sum((0, 1)), sums[0].sum((0, 1))
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last for what is so and not contiguous; contiguous for all else."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
-        return torch.contiguous_format
-    return channels_last
 
 
 def _merge_options(partials):

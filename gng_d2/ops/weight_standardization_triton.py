@@ -6,9 +6,13 @@ The backward pass computes the moments again: a filter is in the cache then, and
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["forward", "backward"]
+from .backends import triton_works
+
+__all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_BLOCK = 4096
 
@@ -59,12 +63,29 @@ def _gradient_kernel(dy_ptr, x_ptr, dx_ptr, eps, size, BLOCK: tl.constexpr):
     mean_dy = tl.sum(sum_dy, axis=0) / size
     scale = 1.0 / (std + eps)
     # of equal weights the sum is 0
-    of_x = tl.sum(sum_dy_x, axis=0) * scale / (tl.where(std > 0, std, 1.0) * (size - 1))
+    x_factor = tl.sum(sum_dy_x, axis=0) * scale / (tl.where(std > 0, std, 1.0) * (size - 1))
     for first in range(0, size, BLOCK):
         i, inside, dy = _load(dy_ptr + row, first, size, BLOCK)
         _, _, x = _load(x_ptr + row, first, size, BLOCK)
-        dx = (dy - mean_dy - (x - mean) * of_x) * scale
+        dx = (dy - mean_dy - (x - mean) * x_factor) * scale
         tl.store(dx_ptr + row + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def is_faster(weight: Tensor) -> bool:
+    """Whether this is faster than PyTorch's ops: always, unless torch.compile fuses them."""
+    return not torch.compiler.is_compiling()
+
+
+def supports(weight: Tensor) -> bool:
+    """Whether this is a contiguous CUDA tensor of a type that this takes, of at least two weights a filter."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_cuda
+        and weight.dtype in DTYPES
+        and weight.is_contiguous()
+        and weight.numel() > weight.shape[0] > 0
+        and triton_works(weight.device.index)
+    )
 
 
 def forward(weight: Tensor, eps: float) -> Tensor:
@@ -80,10 +101,6 @@ def forward(weight: Tensor, eps: float) -> Tensor:
 
 def backward(gradient: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The gradient of ``weight``, from that of the output."""
-    gradient, weight = (
-        gradient.contiguous(),
-        weight.contiguous(),
-    )  # a hook on saved tensors may have changed their layout
     out = torch.empty_like(weight)
     _launch(_gradient_kernel, gradient, weight, out, eps=eps)
     return out

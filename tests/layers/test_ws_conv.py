@@ -15,9 +15,8 @@ from gng_d2 import WSConv2d, fold_weight_standardization
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.layers import standardize_weight, ws_conv
-from gng_d2.layers.ws_conv import _standardize
-from gng_d2.ops import cpu_kernels, weight_standardization_cpu
+from gng_d2.ops import cpu_kernels, standardize_weight, weight_standardization, weight_standardization_cpu
+from gng_d2.ops.weight_standardization import _standardize
 
 
 def brute_force(weight):
@@ -103,10 +102,11 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
     kernels, device = kernels_of(road)
     calls = []
     library = torch.library.Library("gng_d2", "IMPL")
-    for op, kernel in (("standardize", kernels.forward), ("standardize_backward", kernels.backward)):
+    forward, backward = weight_standardization._forward, weight_standardization._backward
+    for op, kernel in ("standardize", partial(forward, kernels)), ("standardize_backward", partial(backward, kernels)):
         spy = partial(lambda op, kernel, *args: calls.append(op) or kernel(*args), op, kernel)
         library.impl(op, spy, device.upper(), allow_override=True)
-    monkeypatch.setattr(ws_conv, "_is_for_kernels", lambda weight: True)
+    monkeypatch.setattr(weight_standardization, "_backend", lambda weight: kernels)
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
     ours, theirs = (torch.autograd.grad(f(weight).cos().sum(), weight)[0] for f in (standardize_weight, _standardize))
@@ -123,9 +123,12 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
 
 def test_kernels_are_for_plain_eager_tensors():
     weight = torch.randn(4, 3, 3, 3)
-    is_for_kernels = ws_conv._is_for_kernels
-    assert is_for_kernels(weight) == is_for_kernels(nn.Parameter(weight)) == cpu_kernels.is_compiled()
-    assert not any(map(is_for_kernels, (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0])))
+    backend, expected = (
+        weight_standardization._backend,
+        weight_standardization_cpu if cpu_kernels.is_compiled() else None,
+    )
+    assert backend(weight) is backend(nn.Parameter(weight)) is expected
+    assert not any(map(backend, (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0])))
     with FakeTensorMode():
         assert standardize_weight(torch.empty(4, 3, 3, 3)).shape == weight.shape
     assert standardize_weight(torch.empty(4, 3, 3, 3, device="meta")).is_meta

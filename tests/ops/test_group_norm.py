@@ -1,6 +1,7 @@
 """The op around the kernels: which it picks, and what PyTorch does with it. Numbers: test_group_norm_{cpu,triton}.py"""
 
 import importlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # the import above forbids what Detectron2's default_setup does
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-from gng_d2.ops import backends, cpu_kernels, group_norm  # noqa: E402
+from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu  # noqa: E402
 
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function
@@ -23,13 +24,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def kernels(monkeypatch):
     """Every input goes to the Triton kernels, on a CPU in Triton's interpreter."""
-    monkeypatch.setattr(op_module, "_is_for_us", lambda *args: True)
+    monkeypatch.setattr(op_module, "_backend", lambda *args: triton_kernels)
     if DEVICE == "cuda":
         yield
         return
     library = torch.library.Library("gng_d2", "IMPL")
-    library.impl("group_norm", triton_kernels.forward, "CPU", allow_override=True)
-    library.impl("group_norm_backward", triton_kernels.backward, "CPU", allow_override=True)
+    for name, op in ("group_norm", op_module._forward), ("group_norm_backward", op_module._backward):
+        library.impl(name, partial(op, triton_kernels), "CPU", allow_override=True)
     yield
     library._destroy()
 
@@ -57,7 +58,8 @@ def cpu_road(monkeypatch):
     """Every input on a CPU goes to group_norm_cpu."""
     if not cpu_kernels.is_compiled():
         pytest.skip("gng_d2 was installed without a C compiler")
-    monkeypatch.setattr(op_module.group_norm_cpu, "pays", lambda x, *args: x.numel() > 0 and x.is_contiguous())
+    monkeypatch.setattr(group_norm_cpu, "is_faster", lambda *args: True)
+    monkeypatch.setattr(group_norm_cpu, "supports", lambda x, *args: x.numel() > 0 and x.is_contiguous())
     with Recorder() as recorder:
         yield
     assert "gng_d2.group_norm.default" in recorder.ops
@@ -145,7 +147,7 @@ def test_some_inputs_take_a_gradient(road, wanted, request):
 
 def test_torch_func_and_forward_mode_take_pytorchs_op():
     x = torch.randn(1, 64, 128, 128)
-    assert op_module.group_norm_cpu.pays(x, 1) or not cpu_kernels.is_compiled()
+    assert op_module._backend(x, 1, None, None, 1e-5) is group_norm_cpu or not cpu_kernels.is_compiled()
     gradient = torch.func.grad(lambda x: group_norm(x, 1).square().sum())(x)
     torch.testing.assert_close(gradient, torch.func.grad(lambda x: F.group_norm(x, 1).square().sum())(x))
     assert torch.func.vmap(lambda x: group_norm(x, 1))(x[None]).shape == (1, *x.shape)
@@ -249,7 +251,7 @@ def test_compiles_without_a_graph_break(kernels):
 
 def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
     x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128))
-    monkeypatch.setattr(op_module.group_norm_cpu, "pays", lambda *args: True)
+    assert op_module._backend(x, 1, weight, bias, 1e-5) is group_norm_cpu or not cpu_kernels.is_compiled()
 
     class Norm(torch.nn.Module):
         def forward(self, x):
@@ -274,7 +276,7 @@ H100 = SimpleNamespace(multi_processor_count=132)
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     """On fake tensors, which need no GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
-    monkeypatch.setattr(op_module, "triton_works", lambda index: True)
+    monkeypatch.setattr(triton_kernels, "triton_works", lambda index: True)
     targets = []
 
     def keep(module, inputs):
@@ -294,9 +296,9 @@ def test_choice_on_cuda(monkeypatch):
 
     def ours(x, num_groups, parameters=torch.float32):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
-        return op_module._is_for_us(x, num_groups, weight, bias)
+        return op_module._backend(x, num_groups, weight, bias, 1e-5) is triton_kernels
 
-    monkeypatch.setattr(op_module, "triton_works", lambda index: True)
+    monkeypatch.setattr(triton_kernels, "triton_works", lambda index: True)
     with FakeTensorMode():
         assert ours(fake(2, 256, 200, 304), 1)
         assert ours(fake(2, 64, 200, 304), 64)
@@ -316,8 +318,9 @@ def test_choice_on_cuda(monkeypatch):
         assert not ours(fake(2, 256, 200, 304), 1, torch.float16)
         assert not ours(fake(2, 256, 200, 304), -1)
         assert not ours(fake(2, 256, 200, 304), 3)
-        assert not op_module._is_for_us(fake(2, 256, 200, 304), 1, fake(255), None)
-        assert not op_module._is_for_us(fake(2, 256, 200, 304), 1, torch.empty(256, device="cpu"), None)
+        assert op_module._backend(fake(2, 256, 200, 304), 1, fake(255), None, 1e-5) is None
+        assert op_module._backend(fake(2, 256, 200, 304), 1, torch.empty(256, device="cpu"), None, 1e-5) is None
+        assert not ours(fake(1, 256, 1, 1, dtype=torch.float16), 256)
 
 
 def test_without_a_c_compiler_pytorchs_op_is_used(monkeypatch):

@@ -1,0 +1,179 @@
+"""Which layer makes the input of each norm, found by running the model: any code, frozen or not, on meta too."""
+
+import random
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from gng_d2.errors import InputError
+
+__all__ = ["Producer", "find_producers"]
+
+
+class Producer(NamedTuple):
+    """What made a tensor: a weight layer, or an op that is none and has no sizes."""
+
+    op: str
+    n_in: Optional[int] = None
+    n_out: Optional[int] = None
+    layer: Optional[nn.Module] = None  # the module that called the op
+
+
+def find_producers(
+    model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any
+) -> Dict[nn.Module, List[Optional[Producer]]]:
+    """Run ``model`` and return, for each norm that ran, what made its input, call by call; None: it cannot be seen.
+
+    The model runs in eval mode and without gradients, and afterwards is what it was: its modes, its buffers, and the
+    state of the random number generators.
+
+    Args:
+        example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
+            anything else (a tensor, Detectron2's list of dicts): its only argument. Tensors in it are moved to the
+            model's device.
+
+    Raises:
+        InputError: the model cannot be run with them.
+    """
+    model = getattr(model, "_orig_mod", model)  # not what torch.compile made of it
+    device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
+    inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    watch = _Watch(model, set(norms))
+    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), watch:
+        try:
+            model.eval()(*args, **kwargs)
+        except InputError:
+            raise
+        except Exception as error:  # of any kind: it is the user's code
+            raise InputError(
+                f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer "
+                f"makes the input of each norm: {type(error).__name__}: {error}"
+            ) from error
+    return watch.found
+
+
+# what makes a tensor from an input and a weight, its first two arguments, and from a bias
+_WEIGHT_OPS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)} | {"deform_conv2d", "linear"}
+_PRODUCTS = {"mm", "matmul", "__matmul__"}
+_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+# what may copy, and leaves values and channels as they are
+_COPIES = set("alias clone contiguous to type type_as float half bfloat16 double cpu cuda reshape flatten".split())
+
+
+class _Watch(TorchFunctionMode):
+    """While entered, knows what made each tensor, and notes it when a norm takes the tensor.
+
+    A tensor is known by its storage, which its views share, and is another once its version is another, as after an op
+    in place. Storages are referred to weakly: their memory is free to go, and their identity is not taken again.
+    """
+
+    def __init__(self, model, norms):
+        super().__init__()
+        self.found: Dict[nn.Module, List[Optional[Producer]]] = {}
+        self._model, self._norms = model, norms
+        self._made: Dict[int, Tuple[StorageWeakRef, int, int, Producer]] = {}
+        self._running: List[nn.Module] = []
+        self._hooks: List[Any] = []
+
+    def __enter__(self):
+        for module in self._model.modules():
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            ]
+        self._parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in _tensors_of(self._model)}
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def _before(self, module, args, kwargs):
+        self._running.append(module)
+        if module in self._norms:
+            self.found.setdefault(module, []).append(self._maker(args[0] if args else kwargs["input"]))
+
+    def _after(self, module, args, output):
+        self._running.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._record(func.__name__, args, tensor)
+        return out
+
+    def _record(self, op, args, out):
+        reference = StorageWeakRef(out.untyped_storage())
+        known = self._made.get(reference.cdata)
+        if known is not None and known[1] == out._version:
+            return  # a view, or what an op gives back as it took it
+        self._made[reference.cdata] = (reference, out._version, out.numel(), self._producer(op, args, out))
+
+    def _producer(self, op, args, out):
+        if op in _WEIGHT_OPS:
+            axis = -1 if op == "linear" else 1 - args[1].dim()  # of an input with or without a batch
+            return Producer(op, args[0].shape[axis], out.shape[axis], self._running[-1] if self._running else None)
+        if op in _PRODUCTS and self._is_parameter(args[1]):
+            return Producer(op, args[0].shape[-1], out.shape[-1], self._running[-1] if self._running else None)
+        if op in _COPIES:
+            return self._maker(args[0]) or Producer(op)
+        if op in _SUMS and any(self._is_parameter(x) for x in args[:2]):  # a bias
+            changes = int(op in ("add_", "__iadd__"))
+            makers = (self._maker(x, changes) for x in args[:2] if not self._is_parameter(x))
+            return next(makers, None) or Producer(op)
+        return Producer(op)
+
+    def _maker(self, tensor, changes=0) -> Optional[Producer]:
+        """What made ``tensor``, before the last ``changes`` in place."""
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            return None
+        _, version, numel, producer = self._made.get(
+            StorageWeakRef(tensor.untyped_storage()).cdata, (None, None, None, None)
+        )
+        if producer is None:
+            return None
+        if version != tensor._version - changes:
+            return Producer("an op in place")
+        return producer if numel == tensor.numel() else Producer("a slice")
+
+    def _is_parameter(self, x):
+        return isinstance(x, Tensor) and StorageWeakRef(x.untyped_storage()).cdata in self._parameters
+
+
+def _tensors_of(model):
+    tensors = [*model.parameters(), *model.buffers()]
+    return [t for t in tensors if not nn.parameter.is_lazy(t)]
+
+
+@contextmanager
+def _unchanged(model):
+    """Whatever happens within, ``model`` and the random number generators are the same again after it."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not nn.parameter.is_lazy(buffer)
+    ]
+    devices = {t.device for t in _tensors_of(model) if t.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        random.setstate(python), np.random.set_state(numpy)
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
