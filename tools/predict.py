@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 import gng_d2
 from gng_d2.checkpoint import Checkpointer
-from gng_d2.config import check_config, check_output_dir, check_weights, load_config
+from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
 from gng_d2.errors import InputError
 from gng_d2.imports import add_import_argument, import_modules
 from gng_d2.visualize import draw_output
+from gng_d2.weight_files import add_trust_argument
 
 
 def parse_args():
@@ -34,6 +35,7 @@ def parse_args():
     parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
     add_import_argument(parser)
+    add_trust_argument(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
     return parser.parse_args()
 
@@ -53,7 +55,7 @@ def main(args):
     import_modules(args.imports)
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *args.opts])
     check_config(cfg)
-    check_weights(cfg)
+    check_weights(cfg, "--weights")
     missing = [path for path in args.input if not os.path.isfile(path)]
     if missing:
         raise InputError(f"--input: {', '.join(missing)} not found")
@@ -63,7 +65,7 @@ def main(args):
     inputs = {os.path.realpath(path) for path in args.input}
     if inputs & {os.path.realpath(os.path.join(args.output, name)) for name in names}:
         raise InputError("--output: a picture would overwrite an image of --input. Name another folder")
-    check_output_dir(cfg)
+    prepare_output_dir(cfg)
     model = build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     gng_d2.fold_weight_standardization(model)

@@ -25,7 +25,8 @@ from tabulate import tabulate
 
 import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.checkpoint import Checkpointer
-from gng_d2.config import check_config, check_datasets, check_weights, load_config
+from gng_d2.config import check_config, check_weights, load_config
+from gng_d2.data.checks import prepare_datasets
 from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
 from gng_d2.files import check_outputs, machine, write_rows
@@ -73,7 +74,7 @@ def main(args):
     cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", args.images, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SEED", args.seed])
     check_config(cfg)
     check_weights(cfg)
-    check_datasets(cfg)
+    prepare_datasets(cfg)
     check_outputs(args.json, args.plot)
     seed_everything(args.seed)
     model = build_model(cfg)

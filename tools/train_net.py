@@ -17,10 +17,12 @@ import gng_d2  # noqa: F401  makes its norm names known
 from gng_d2.engine import run_job
 from gng_d2.errors import InputError
 from gng_d2.imports import add_import_argument
+from gng_d2.weight_files import add_trust_argument
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     add_import_argument(parser)
+    add_trust_argument(parser)
     args = parser.parse_args()
     try:
         run_job(args)

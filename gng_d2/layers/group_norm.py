@@ -13,6 +13,7 @@ from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 from gng_d2.ops import group_norm
 
+from .record import take_record, write_record
 from .ws_conv import standardize
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
@@ -100,6 +101,14 @@ class GroupNorm(nn.GroupNorm):
             f"output channels, {consequence}. Register it as `norm` of its convolution or right after it in "
             f"the same module (PGN without WS also takes in_channels=)"
         )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_record(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        take_record(self, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         source = f", from {self.weight_layer}" if self.weight_layer else ""
