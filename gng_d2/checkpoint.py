@@ -66,10 +66,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path, *, resume=True):
         """Go on from :meth:`find_checkpoint`. Without ``resume``, or where there is none, load the weights ``path``."""
-        if resume and self.has_checkpoint():
-            path, _ = self.find_checkpoint()
+        if resume:
             self._remove_partial_files()
-            return self.load(path)
+        if resume and self.has_checkpoint():
+            return self.load(self.find_checkpoint()[0])
         self._fine_tuning = True
         try:
             return self.load(path, checkpointables=[])
@@ -125,7 +125,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _remove_partial_files(self):
         """What a run leaves that is killed while it writes a checkpoint."""
-        if self.save_to_disk:
+        if self.save_dir and self.save_to_disk:
             for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
                 os.remove(path)
 

@@ -117,11 +117,12 @@ class Trainer(DefaultTrainer):
 
     def _save_final_checkpoint(self):
         """Of a run that has no step left, but was killed before its model_final was whole."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
         try:
-            final = self.checkpointer.read(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"))
+            final = self.checkpointer.read(path)
         except InputError:
             final = {}
-        if final.get("iteration") != self.iter:
+        if final.get("iteration") != self.iter or self.checkpointer.get_checkpoint_file() != path:
             self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self):
