@@ -88,9 +88,10 @@ def _read_torch(path):
 
 
 def _read_pickle(path):
-    unpickler = pickle.Unpickler if files_are_trusted() else _DataUnpickler
     with open(path, "rb") as file:
-        reader = unpickler(file, encoding="latin1")  # for the files of Python 2
+        if files_are_trusted():
+            return pickle.load(file, encoding="latin1")
+        reader = _DataUnpickler(file, encoding="latin1")  # for the files of Python 2
         reader.path = path
         return reader.load()
 
