@@ -19,7 +19,7 @@ def net(norm):
 
 
 def pgn():
-    return PracticalGroupNorm(64)  # 1 groups after 64 -> 64
+    return PracticalGroupNorm(64)  # 1 group after 64 -> 64
 
 
 def gn16():
@@ -58,7 +58,7 @@ def test_other_groups_are_one_warning_in_any_loader(load, saved, caplog):
         load(net(gn16), saved)
     assert messages(caplog, logging.INFO) == []
     (warning,) = messages(caplog, logging.WARNING)
-    assert warning.startswith("2 of 2 norms") and "body.1: 1 groups there, 16 groups here" in warning
+    assert warning.startswith("2 of 2 norms") and "body.1: 1 group there, 16 groups here" in warning
 
 
 @pytest.mark.parametrize("load", LOADERS)
