@@ -4,7 +4,6 @@ A pickle is a program. What can be data alone is read as data alone; a file that
 user trusts it. torch.load does not look at the checksums in its own files, so they are compared here.
 """
 
-import argparse
 import hashlib
 import os
 import pickle
@@ -20,28 +19,15 @@ import torch
 from .errors import InputError
 from .files import atomic_open
 
-__all__ = ["add_trust_argument", "files_are_trusted", "read_weight_file", "save_weight_file"]
-
-_TRUST = "GNG_D2_TRUST_FILES"
-
-
-def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the flag ``--trust-files``, after which files are opened that run code of their own.
-
-    It is kept in the environment variable GNG_D2_TRUST_FILES, so that the processes of a job have it too.
-    """
-    parser.add_argument(
-        "--trust-files", action=_Trust, nargs=0, help="open weights and configs that run code of their own on reading"
-    )
-
-
-class _Trust(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        os.environ[_TRUST] = "1"
+__all__ = ["files_are_trusted", "read_weight_file", "save_weight_file"]
 
 
 def files_are_trusted() -> bool:
-    return os.environ.get(_TRUST) == "1"
+    """Whether files may run code of their own on reading: the tools' flag ``--trust-files``.
+
+    It is kept in the environment variable GNG_D2_TRUST_FILES, "1", so that the processes of a job have it too.
+    """
+    return os.environ.get("GNG_D2_TRUST_FILES") == "1"
 
 
 def read_weight_file(path: str) -> Any:

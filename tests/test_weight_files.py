@@ -1,6 +1,5 @@
 """What a file of weights may hold, and what is run of it: nothing."""
 
-import argparse
 import collections
 import io
 import os
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from command_line import add_trust, tool_parser
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.errors import InputError
-from gng_d2.weight_files import add_trust_argument, files_are_trusted, read_weight_file, save_weight_file
+from gng_d2.weight_files import files_are_trusted, read_weight_file, save_weight_file
 
 
 class Runs:
@@ -126,8 +126,8 @@ def test_a_trusted_file_is_opened(name, tmp_path, monkeypatch):
     else:
         torch.save(content, tmp_path / name)
     monkeypatch.setenv("GNG_D2_TRUST_FILES", "")  # restored after the test
-    parser = argparse.ArgumentParser()
-    add_trust_argument(parser)
+    parser = tool_parser("")
+    add_trust(parser)
     parser.parse_args([])
     assert not files_are_trusted()
     parser.parse_args(["--trust-files"])
