@@ -50,8 +50,8 @@ def read_weight_file(path: str) -> Any:
         )
         if wanted:
             raise _refusal(path, wanted.group(1)) from None
-        if isinstance(error, FileNotFoundError):
-            raise InputError(f"the file of weights {path} does not exist") from None
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
         raise InputError(
             f"{path} cannot be read as weights ({type(error).__name__}). It is damaged, cut off or another kind of file"
         ) from None

@@ -163,13 +163,14 @@ def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
         return  # a user's own dataset
     learned = {field: (key, count) for key, count, field in _learned(cfg)}
     names = ", ".join(cfg.DATASETS.TRAIN)
-    if isinstance(mapper, DatasetMapper):
+    annotations = [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
+    if isinstance(mapper, DatasetMapper):  # another may find them elsewhere
+        has = {"annotations": annotations, "sem_seg_file_name": any("sem_seg_file_name" in r for r in records)}
         for field, wanted in (("thing_classes", "annotations"), ("stuff_classes", "sem_seg_file_name")):
-            if field in learned and not any(wanted in record for record in records):
+            if field in learned and not has[wanted]:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
-    annotations = [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
     if annotations and not any(_has_area(a) for a, _ in annotations):
         raise InputError(
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
