@@ -116,6 +116,11 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, str]]:
 
 
 def check_config(cfg: CfgNode, world_size: int = 1) -> None:
+    """See that each NORM is a norm's name, and that a batch divides among ``world_size`` processes.
+
+    Raises:
+        InputError: names the key.
+    """
     for key, value in norm_keys(cfg):
         try:
             get_norm(value, 32)

@@ -19,7 +19,7 @@ import torch
 from .errors import InputError
 from .files import atomic_open
 
-__all__ = ["files_are_trusted", "read_weight_file", "save_weight_file"]
+__all__ = ["files_are_trusted", "read_weight_file", "read_pickle", "save_weight_file"]
 
 
 def files_are_trusted() -> bool:
@@ -33,25 +33,35 @@ def files_are_trusted() -> bool:
 def read_weight_file(path: str) -> Any:
     """What is in a file of weights, with tensors on the CPU. Nothing of it is run.
 
-    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them (Detectron2's and Caffe2's model zoos);
-    any other file is what ``torch.save`` wrote.
+    A .pkl is a pickle (:func:`read_pickle`); any other file is what ``torch.save`` wrote.
 
     Raises:
         InputError: there is no such file, it is damaged, or it holds more than data and ``--trust-files`` is not set.
     """
+    return read_pickle(path) if path.endswith(".pkl") else _read(path, _read_torch)
+
+
+def read_pickle(path: str) -> Any:
+    """What is in a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2's and Caffe2's are.
+
+    Raises:
+        InputError: as :func:`read_weight_file`.
+    """
+    return _read(path, _read_pickle)
+
+
+def _read(path, read):
     try:
-        return _read_pickle(path) if path.endswith(".pkl") else _read_torch(path)
+        return read(path)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged file has raised a dozen kinds
-        # PyTorch's text is not passed on, because it proposes to run the file
-        wanted = (
-            re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        )
-        if wanted:
-            raise _refusal(path, wanted.group(1)) from None
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
+        # PyTorch's text is not passed on, because it proposes to run the file
+        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and wanted:
+            raise _refusal(path, wanted.group(1)) from None
         raise InputError(
             f"{path} cannot be read as weights ({type(error).__name__}). It is damaged, cut off or another kind of file"
         ) from None

@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
+from ..weight_files import read_pickle
 from . import embedded
 
 __all__ = ["prepare_datasets", "check_classes", "check_records", "naming_datasets"]
@@ -34,6 +35,11 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             _prepare_dataset(f"DATASETS.{key}", name)
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
+            try:
+                read_pickle(PathManager.get_local_path(path))  # Detectron2 unpickles it
+            except InputError as error:
+                raise InputError(f"DATASETS.PROPOSAL_FILES_{key}: {error}") from None
     check_classes(cfg, eval_only)
 
 

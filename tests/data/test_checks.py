@@ -246,6 +246,15 @@ def test_a_broken_image_is_named_where_a_semantic_dataset_is_grouped_by_shape(re
         next(iter(build_train_loader(quick("DATASETS.TRAIN", "('grouped',)", *stuff, "SEED", "1"))))
 
 
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.proposals"])
+def test_a_file_of_proposals_is_not_run(name, shapes, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nmkdir\n(V" + str(tmp_path / "ran").encode() + b"\ntR.")
+    files = ["DATASETS.PROPOSAL_FILES_TRAIN", f"('{tmp_path / name}',)", "MODEL.LOAD_PROPOSALS", "True"]
+    with pytest.raises(InputError, match=rf"DATASETS.PROPOSAL_FILES_TRAIN: .*{name} .* asks for os.mkdir"):
+        prepare_datasets(quick(*files))
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.fixture(autouse=True)
 def warnings_are_seen(caplog):
     caplog.set_level(logging.WARNING, logger="gng_d2")

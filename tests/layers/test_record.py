@@ -129,6 +129,28 @@ def test_weight_standardization_is_recorded(caplog):
     assert messages(caplog, logging.WARNING) == []
 
 
+def folded(model):
+    """Its norms as fold_weight_standardization leaves them."""
+    for norm in (model["body"][1], model["body"][4]):
+        norm.weight_standardization, norm.weight_standardization_folded = False, True
+    return model
+
+
+def test_the_record_of_a_folded_model_says_so(caplog):
+    def ws():
+        return GroupNorm(16, 64, weight_standardization=True)
+
+    assert records_of(folded(net(gn16)).state_dict())["body.1"]["weight_standardized"] == "folded"
+    net(gn16).load_state_dict(folded(net(gn16)).state_dict())  # the same without standardization
+    folded(net(gn16)).load_state_dict(folded(net(gn16)).state_dict())
+    assert messages(caplog, logging.WARNING) == []
+    folded(net(gn16)).load_state_dict(net(ws).state_dict())  # raw weights, which nobody standardizes any more
+    net(ws).load_state_dict(folded(net(gn16)).state_dict())
+    warnings = messages(caplog, logging.WARNING)
+    assert "16 groups and WS there, 16 groups and folded WS here" in warnings[0]
+    assert "16 groups and folded WS there, 16 groups and WS here" in warnings[1]
+
+
 def test_an_unbound_norm_takes_its_groups_from_the_record(caplog):
     norm = PracticalGroupNorm(64)
     assert norm.num_groups is None
