@@ -248,6 +248,7 @@ def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_one_line_from_a_data_process_too(shapes, tmp_path):
     module = tmp_path / "one_broken_image.py"
     module.write_text(ONE_BROKEN_IMAGE)
@@ -355,7 +356,7 @@ def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch
         return {"bbox": {"AP": float(len(evaluated))}}
 
     monkeypatch.setattr(Trainer, "test", classmethod(test))
-    tiny_rcnn = ["MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.CONV_DIM", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"]
+    tiny_rcnn = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"]
     opts = [*tiny_rcnn, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "3"]
     opts += ["SOLVER.CHECKPOINT_PERIOD", "1000", "TEST.EVAL_PERIOD", "1", "TEST.AUG.ENABLED", "True"]
     trainer = Trainer(load_config("configs/quick/faster_rcnn_gn_ws.yaml", opts))

@@ -136,6 +136,7 @@ def test_a_trusted_file_is_opened(name, tmp_path, monkeypatch):
     assert (tmp_path / "ran").is_dir()
 
 
+@pytest.mark.slow
 def test_nothing_runs_while_a_job_is_checked(tmp_path):
     """In MODEL.WEIGHTS and in last_checkpoint, which may name any file."""
     (tmp_path / "evil.pkl").write_bytes(evil("reduce", tmp_path / "ran"))
