@@ -56,7 +56,7 @@ def _read(path, read):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged file has raised a dozen kinds
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):  # torch raises other OSErrors
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         # PyTorch's text is not passed on, because it proposes to run the file
         wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
