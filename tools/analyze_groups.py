@@ -6,7 +6,7 @@
         MODEL.RESNETS.NORM PGN MODEL.FPN.NORM PGN
 """
 
-from command_line import add_import, add_outputs, add_overrides, run_tool, tool_parser
+from command_line import add_import, add_outputs, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
@@ -20,6 +20,7 @@ def parse_args():
         plot="draw group counts along the depth, and K for GN, GN1 and PGN",
     )
     add_import(parser)
+    add_trust(parser)
     add_overrides(parser)
     return parser.parse_args()
 

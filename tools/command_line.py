@@ -9,7 +9,16 @@ import os
 import sys
 import warnings
 
-__all__ = ["ANEW", "tool_parser", "add_outputs", "add_import", "add_overrides", "check_overrides", "run_tool"]
+__all__ = [
+    "ANEW",
+    "tool_parser",
+    "add_outputs",
+    "add_import",
+    "add_trust",
+    "add_overrides",
+    "check_overrides",
+    "run_tool",
+]
 
 ANEW = "the same command starts anew"
 
@@ -44,6 +53,21 @@ def add_import(parser):
         metavar="MODULE_OR_FILE.py",
         help="run these first: they register datasets, backbones, heads. Give another option after it, not KEY VALUE",
     )
+
+
+def add_trust(parser):
+    """Give ``parser`` the flag ``--trust-files``, by which :mod:`gng_d2.weight_files` opens files that run code.
+
+    It is kept in the environment, so that the processes of a job have it too.
+    """
+    parser.add_argument(
+        "--trust-files", nargs=0, action=_Trust, help="open weights and configs that run code of their own on reading"
+    )
+
+
+class _Trust(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        os.environ["GNG_D2_TRUST_FILES"] = "1"
 
 
 def add_overrides(parser):

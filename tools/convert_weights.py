@@ -27,17 +27,16 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from gng_d2.convert import abbreviated, convert_file
+    from gng_d2.convert import abbreviated, config_keys, convert_file
 
     done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}
     print(f"{args.output}: ResNet-{done.depth} with {norms[done.norm]}, {len(done.weights)} tensors")
     for reason, names in done.dropped.items():
         print(f"dropped, {reason}: {abbreviated(names)}")
-    needs = {"DEPTH": done.depth, "NUM_GROUPS": done.num_groups, "WIDTH_PER_GROUP": done.width_per_group}
-    if done.depth < 50:
-        needs["RES2_OUT_CHANNELS"] = 64
-    print("It needs " + " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in needs.items()))
+    resnet, images = config_keys(done)
+    print(f"It needs {resnet}")
+    print(f"and, unless it was trained otherwise (Caffe's weights were: Detectron2's defaults), {images}")
     if done.norm == "BN":
         print(
             "note: these are BatchNorm weights, for NORM BN, SyncBN or FrozenBN. They do not fit GN or PGN: a "

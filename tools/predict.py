@@ -7,7 +7,7 @@
 
 import os
 
-from command_line import add_import, add_overrides, run_tool, tool_parser
+from command_line import add_import, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
@@ -19,6 +19,7 @@ def parse_args():
     parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images, up to the next option")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
     add_import(parser)
+    add_trust(parser)
     add_overrides(parser)
     return parser.parse_args()
 
@@ -46,7 +47,7 @@ def main():
 
     from gng_d2 import fold_weight_standardization
     from gng_d2.checkpoint import Checkpointer
-    from gng_d2.config import check_config, check_output_dir, check_weights, load_config
+    from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
     from gng_d2.errors import InputError
     from gng_d2.files import atomic_open
     from gng_d2.imports import import_modules
@@ -55,9 +56,9 @@ def main():
     import_modules(args.imports)
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *args.opts])
     check_config(cfg)
-    check_weights(cfg)
+    check_weights(cfg, "--weights")
     pictures = check_images(args.input, args.output)
-    check_output_dir(cfg)
+    prepare_output_dir(cfg)
     model = build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     fold_weight_standardization(model)

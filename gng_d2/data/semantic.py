@@ -9,6 +9,7 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -116,6 +117,8 @@ def _write_map(task):
         Image.fromarray(semantic).save(partial, format="PNG")
         os.replace(partial, target)
     except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
         raise InputError(f"cannot write {target}: {error.strerror}") from error
 
 

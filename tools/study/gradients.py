@@ -32,10 +32,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from command_line import add_import, add_outputs, add_overrides
+from command_line import add_import, add_outputs, add_overrides, add_trust
 from gng_d2.analysis import norm_table
 from gng_d2.checkpoint import Checkpointer
-from gng_d2.config import check_config, check_datasets, check_weights, load_config
+from gng_d2.config import check_config, check_weights, load_config
+from gng_d2.data.checks import prepare_datasets
 from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
 from gng_d2.files import prepare_outputs, save_figure
@@ -364,6 +365,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images of the batch; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and proposals; default: %(default)s")
     add_import(parser)
+    add_trust(parser)
     add_overrides(parser)
 
 
@@ -376,7 +378,7 @@ def main(args) -> None:
     cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", args.images, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SEED", args.seed])
     check_config(cfg)
     check_weights(cfg)
-    check_datasets(cfg)
+    prepare_datasets(cfg)
     prepare_outputs(args.json, args.plot)
     seed_everything(args.seed)
     model = build_model(cfg)
