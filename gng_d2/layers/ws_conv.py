@@ -141,8 +141,10 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
             layer.__dict__.pop("applies_norm", None)
             layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
-        if getattr(norm, "weight_standardization", False) and norm.weight_layer is not None:
-            norm.weight_standardization, norm.weight_standardization_folded = False, True
+        if getattr(norm, "weight_layer", None) is not None:
+            norm.weight_layer = norm.weight_layer.replace("WSConv2d", "Conv2d")
+            if norm.weight_standardization:
+                norm.weight_standardization, norm.weight_standardization_folded = False, True
     return model
 
 
@@ -184,7 +186,7 @@ def _changed_since_folded(layer):
         return None
     std, mean = torch.std_mean(filters, 1)  # std: s / (s + 1e-5) where it was s, so less than 1 if s was small
     tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
-    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.5
+    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.1
     if standardized or not filters.any():
         return None
     return (

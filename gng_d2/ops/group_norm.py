@@ -101,12 +101,15 @@ def _differentiable_gradients(dy, x, weight, bias_dtype, num_groups, eps):
 
 def _check(x, num_groups, **tensors):
     """Raise RuntimeError for groups that do not divide the channels, or tensors that do not go together."""
-    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        raise RuntimeError(f"an input of shape {tuple(x.shape)} does not divide into {num_groups} groups of channels")
-    of_channels, of_groups = x.shape[1:2], (x.shape[0], num_groups)
-    shapes = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups, "dy": x.shape}
+    shape = () if x is None else x.shape
+    if len(shape) < 2 or num_groups < 1 or shape[1] % num_groups:
+        raise RuntimeError(f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels")
+    shapes = {"dy": shape, "mean": (shape[0], num_groups), "rstd": (shape[0], num_groups)}
     for name, tensor in tensors.items():
-        check_shape(name, tensor, shapes[name], x.device)
+        if name in shapes:
+            check_shape(name, tensor, shapes[name], x.device)
+        elif tensor is not None:  # a weight or a bias
+            check_shape(name, tensor, shape[1:2], x.device)
 
 
 def _forward(backend, x, weight, bias, num_groups, eps):

@@ -7,7 +7,7 @@ import math
 from typing import Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu_kernels
 
@@ -50,7 +50,7 @@ def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: 
         and all(
             p is None
             or (
-                isinstance(p, Tensor)
+                type(p) in (Tensor, nn.Parameter)
                 and p.shape == x.shape[1:2]
                 and p.is_cpu
                 and p.dtype in DTYPES
