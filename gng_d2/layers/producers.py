@@ -44,7 +44,8 @@ def find_producers(
     """
     model = getattr(model, "_orig_mod", model)  # not what torch.compile made of it
     device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
-    inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
+    with torch.inference_mode(False):
+        inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in _calls(inputs):
         with _unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:

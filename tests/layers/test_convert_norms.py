@@ -430,6 +430,13 @@ def test_inputs(kind):
     model.train()(IMAGE).sum().backward()
 
 
+def test_inputs_in_inference_mode():
+    model = TwoInputs()
+    with torch.inference_mode():
+        convert_norms(model, "PGN", IMAGE * 2)
+    assert model.norm.num_groups == brute_force_groups(64, 16)
+
+
 def test_inputs_that_do_not_fit_change_nothing():
     model = TwoInputs().train()
     with pytest.raises(InputError, match="TwoInputs cannot be run.*channels"):
