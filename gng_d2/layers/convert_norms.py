@@ -172,12 +172,14 @@ def _shapes_of_inputs(norms):
 
 
 def _is_norm(module):
-    """Whether it normalizes, and holds no module that has parameters."""
+    """Whether it normalizes, and holds no norm or other module with parameters."""
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return True
+    if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):
+        return False
     own = next(chain(module.parameters(False), module.buffers(False)), None)
-    inner = next(chain.from_iterable(child.parameters() for child in module.children()), None)
-    return bool(re.search("norm|abn", type(module).__name__, re.IGNORECASE)) and own is not None and inner is None
+    within = (m for child in module.children() for m in child.modules())
+    return own is not None and not any(m._parameters for m in within)
 
 
 def _is_it_already(old, norm, found):

@@ -11,8 +11,9 @@ import torch
 import torchvision
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
-from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from survey_timm import brute_force_groups, check, fed_by, is_norm, randomize
 from timm import layers as timm_layers
 from torch import nn
@@ -460,6 +461,16 @@ def test_detectron2_batch():
         for each in (model, right)
     ]
     assert groups[0] == groups[1] and len(groups[0]) > 20
+
+
+def test_norms_that_take_turns():
+    """Detectron2's RetinaNet has a batch norm for each level behind one convolution, and one affine for all."""
+    shapes = [ShapeSpec(channels=128)] * 2
+    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+    features = [torch.rand(1, 128, 8, 8), torch.rand(1, 128, 4, 4)]
+    convert_norms(head, "PGN", (features,))
+    assert [norm.num_groups for norm in head.cls_subnet[1]] == [16, 16] and not replaceable(head)
+    assert head(features)[0][1].shape == (1, 3, 4, 4)
 
 
 # errors
