@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
-from .module_path import module_path, owner_of
+from .module_path import live_modules, module_path, owner_of
 
 __all__ = ["MEND", "NO_LAYER", "Layer", "look", "made_by"]
 
@@ -140,28 +140,30 @@ def _bind(norm, made):
 
 def _compare_with_given(norm, made):
     if isinstance(made, Layer) and made.n_in != norm.in_channels:
+        path, layer = _paths(norm, made)
         warnings.warn(
-            f"{module_path(norm)}: this norm was given in_channels={norm.in_channels}, which stands, but the layer "
-            f"that made its input, {_describe(made)}, has {made.n_in}",
+            f"{path}: this norm was given in_channels={norm.in_channels}, which stands, but the layer that made its "
+            f"input, {layer}, has {made.n_in}",
             stacklevel=2,
         )
 
 
 def _compare(norm, made):
     if isinstance(made, str):
-        found = f"{made}, which has no weight"
+        why = ", which has no weight"
     elif isinstance(made, Layer) and made.n_in != norm.in_channels:
-        found = _describe(made)
+        why = ""
         if hasattr(norm, "gain_ratio"):
             groups = practical_num_groups(made.n_in, norm.num_channels, norm.gain_ratio)
-            found += f", for which it would have num_groups={groups}, not {norm.num_groups}"
+            why = f", for which it would have num_groups={groups}, not {norm.num_groups}"
     elif isinstance(made, Layer) and norm.weight_standardization and _is_raw(made.weight):
-        found = f"{_describe(made)}, whose weight is not standardized"
+        why = ", whose weight is not standardized"
     else:
         return
+    path, found = _paths(norm, made)
     raise InputError(
-        f"{module_path(norm)}: this {norm.norm_name()} was bound to {norm.weight_layer}, but its input is made by "
-        f"{found}. {MEND}"
+        f"{path}: this {norm.norm_name()} was bound to {norm.weight_layer}, but its input is made by {found}{why}. "
+        f"{MEND}"
     )
 
 
@@ -171,10 +173,14 @@ def _is_raw(weight):
     return parameter is not None and parameter.numel() > parameter.shape[0]
 
 
-def _describe(layer):
-    """For instance "neck.conv (Conv2d(512, 64))", where its weight is a parameter, or "Convolution(512, 64)"."""
-    parameter = _parameter(layer.weight)
-    owner = None if parameter is None else owner_of(parameter)
-    kind = layer.op if owner is None else type(owner).__name__
-    described = f"{kind}({layer.n_in}, {layer.n_out})"
-    return described if owner is None else f"{module_path(owner)} ({described})"
+def _paths(norm, made):
+    """Of ``norm``, and what made its input: "neck.conv (Conv2d(512, 64))", where its weight is a parameter."""
+    modules = live_modules()
+    path = module_path(norm, modules)
+    if isinstance(made, str):
+        return path, made
+    sizes, parameter = f"({made.n_in}, {made.n_out})", _parameter(made.weight)
+    owner = None if parameter is None else owner_of(parameter, modules)
+    if owner is None:
+        return path, f"{made.op}{sizes}"
+    return path, f"{module_path(owner, modules)} ({type(owner).__name__}{sizes})"

@@ -1,17 +1,30 @@
 """Where a module stands in its model, for messages: found by a search of all live objects, so never in a fast path."""
 
 import gc
-from typing import Iterator, Optional
+import sys
+from functools import cache
+from typing import List, Optional
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["module_path", "owner_of"]
+__all__ = ["live_modules", "module_path", "owner_of"]
 
 
-def module_path(module: nn.Module) -> str:
-    """The dotted name of ``module`` below the outermost live module that holds it; its class where none does."""
+def module_path(module: nn.Module, modules: Optional[List[nn.Module]] = None) -> str:
+    """The dotted name of ``module`` below the outermost of ``modules`` that holds it; its class where none does.
+
+    Args:
+        modules: by default all live ones.
+    """
+    if "torch._dynamo" in sys.modules:  # else torch.compile, if it runs this, walks into the search
+        return torch.compiler.disable(_module_path)(module, modules)
+    return _module_path(module, modules)
+
+
+def _module_path(module, modules):
     parents = {}
-    for parent in _modules():
+    for parent in live_modules() if modules is None else modules:
         for name, child in parent.__dict__.get("_modules", {}).items():
             parents.setdefault(id(child), (parent, name))
     outermost, names, seen = module, [], set()
@@ -22,13 +35,14 @@ def module_path(module: nn.Module) -> str:
     return ".".join(names) or type(module).__name__
 
 
-def owner_of(parameter: Tensor) -> Optional[nn.Module]:
-    """The live module that has ``parameter``; None where none has."""
-    for module in _modules():
+def owner_of(parameter: Tensor, modules: List[nn.Module]) -> Optional[nn.Module]:
+    """The one of ``modules`` that has ``parameter``; None where none has."""
+    for module in modules:
         if any(p is parameter for p in module.__dict__.get("_parameters", {}).values()):
             return module
     return None
 
 
-def _modules() -> Iterator[nn.Module]:
-    return (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
+def live_modules() -> List[nn.Module]:
+    is_module = cache(lambda kind: issubclass(kind, nn.Module))
+    return [thing for thing in gc.get_objects() if is_module(type(thing))]

