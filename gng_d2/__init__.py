@@ -18,6 +18,7 @@ from .layers import (
     unbound_norms,
 )
 from .layers.binding import install_binding_hook
+from .layers.convert_norms import convert_norms
 from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
 
@@ -28,6 +29,7 @@ __all__ = [
     "activation_gains",
     "bind_norms",
     "check_norm_keys",
+    "convert_norms",
     "fold_weight_standardization",
     "ideal_num_groups",
     "isometry_ratio",
