@@ -3,15 +3,25 @@
 import json
 import os
 import platform
+import shutil
 import tempfile
-from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, TextIO
+from contextlib import contextmanager, suppress
+from typing import IO, Dict, Iterator, List, Optional, TextIO
 
 import torch
 
 from .errors import InputError
 
-__all__ = ["machine", "check_outputs", "read_rows", "write_rows", "written_whole", "read_metrics"]
+__all__ = [
+    "atomic_open",
+    "prepare_folder",
+    "machine",
+    "check_outputs",
+    "read_rows",
+    "write_rows",
+    "written_whole",
+    "read_metrics",
+]
 
 
 def machine(device: str = "cpu") -> str:
@@ -70,6 +80,65 @@ def written_whole(path: str) -> Iterator[TextIO]:
     with open(partial, "w") as file:
         yield file
     os.replace(partial, path)
+
+
+@contextmanager
+def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
+    """Open a file to write that takes the name ``path`` once it is whole.
+
+    Until then, and where the body fails or the disk is full, what was there before stays as it was, and nothing
+    else is left behind.
+
+    Args:
+        mode: "w" for text in UTF-8, "wb" for bytes.
+
+    Raises:
+        InputError: ``path`` cannot be written; says why.
+
+    Examples::
+        >>> with atomic_open("rows.json") as file:
+        ...     file.write("[]")
+    """
+    path = os.path.realpath(path)  # a link stays one
+    encoding = None if "b" in mode else "utf-8"
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, say, which must not be replaced
+        with _naming(path), open(path, mode, encoding=encoding) as file:
+            yield file
+        return
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with _naming(path, partial), open(partial, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if os.path.exists(path):
+                shutil.copymode(path, partial)
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            os.remove(partial)
+
+
+@contextmanager
+def _naming(path, *more):
+    """Turns what goes wrong with a file, a full disk say, into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, path, *more):
+            raise  # another file's, which the body reads
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def prepare_folder(folder: str) -> None:
+    """Make ``folder`` if it is not there, and see that files can be written in it.
+
+    Raises:
+        OSError: they cannot; says why.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def read_metrics(path: str) -> List[Dict]:
