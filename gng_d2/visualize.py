@@ -22,10 +22,21 @@ from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
 __all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
 
 
-def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarray:
-    """Draw what Detectron2's model returned for ``image`` ((H, W, 3) uint8 RGB): the panoptic segmentation
-    if it made one, else the semantic one and the instances. Returns an RGB picture of at least 512 pixels."""
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.SEGMENTATION)
+def draw_output(
+    image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
+) -> np.ndarray:
+    """Draw what Detectron2's model returned for an image: the panoptic segmentation if it made one, else the
+    semantic one and the instances.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        scale: the picture's size over the image's.
+        threshold: instances of a lower score are not drawn. (A panoptic segmentation has its own, in its model.)
+
+    Returns:
+        An RGB picture.
+    """
+    visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         return visualizer.draw_panoptic_seg_predictions(segments.cpu(), info).get_image()
@@ -34,7 +45,7 @@ def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarr
         drawn = visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= 0.5])
+        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= threshold])
     return drawn.get_image()
 
 
@@ -53,7 +64,7 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
             output = model([mapper(record)])[0]
         row[0].imshow(image)
         row[1].imshow(_draw_truth(image, record, metadata))
-        row[2].imshow(draw_output(image, output, metadata))
+        row[2].imshow(draw_output(image, output, metadata, _scale(image)))
     for title, top in zip(("image", "ground truth", "prediction"), axes[0]):
         top.set_title(title)
     for panel in axes.flat:
