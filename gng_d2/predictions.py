@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import Checkpointer
 from .errors import InputError
-from .files import atomic_open, prepare_folder
+from .files import atomic_open
 from .layers import fold_weight_standardization
 
 __all__ = ["Prediction", "find_images", "load_model", "model_input", "output_names", "predict", "save_png"]
@@ -129,7 +129,7 @@ def _predict_batch(model, group):
 
 def save_png(picture: np.ndarray, path: str) -> None:
     """Write an (H, W, 3) RGB picture, whole or not at all, and make its folder if it is not there."""
-    prepare_folder(os.path.dirname(path) or ".")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_open(path, "wb") as file:
         Image.fromarray(picture).save(file, "PNG")
 

@@ -58,7 +58,7 @@ def test_predict_draws_each_image(demo, shapes, tmp_path):
         "--output",
         str(tmp_path),
     ]
-    run(*base, "--input", *map(str, images), "--opts", *TINY)
+    run(*base[:-2], "--input", *map(str, images), *base[-2:], *TINY)
     for image in images:
         assert Image.open(tmp_path / f"{image.stem}.png").size == (512, 512)
 
@@ -74,11 +74,10 @@ def test_predict_never_overwrites_its_input(demo, tmp_path):
         "configs/quick/pfpn_pgn.yaml",
         "--weights",
         str(folder / "model_final.pth"),
-        "--output",
-        str(tmp_path),
         "--input",
         str(photo),
-        "--opts",
+        "--output",
+        str(tmp_path),
         *TINY,
         check=False,
     )
@@ -97,11 +96,10 @@ def test_predict_names_the_bad_image(image, message, demo, tmp_path):
         "configs/quick/pfpn_pgn.yaml",
         "--weights",
         str(folder / "model_final.pth"),
-        "--output",
-        str(tmp_path),
         "--input",
         image,
-        "--opts",
+        "--output",
+        str(tmp_path),
         *TINY,
         check=False,
     )

@@ -42,7 +42,7 @@ def main():
 
     from gng_d2 import export
     from gng_d2.config import check_config, check_weights, load_config
-    from gng_d2.files import atomic_open, check_outputs
+    from gng_d2.files import atomic_open, prepare_outputs
     from gng_d2.imports import import_modules
     from gng_d2.predictions import load_model, model_input
 
@@ -52,7 +52,7 @@ def main():
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", args.weights, *args.opts])
     check_config(cfg)
     check_weights(cfg)
-    check_outputs(args.output)
+    prepare_outputs(args.output)
     images = example_images(cfg, args.image, one_size=args.format == "torch_export" and not args.backbone)
     model = load_model(cfg)
     first, second = (model_input(cfg, image)["image"].to(cfg.MODEL.DEVICE) for image in images)

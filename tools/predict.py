@@ -63,7 +63,7 @@ def main():
     from gng_d2.coco_results import CocoResults, class_metadata, image_ids
     from gng_d2.config import check_config, check_output_dir, check_weights, load_config
     from gng_d2.errors import InputError
-    from gng_d2.files import check_outputs
+    from gng_d2.files import prepare_outputs
     from gng_d2.imports import import_modules
     from gng_d2.predictions import find_images, load_model, output_names
 
@@ -86,7 +86,7 @@ def main():
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
     check_output_dir(cfg)
-    check_outputs(args.json)
+    prepare_outputs(args.json)
     model = load_model(cfg)
 
     for given, reason in without.items():
