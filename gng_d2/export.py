@@ -4,11 +4,14 @@ The road is Detectron2's TracingAdapter. Norms are PyTorch's own op in all three
 (:func:`gng_d2.ops.backends.is_transformed`), and weight standardization has been folded into the weights.
 """
 
+import io
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from typing import Dict, List, Sequence
 
@@ -97,8 +100,7 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
         InputError: the model cannot be exported in this format; says what can.
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of each Python number on the way, by the hundred
+        with _quiet(), torch.no_grad():
             _EXPORT[format](adapter, path)
     except Exception as error:  # of any kind: it runs the model's Python in a way that it was not written for
         line = next(iter(str(error).splitlines()), "")
@@ -106,6 +108,19 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
             f"--format {format} cannot take this model: {type(error).__name__}: {line}. Whole detectors and panoptic "
             f"models can be exported as torchscript and onnx; --backbone exports the backbone alone, in each format"
         ) from error
+
+
+@contextmanager
+def _quiet():
+    """Without the warnings of each Python number on the way, by the hundred, and the graphs that failed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _torchscript(adapter, path):

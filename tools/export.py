@@ -62,7 +62,7 @@ def main():
     adapter = (export.trace_backbone if args.backbone else export.trace_model)(model, first)
 
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, os.path.basename(args.output))
+        path = os.path.join(folder, "model.pt2")  # PyTorch remarks on other endings
         export.export(adapter, args.format, path)
         results = export.load_and_run(path, args.format, [first, second])
         difference = export.largest_difference(adapter, [first, second], results)
