@@ -55,7 +55,8 @@ def class_metadata(cfg: CfgNode, with_records: bool) -> Tuple[Metadata, List[Dic
 
 
 def _numbered(cfg):
-    things = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CLASSES)
+    head = cfg.MODEL.RETINANET if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else cfg.MODEL.ROI_HEADS
+    things = head.NUM_CLASSES
     stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     return Metadata(
         name="no dataset",

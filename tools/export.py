@@ -5,11 +5,11 @@
         --weights output/quick_faster_rcnn_pgn_ws/model_final.pth --format onnx --output model.onnx
 
                   torchscript          onnx                 torch_export
-    whole model   any size             any size             semantic models, of one size
+    whole model   any size             any size             some semantic models, of one size
     --backbone    any number and size  any number and size  any number and size
 
 The file is loaded again in a process where gng_d2 and Detectron2 cannot be imported, ONNX in ONNX Runtime, and run on
-two images. It is written only if each output differs from the model's by less than 1e-4 of its largest value.
+two images. It is written only if each output differs from the model's by less than 1e-3 of its largest value.
 Weight standardization is folded into the weights. The combination of a panoptic model's heads is Python, and not in
 the file: it is detectron2.modeling.meta_arch.panoptic_fpn.combine_semantic_and_instance_outputs.
 """
@@ -53,6 +53,9 @@ def main():
     check_config(cfg)
     check_weights(cfg)
     prepare_outputs(args.output)
+    if args.backbone:
+        cfg.INPUT.MIN_SIZE_TEST = max(cfg.INPUT.MIN_SIZE_TEST, export.MIN_SIDE)
+        cfg.INPUT.MAX_SIZE_TEST = max(cfg.INPUT.MAX_SIZE_TEST, 2 * export.MIN_SIDE)
     images = example_images(cfg, args.image, one_size=args.format == "torch_export" and not args.backbone)
     model = load_model(cfg)
     first, second = (model_input(cfg, image)["image"].to(cfg.MODEL.DEVICE) for image in images)
@@ -94,9 +97,12 @@ def example_images(cfg, path, one_size):
 
 def describe(cfg, args, model, names, results):
     """What goes into the file and what comes out, for whoever runs it."""
+    from gng_d2 import export
+
     if args.backbone:
         taken = f"images: (N, 3, H, W), float32, {cfg.INPUT.FORMAT}, minus {cfg.MODEL.PIXEL_MEAN}, divided by "
-        taken += f"{cfg.MODEL.PIXEL_STD}; H and W multiples of {model.backbone.size_divisibility}"
+        taken += f"{cfg.MODEL.PIXEL_STD}; H and W multiples of {max(model.backbone.size_divisibility, 1)}, "
+        taken += f"{export.MIN_SIDE} at least"
     else:
         taken = f"image: (3, H, W), float32, {cfg.INPUT.FORMAT} from 0 to 255; its shorter side is trained for "
         taken += f"{cfg.INPUT.MIN_SIZE_TEST} pixels"
