@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
@@ -17,20 +16,24 @@ from torch import nn
 from .files import read_metrics, save_figure
 from .groups import GROUP_CHOICES, isometry_ratio
 
-__all__ = ["draw_output", "draw_prediction", "draw_validation", "plot_groups", "plot_losses"]
+__all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
 
 
-def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarray:
+def draw_output(
+    image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
+) -> np.ndarray:
     """Draw what Detectron2's model returned for an image: the panoptic segmentation if it made one, else the
     semantic one and the instances.
 
     Args:
         image: (H, W, 3) uint8, RGB.
+        scale: the picture's size over the image's.
+        threshold: instances of a lower score are not drawn. (A panoptic segmentation has its own, in its model.)
 
     Returns:
-        An RGB picture whose shorter side has at least 512 pixels.
+        An RGB picture.
     """
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.SEGMENTATION)
+    visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         return visualizer.draw_panoptic_seg_predictions(segments.cpu(), info).get_image()
@@ -39,24 +42,8 @@ def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarr
         drawn = visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= 0.5])
+        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= threshold])
     return drawn.get_image()
-
-
-def draw_prediction(cfg: CfgNode, model: nn.Module, path: str) -> np.ndarray:
-    """Draw what ``model``, which is in eval mode, predicts for the image file ``path``: :func:`draw_output`.
-
-    Raises:
-        OSError: the file cannot be read as an image.
-    """
-    image = read_image(path, cfg.INPUT.FORMAT)
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    resized = resize.get_transform(image).apply_image(image)
-    tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
-    with torch.no_grad():
-        output = model([{"image": tensor, "height": image.shape[0], "width": image.shape[1]}])[0]
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if len(cfg.DATASETS.TEST) else "__unused")
-    return draw_output(read_image(path, "RGB"), output, metadata)
 
 
 def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -> None:
@@ -75,7 +62,7 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
             output = model([mapper(record)])[0]
         row[0].imshow(image)
         row[1].imshow(_draw_truth(image, record, metadata))
-        row[2].imshow(draw_output(image, output, metadata))
+        row[2].imshow(draw_output(image, output, metadata, _scale(image)))
     for title, top in zip(("image", "ground truth", "prediction"), axes[0]):
         top.set_title(title)
     for panel in axes.flat:

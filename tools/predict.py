@@ -1,11 +1,23 @@
 #!/usr/bin/env python3
-"""Predict on images and write the pictures.
+"""Predict on image files: pictures, and results in COCO's formats.
 
-    tools/predict.py --config-file configs/quick/pfpn_pgn.yaml \\
-        --weights output/quick_pfpn_pgn/model_final.pth --input photo.jpg other.png --output predictions
+    tools/predict.py --config-file configs/quick/pfpn_pgn.yaml --weights output/quick_pfpn_pgn/model_final.pth \\
+        --input photo.jpg folder 'more/**/*.png' --output predictions --json predictions/results.json
+
+--json OUT.json writes
+    OUT.json                          instances (boxes, scores, classes, masks) as COCO results, for pycocotools'
+                                      COCO("OUT_images.json").loadRes("OUT.json"); of a semantic model a mask a class
+    OUT_images.json                   the images with their sizes and ids, and the categories. An image of the dataset
+                                      DATASETS.TEST has its id there, others are numbered
+    OUT_panoptic.json, OUT_panoptic/  of a panoptic model: what panopticapi reads
+
+A file that cannot be read as an image is named and skipped; the exit status is then 1. Images are turned as their
+EXIF orientation says, as in Detectron2, and pictures and results are in that frame.
+For videos and webcams: demo/demo.py of Detectron2, with `import gng_d2` in it.
 """
 
 import os
+import sys
 
 from command_line import add_import, add_overrides, add_trust, run_tool, tool_parser
 
@@ -16,60 +28,114 @@ def parse_args():
         "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
-    parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images, up to the next option")
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="IMG|FOLDER|GLOB",
+        help="images; a folder: the files in it; 'FOLDER/**/*': in its subfolders too. Another option must follow",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
+    parser.add_argument("--json", metavar="OUT.json", help="write the results in COCO's formats")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="leave out instances with a lower score. Default: the config's for --json, and 0.5 for pictures",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (of one size) run together")
     add_import(parser)
     add_trust(parser)
     add_overrides(parser)
     return parser.parse_args()
 
 
-def check_images(inputs, output):
-    """The paths of the pictures of ``inputs``, if each can have its own."""
-    from gng_d2.errors import InputError
-
-    missing = [path for path in inputs if not os.path.isfile(path)]
-    if missing:
-        raise InputError(f"--input: {', '.join(missing)} not found. It takes every word up to the next option")
-    pictures = [os.path.join(output, os.path.splitext(os.path.basename(path))[0] + ".png") for path in inputs]
-    if len(set(pictures)) < len(pictures):
-        raise InputError("--input: two images have the same name, their pictures would overwrite each other")
-    if set(map(os.path.realpath, inputs)) & set(map(os.path.realpath, pictures)):
-        raise InputError("--output: a picture would overwrite an image of --input. Name another folder")
-    return pictures
+def overrides_of(args):
+    thresholds = []
+    if args.threshold is not None:
+        keys = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST")
+        keys += ("PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",)
+        thresholds = [word for key in keys for word in (f"MODEL.{key}", str(args.threshold))]
+    return ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *thresholds, *args.opts]
 
 
 def main():
     args = parse_args()
-    from detectron2.modeling import build_model
-    from PIL import Image
-    from tqdm import tqdm
-
-    from gng_d2 import fold_weight_standardization
-    from gng_d2.checkpoint import Checkpointer
+    from gng_d2.coco_results import CocoResults, class_metadata, image_ids
     from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
     from gng_d2.errors import InputError
-    from gng_d2.files import atomic_open
+    from gng_d2.files import prepare_outputs
     from gng_d2.imports import import_modules
-    from gng_d2.visualize import draw_prediction
+    from gng_d2.predictions import find_images, load_model, output_names
 
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: at least 1")
     import_modules(args.imports)
-    cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *args.opts])
+    cfg = load_config(args.config_file, overrides_of(args))
     check_config(cfg)
     check_weights(cfg, "--weights")
-    pictures = check_images(args.input, args.output)
+    paths, without = find_images(args.input)
+    keys = [given for given in without if given.split(".")[0] in cfg]
+    if keys:
+        raise InputError(f"{keys[0]} was taken as an --input: another option must stand between --input and KEY VALUE")
+    if not paths:
+        raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
+    names = output_names(paths)
+    metadata, records = class_metadata(cfg, with_records=args.json is not None)
+    results = CocoResults(args.json, metadata) if args.json else None
+    check_inputs_stay(args.output, results, names)
     prepare_output_dir(cfg)
-    model = build_model(cfg).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    fold_weight_standardization(model)
-    for path, picture in zip(tqdm(args.input, unit="image"), pictures):
-        try:
-            drawn = draw_prediction(cfg, model, path)
-        except OSError as error:
-            raise InputError(f"--input: {path} cannot be read as an image: {error}") from error
-        with atomic_open(picture, "wb") as file:
-            Image.fromarray(drawn).save(file, format="PNG")
+    prepare_outputs(args.json)
+    model = load_model(cfg)
+
+    for given, reason in without.items():
+        print(f"skipped: --input {given}: {reason}", file=sys.stderr)
+    try:
+        skipped = write_predictions(
+            args, cfg, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
+        )
+    finally:  # whatever ends it
+        if results:
+            print("results:", *results.write(), sep="\n  ")
+    if skipped or without:
+        raise InputError(f"{skipped + len(without)} of --input were skipped, named above; the others are predicted")
+
+
+def check_inputs_stay(output, results, names):
+    from gng_d2.errors import InputError
+
+    folders = [output, *([results.folder] if results else [])]
+    written = {os.path.realpath(os.path.join(folder, picture)) for folder in folders for _, picture in names.values()}
+    ours = [path for path in names if os.path.realpath(path) in written]
+    if ours:
+        raise InputError(f"--output: a picture would overwrite an image of --input, {ours[0]}. Name another folder")
+
+
+def write_predictions(args, cfg, model, metadata, names, ids, results):
+    """Write a picture for each image, and collect ``results`` if they are asked for. Returns how many were skipped."""
+    from tqdm import tqdm
+
+    from gng_d2.predictions import predict, save_png
+    from gng_d2.visualize import draw_output
+
+    skipped = 0
+    predictions = predict(cfg, model, list(names), args.batch_size)
+    for path, image, output, error in tqdm(predictions, total=len(names), unit="image"):
+        if error is not None:
+            tqdm.write(f"skipped: --input {path}: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        if args.threshold is not None and "instances" in output:
+            output["instances"] = output["instances"][output["instances"].scores >= args.threshold]
+        if results:
+            results.add(ids[path], *names[path], output)
+        threshold = 0.5 if args.threshold is None else args.threshold
+        picture = draw_output(image, output, metadata, threshold=threshold)
+        save_png(picture, os.path.join(args.output, names[path][1]))
+    return skipped
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, if_stopped="what was predicted is written")
