@@ -1,0 +1,262 @@
+"""Group norm in the memory of a frozen batch norm: what is cheap is computed again in the backward pass."""
+
+import contextlib
+import logging
+import math
+from functools import lru_cache, partial
+from typing import Iterator, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gng_d2.errors import InputError
+from gng_d2.ops.backends import is_transformed
+
+from .binding import num_channels
+
+__all__ = ["recompute_norms", "recomputed_modules"]
+
+# Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
+# first of its 1x1 ones 64 to 2048, the last and the widest 64 to 512. docs/memory.md has what other numbers give.
+_MIN_KEPT_COST = 600
+
+_aten = torch.ops.aten
+_FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
+
+
+def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
+    """Make ``model`` keep no outputs of norms, activations and cheap convolutions for the backward pass.
+
+    A norm keeps its input, and the convolution after it the norm's output, which is twice what a frozen batch norm
+    takes; weight standardization keeps a copy of each weight. Each smallest module that runs a chain of convolutions
+    and norms (a residual block, a head, a lateral convolution) then keeps its input and the outputs of its expensive
+    convolutions alone, and computes the rest again when its gradients are wanted:
+    :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. Gradients are the same bits wherever the ops
+    are deterministic.
+
+    It acts in training mode and where gradients are computed. Parameters, buffers, hooks and the keys of the
+    state_dict stay; the class of a module is replaced by a subclass of it, so that copies and pickles work. What
+    torch.compile compiles is left to its own choice of what to compute again. Modules with norms that keep
+    statistics of a batch, or with spectral norm, are left as they are: they must not run twice.
+
+    A block can be passed backward once: ``retain_graph=True`` with a second backward, double backward, and losses
+    that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
+
+    Args:
+        model: changed in place. Also behind DistributedDataParallel, before or after.
+        enable: False undoes it.
+
+    Returns:
+        ``model``. The modules are logged, and :func:`recomputed_modules` names them.
+
+    Raises:
+        InputError: ``model`` has no such module, or PyTorch is older than 2.4.
+
+    Examples::
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
+        >>> recomputed_modules(nn.ModuleDict({"stem": recompute_norms(model)}))
+        ['stem']
+    """
+    if not enable:
+        for module in model.modules():
+            if isinstance(module, _Recomputed):
+                module.__class__ = _original(type(module))
+                module.__dict__.pop("_changed_in_place", None)
+        return model
+    if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
+        raise InputError(
+            f"recompute_norms needs PyTorch 2.4 or newer, which can choose what a checkpoint keeps; this is "
+            f"{torch.__version__}. Install a newer one: pip install 'torch>=2.4'"
+        )
+    chains = list(_chains(model))
+    if not chains:
+        raise InputError(
+            f"recompute_norms: {type(model).__name__} has no module that holds convolutions with norms of single "
+            f"images (GroupNorm, LayerNorm). FrozenBN keeps nothing that could be computed again, and BatchNorm must "
+            f"not run twice"
+        )
+    for _, module in chains:
+        if not isinstance(module, _Recomputed):
+            module.__class__ = _recomputed_class(type(module))
+    taken = sum(len(_norms_in(module)) for _, module in chains)
+    logging.getLogger(__name__).info(
+        f"computed again in the backward pass: {taken} of {len(_norms_in(model))} norms, in "
+        + ", ".join(f"{name or 'the model'} ({type(module).__name__})" for name, module in chains)
+    )
+    return model
+
+
+def recomputed_modules(model: nn.Module) -> List[str]:
+    """The names of the modules of ``model`` that :func:`recompute_norms` took."""
+    return [name for name, module in model.named_modules() if isinstance(module, _Recomputed)]
+
+
+# Which modules
+
+
+def _chains(module: nn.Module, name: str = "") -> Iterator[Tuple[str, nn.Module]]:
+    """(name, module) of the outermost modules that run all of their norms themselves.
+
+    Larger ones (a stage, a backbone) would compute all of their blocks again at once.
+    """
+    norms = _norms_in(module)
+    if not norms or _is_norm(module):
+        return
+    has_convolutions = any(isinstance(m, _ConvNd) or "conv" in type(m).__name__.lower() for m in module.modules())
+    if _has_forward(module) and has_convolutions and _own_norms(module) == norms and not _changes_itself(module):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _chains(child, f"{name}.{child_name}".strip("."))
+
+
+def _is_norm(module):
+    return num_channels(module) is not None and not isinstance(module, _NormBase) and _has_parameters(module)
+
+
+def _has_parameters(norm):
+    return type(norm).__name__ != "FrozenBatchNorm2d"
+
+
+def _norms_in(module):
+    return {m for m in module.modules() if _is_norm(m)}
+
+
+def _own_norms(module):
+    """The norms that the module's own ``forward`` runs: its children, those of its layers and lists, and those of
+    children that are a layer with its norm, as torchvision's Conv2dNormActivation and a shortcut are."""
+    own = set()
+    for child in module.children():
+        norms = _norms_in(child)
+        own |= norms if len(norms) == 1 else set() if _has_forward(child) else _own_norms(child)
+    return own
+
+
+def _has_forward(module):
+    return type(module).forward is not nn.Module.forward  # lists and dicts of modules have none
+
+
+def _changes_itself(module):
+    """Whether it has statistics of batches, or spectral norm, which take another step each time they run."""
+    return any(
+        (isinstance(m, _NormBase) and m.track_running_stats)
+        or type(m).__name__ == "_SpectralNorm"
+        or any(type(hook).__name__ == "SpectralNorm" for hook in m._forward_pre_hooks.values())
+        for m in module.modules()
+    )
+
+
+# How they run
+
+
+class _Recomputed:
+    """The mixin of the classes that :func:`_recomputed_class` makes."""
+
+    # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept
+    _changed_in_place = frozenset()
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(2)
+        return _new, (_original(type(self)),), *state
+
+
+@lru_cache(maxsize=None)
+def _recomputed_class(cls):
+    # Detectron2's heads compute losses and write logs in `forward`, and have their layers in `layers`
+    name = "layers" if callable(getattr(cls, "layers", None)) else "forward"
+
+    def method(self, *args, **kwargs):
+        return _run(self, getattr(super(made, self), name), args, kwargs)
+
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, name: method}
+    made = type(f"Recomputed{cls.__name__}", (_Recomputed, cls), names)
+    return made
+
+
+def _original(recomputed_class):
+    return recomputed_class.__bases__[1]
+
+
+def _new(cls):
+    cls = _recomputed_class(cls)
+    return cls.__new__(cls)
+
+
+def _run(module, method, args, kwargs):
+    if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
+        return method(*args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or not any(t.requires_grad for ts in (tensors, module.parameters()) for t in ts):
+        return method(*args, **kwargs)
+
+    def forward(*leaves):
+        args, kwargs = tree_unflatten(list(leaves), structure)
+        with _without_autocast_cache(tensors[0].device.type):
+            return method(*args, **kwargs)
+
+    random_state = torch.get_rng_state(), torch_checkpoint.get_device_states(*tensors)
+    buffers = list(module.buffers())
+    versions = [buffer._version for buffer in buffers]
+    while True:
+        policy = _Policy(module._changed_in_place)
+        contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
+        output = torch_checkpoint.checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
+        if versions != [buffer._version for buffer in buffers]:
+            raise InputError(
+                f"{type(module).__name__}: running it changes its buffers, so it cannot be computed again in the "
+                f"backward pass. Leave it out: recompute_norms(that_module, enable=False)"
+            )
+        changed = policy.changed_in_place()
+        if not changed:
+            return output
+        module._changed_in_place |= changed
+        torch.set_rng_state(random_state[0])
+        torch_checkpoint.set_device_states(*random_state[1])
+
+
+def _without_autocast_cache(device_type):
+    """What autocast has cached when a module first runs, it has not when the module runs again."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
+class _Policy:
+    """Keeps the outputs whose elements cost most; not those that an in-place op will change, a ReLU say."""
+
+    def __init__(self, changed_in_place):
+        self._not_kept = changed_in_place
+        self._count = {False: 0, True: 0}
+        self._kept = []
+
+    def __call__(self, context, op, *args, **kwargs):
+        if _cost(op, args) < _MIN_KEPT_COST:
+            return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        index = self._count[context.is_recompute]
+        self._count[context.is_recompute] += 1
+        if index in self._not_kept:
+            return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        output = getattr(context, "op_output", None)  # older PyTorch itself refuses what has changed
+        if output is not None:
+            self._kept.append((index, output, output._version))
+        return torch_checkpoint.CheckpointPolicy.MUST_SAVE
+
+    def changed_in_place(self):
+        changed = {index for index, output, version in self._kept if output._version != version}
+        self._kept.clear()
+        return changed
+
+
+def _cost(op, args):
+    """Multiply-adds for an element of the output of a convolution or product of matrices; 0 for other ops."""
+    if op is _aten.convolution.default:
+        weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
+        if transposed:
+            return weight.numel() // (weight.shape[1] * groups * math.prod(stride))
+        return weight.numel() // weight.shape[0]
+    return args[_FACTOR[op]].shape[-1] if op in _FACTOR else 0
