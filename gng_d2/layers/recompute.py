@@ -3,20 +3,19 @@
 import contextlib
 import logging
 import math
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
 from gng_d2.ops.backends import is_transformed
-
-from .binding import num_channels
 
 __all__ = ["recompute_norms", "recomputed_modules"]
 
@@ -76,8 +75,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     if not chains:
         raise InputError(
             f"recompute_norms: {type(model).__name__} has no module that holds convolutions with norms of single "
-            f"images (GroupNorm, LayerNorm). FrozenBN keeps nothing that could be computed again, and BatchNorm must "
-            f"not run twice"
+            f"images (GroupNorm, LayerNorm). FrozenBN keeps nothing that could be computed again; BatchNorm and "
+            f"spectral norm must not run twice"
         )
     for _, module in chains:
         if not isinstance(module, _Recomputed):
@@ -106,7 +105,7 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[Tuple[str, nn.Module]
     norms = _norms_in(module)
     if not norms or _is_norm(module):
         return
-    has_convolutions = any(isinstance(m, _ConvNd) or "conv" in type(m).__name__.lower() for m in module.modules())
+    has_convolutions = any(isinstance(m, _ConvNd) for m in module.modules())
     if _has_forward(module) and has_convolutions and _own_norms(module) == norms and not _changes_itself(module):
         yield name, module
         return
@@ -115,11 +114,9 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[Tuple[str, nn.Module]
 
 
 def _is_norm(module):
-    return num_channels(module) is not None and not isinstance(module, _NormBase) and _has_parameters(module)
-
-
-def _has_parameters(norm):
-    return type(norm).__name__ != "FrozenBatchNorm2d"
+    """Whether it normalizes each image by itself; also Detectron2's and timm's LayerNorms of channels."""
+    kinds = nn.GroupNorm, nn.LayerNorm, _InstanceNorm
+    return isinstance(module, kinds) or "LayerNorm" in type(module).__name__
 
 
 def _norms_in(module):
@@ -128,11 +125,14 @@ def _norms_in(module):
 
 def _own_norms(module):
     """The norms that the module's own ``forward`` runs: its children, those of its layers and lists, and those of
-    children that are a layer with its norm, as torchvision's Conv2dNormActivation and a shortcut are."""
+    children that are one layer with its norm, as torchvision's Conv2dNormActivation and a shortcut are."""
     own = set()
     for child in module.children():
         norms = _norms_in(child)
-        own |= norms if len(norms) == 1 else set() if _has_forward(child) else _own_norms(child)
+        if len(norms) == 1 and sum(isinstance(m, (_ConvNd, nn.Linear)) for m in child.modules()) <= 1:
+            own |= norms
+        elif not _has_forward(child):
+            own |= _own_norms(child)
     return own
 
 
@@ -169,6 +169,7 @@ def _recomputed_class(cls):
     # Detectron2's heads compute losses and write logs in `forward`, and have their layers in `layers`
     name = "layers" if callable(getattr(cls, "layers", None)) else "forward"
 
+    @wraps(getattr(cls, name))  # its signature is read by torch.fx
     def method(self, *args, **kwargs):
         return _run(self, getattr(super(made, self), name), args, kwargs)
 
