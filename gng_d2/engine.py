@@ -47,6 +47,7 @@ from .config import (
 )
 from .data.loader import build_train_loader, seed_step
 from .errors import InputError
+from .imports import import_modules
 from .layers import fold_weight_standardization
 
 __all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
@@ -156,6 +157,7 @@ class Trainer(DefaultTrainer):
 
 def train_or_evaluate(cfg: CfgNode, args) -> None:
     """What each process of a job does."""
+    import_modules(getattr(args, "imports", ()))  # a launched process starts without them
     default_setup(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)
@@ -216,11 +218,12 @@ def _check_checkpoint(cfg, resume, eval_only):
 
 
 def run_job(args) -> None:
-    """Run what Detectron2's command line arguments say, in as many processes.
+    """Run what Detectron2's command line arguments say, and ``--import`` where there is one, in as many processes.
 
     Raises:
         InputError: as :func:`setup_job`, or in one of the processes.
     """
+    import_modules(getattr(args, "imports", ()))
     args.config_file = find_config_file(args.config_file)  # default_setup reads it again
     cfg = setup_job(
         args.config_file,

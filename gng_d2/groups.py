@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import isfinite, isqrt
 from numbers import Integral, Rational, Real
 
-__all__ = ["GROUP_CHOICES", "ideal_num_groups", "practical_num_groups", "isometry_ratio"]
+__all__ = ["GROUP_CHOICES", "ideal_num_groups", "nearest_divisor", "practical_num_groups", "isometry_ratio"]
 
 
 def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
@@ -37,9 +37,7 @@ def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
 def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
     """The divisor of ``n_out`` nearest to the ideal number of groups in log2 (Algorithm 1).
 
-    Exact for integers of any size. Two divisors are never equally near: the square of the ideal number
-    would be their product, and so the ideal number itself a divisor between them. Arguments and errors
-    as in :func:`ideal_num_groups`.
+    Exact for integers of any size. Arguments and errors as in :func:`ideal_num_groups`.
 
     Examples::
         >>> practical_num_groups(784, 512)
@@ -49,12 +47,23 @@ def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
     """
     ideal = _ideal(n_in, n_out, gain_ratio)
     n_out = int(n_out)
-    bounded = min(max(ideal, 1), n_out)
-    divisors = _divisors(n_out)
-    below = max(d for d in divisors if d <= bounded)
-    above = min(d for d in divisors if d >= bounded)
-    # log2(bounded / below) < log2(above / bounded), without rounding
-    return below if bounded**2 < below * above else above
+    return nearest_divisor(n_out, min(max(ideal, 1), n_out))
+
+
+def nearest_divisor(n: int, x: Rational) -> int:
+    """The divisor of ``n`` nearest to ``x`` > 0 in log2. Exact for numbers of any size.
+
+    Two are never equally near: ``x**2`` would be their product, and so ``x`` itself a divisor between them.
+
+    Examples::
+        >>> nearest_divisor(256, 12), nearest_divisor(24, 16), nearest_divisor(8, 16)
+        (16, 12, 8)
+    """
+    divisors = _divisors(n)
+    below = max((d for d in divisors if d <= x), default=1)
+    above = min((d for d in divisors if d >= x), default=n)
+    # log2(x / below) < log2(above / x), without rounding
+    return below if x**2 < below * above else above
 
 
 def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float = 1.0) -> float:

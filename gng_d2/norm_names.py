@@ -7,12 +7,16 @@ from functools import partial
 from typing import Callable, Optional
 
 from .errors import InputError
+from .groups import nearest_divisor
 from .layers import GroupNorm, PracticalGroupNorm
 
-__all__ = ["KNOWN_NORMS", "norm_from_name", "extend_get_norm"]
+__all__ = ["KNOWN_NORMS", "norm_from_name", "norm_in_path", "extend_get_norm"]
 
-# <k>: any number of groups
-KNOWN_NORMS = ("PGN", "GN<k>", "PGN+WS", "GN+WS", "GN<k>+WS", "GN", "LN", "BN", "FrozenBN", "SyncBN")
+# <k>: any number of groups, <c>: of channels in each group
+KNOWN_NORMS = (
+    *("PGN", "GN<k>", "GN/<c>", "PGN+WS", "GN+WS", "GN<k>+WS", "GN/<c>+WS"),
+    *("GN", "LN", "BN", "FrozenBN", "SyncBN"),
+)
 
 
 def norm_from_name(name: str) -> Optional[Callable]:
@@ -21,22 +25,43 @@ def norm_from_name(name: str) -> Optional[Callable]:
     ============  =================================================================
     ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
     ``GN<k>``     :class:`~gng_d2.layers.GroupNorm` with k groups
-    ``...+WS``    either of them, or ``GN``, whose convolution is weight-standardized
+    ``GN/<c>``    the same with c channels in each group, ``GN/1`` being instance norm
+    ``...+WS``    one of them, or ``GN``, whose convolution is weight-standardized
     ============  =================================================================
     """
-    match = re.fullmatch(r"(PGN|GN([1-9]\d*)?)(\+WS)?", name)
+    match = re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
     if match is None or name == "GN":
         return None
-    base, groups, standardized = match.groups()
-    make = PracticalGroupNorm if base == "PGN" else partial(GroupNorm, int(groups or 32))
+    base, groups, channels, standardized = match.groups()
+    if base == "PGN":
+        make = PracticalGroupNorm
+    elif channels:
+        make = partial(_with_channels_per_group, int(channels))
+    else:
+        make = partial(GroupNorm, int(groups or 32))
     return partial(make, weight_standardization=True) if standardized else make
 
 
+def _with_channels_per_group(channels, num_channels, **options):
+    norm = GroupNorm(num_channels // nearest_divisor(num_channels, channels), num_channels, **options)
+    norm.channels_per_group = channels
+    return norm
+
+
+def norm_in_path(name: str) -> str:
+    """``name`` as part of a file's or folder's name: ``GN/16`` is "GN_16", as a ``/`` would begin a folder."""
+    return name.replace("/", "_")
+
+
 def unknown_norm(name: str) -> InputError:
-    names = {known.replace("<k>", "1").upper(): known.replace("<k>", "1") for known in KNOWN_NORMS}
+    examples = (known.replace("<k>", "1").replace("<c>", "1") for known in KNOWN_NORMS)
+    names = {example.upper(): example for example in examples}
     near = names[difflib.get_close_matches(name.upper(), names, 1, 0.0)[0]]
     known = ", ".join(KNOWN_NORMS)
-    return InputError(f"unknown norm {name!r}; did you mean {near!r}? Known norms: {known} (<k>: a number of groups)")
+    return InputError(
+        f"unknown norm {name!r}; did you mean {near!r}? Known norms: {known} (<k>: a number of groups, <c>: of "
+        f"channels in each group)"
+    )
 
 
 def get_norm(norm, out_channels, detectron2_get_norm):

@@ -1,14 +1,17 @@
+import copy
+import re
 import subprocess
 import sys
 
 import detectron2.layers
 import pytest
-from detectron2.layers import get_norm
+from detectron2.layers import Conv2d, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d
 from torch import nn
 
 import gng_d2
-from gng_d2.norm_names import extend_get_norm
+from gng_d2.analysis import norm_table
+from gng_d2.norm_names import extend_get_norm, norm_in_path
 
 
 def test_our_names():
@@ -17,6 +20,35 @@ def test_our_names():
         norm = get_norm(name, 64)
         assert isinstance(norm, nn.GroupNorm) and norm.num_groups == groups
     get_norm("GN64", 32)  # what RetinaNet and FCOS do while they are built
+
+
+@pytest.mark.parametrize(
+    "channels, width, groups",
+    [
+        *((16, 64, 4), (16, 256, 16), (1, 48, 48), (64, 64, 1), (6, 36, 6)),
+        *((16, 24, 2), (6, 32, 4), (2, 7, 7)),  # nearest in log2: 12, not 24; 8, not 4; 1, not 7
+        *((8, 4, 1), (200, 6, 1)),  # more than the layer has
+    ],
+)
+def test_channels_per_group(channels, width, groups):
+    norm = get_norm(f"GN/{channels}", width)
+    assert isinstance(norm, nn.GroupNorm) and norm.num_groups == groups
+
+
+def test_channels_per_group_keep_their_name():
+    for name in ("GN/4", "GN/4+WS"):  # with 32 groups, as GN has
+        conv = Conv2d(64, 128, 3, norm=get_norm(name, 128))
+        model = nn.ModuleDict({"conv": conv})
+        assert [(row["norm"], row["num_groups"]) for row in norm_table(model)] == [(name, 32)]
+        assert f"num_groups=32 ({name})" in repr(model)
+        assert isinstance(conv, gng_d2.WSConv2d) == name.endswith("+WS")
+        assert copy.deepcopy(conv).norm.norm_name() == name
+
+
+def test_a_name_is_one_part_of_a_path():
+    names = ["GN", "GN16", "GN/16", "GN/16+WS", "PGN+WS", "GN1", "GN/1"]
+    parts = [norm_in_path(name) for name in names]
+    assert len(set(parts)) == len(names) and not any("/" in part for part in parts)
 
 
 def test_detectron2s_own_stay_as_they_are():
@@ -37,11 +69,16 @@ def test_detectron2s_own_stay_as_they_are():
         ("frozenbn", "FrozenBN"),
         ("GN0", "GN"),
         ("GN-4", "GN"),
+        ("GN/0", "GN/1"),
+        ("gn/8+ws", "GN/1+WS"),
         ("GroupNorm", "GN"),
     ],
 )
 def test_unknown_name_lists_the_known_and_the_nearest(name, near):
-    with pytest.raises(ValueError, match=rf"unknown norm '{name}'; did you mean '{near}.*PGN, GN<k>.*FrozenBN"):
+    with pytest.raises(
+        ValueError,
+        match=rf"unknown norm '{re.escape(name)}'; did you mean '{re.escape(near)}.*PGN, GN<k>, GN/<c>.*FrozenBN",
+    ):
         get_norm(name, 64)
 
 

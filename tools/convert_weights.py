@@ -12,22 +12,23 @@ et al. expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675,116.28,103.53], MODEL.
 [58.395,57.12,57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False.
 """
 
-import argparse
-import sys
-
-from gng_d2.convert import DEPTHS, abbreviated, convert_file
-from gng_d2.errors import InputError
+from command_line import run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from gng_d2.convert import DEPTHS
+
+    parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet under torchvision's names")
     parser.add_argument("output", metavar="OUT.pkl", help="where Detectron2's goes; replaced if it is there")
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
     return parser.parse_args()
 
 
-def main(args):
+def main():
+    args = parse_args()
+    from gng_d2.convert import abbreviated, convert_file
+
     done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}
     print(f"{args.output}: ResNet-{done.depth} with {norms[done.norm]}, {len(done.weights)} tensors")
@@ -47,7 +48,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

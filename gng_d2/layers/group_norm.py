@@ -38,6 +38,9 @@ class GroupNorm(nn.GroupNorm):
             is 0 whatever the input, or where there is no weight layer to standardize.
     """
 
+    # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
+    channels_per_group: Optional[int] = None
+
     def __init__(
         self,
         num_groups: int,
@@ -68,7 +71,10 @@ class GroupNorm(nn.GroupNorm):
 
     def norm_name(self) -> str:
         """The name by which a config asks for this norm, for instance "GN16+WS"."""
-        name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
+        if self.channels_per_group:
+            name = f"GN/{self.channels_per_group}"
+        else:
+            name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
         return name + "+WS" * self.weight_standardization
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,8 +104,10 @@ class GroupNorm(nn.GroupNorm):
     def extra_repr(self) -> str:
         source = f", from {self.weight_layer}" if self.weight_layer else ""
         return (
-            f"{self.num_channels}, num_groups={self.num_groups}, in_channels={self.in_channels}{source}, "
-            f"eps={self.eps}, affine={self.affine}" + ", weight_standardization=True" * self.weight_standardization
+            f"{self.num_channels}, num_groups={self.num_groups}"
+            + f" ({self.norm_name()})" * bool(self.channels_per_group)
+            + f", in_channels={self.in_channels}{source}, eps={self.eps}, affine={self.affine}"
+            + ", weight_standardization=True" * self.weight_standardization
         )
 
 

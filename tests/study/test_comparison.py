@@ -317,10 +317,27 @@ def test_statistics_are_those_by_hand():
 
 @pytest.mark.parametrize("pairs, marked", [((1.0, 1.1, 1.2), True), ((0.2, 1.1, 2.0), False), ((1.0, 2.0), False)])
 def test_a_difference_is_marked_where_the_seeds_do_not_explain_it(pairs, marked):
-    """1.1 ± 0.06 and 1.1 ± 0.52 with 2 degrees of freedom (t 4.30), 1.5 ± 0.5 with 1 (t 12.71)."""
+    """Standard errors of 0.06 and 0.52 with 2 degrees of freedom (t 4.303), of 0.5 with 1 (t 12.706)."""
     values = {"GN": {s: {"AP": 0.0} for s in range(len(pairs))}, "PGN": {s: {"AP": d} for s, d in enumerate(pairs)}}
-    (line,) = summary.differences_table(summarize(values, {}))
+    rows = summarize(values, {})
+    (line,) = summary.differences_table(rows)
     assert line["AP"].endswith("*") == marked
+    low, high = summary.difference_interval(rows[1])
+    half = {(1.0, 1.1, 1.2): 0.1 / 3**0.5 * 4.3027, (0.2, 1.1, 2.0): 0.9 / 3**0.5 * 4.3027, (1.0, 2.0): 0.5 * 12.7062}[
+        pairs
+    ]
+    assert ((high - low) / 2, (high + low) / 2) == (
+        pytest.approx(half, rel=1e-4),
+        pytest.approx(sum(pairs) / len(pairs)),
+    )
+
+
+def test_how_many_intervals_were_made_is_said():
+    values = {norm: {0: {"AP": 0.0, "AP50": 1.0}, 1: {"AP": 1.0, "AP50": 2.0}} for norm in ("GN", "GN1", "PGN")}
+    values["GN2"] = {0: {"AP": 0.0, "AP50": 1.0}}  # one seed: no interval
+    rows = summarize(values, {})
+    assert "4 comparisons were made here" in summary.intervals_note(rows)
+    assert "no interval" in summary.intervals_note([row for row in rows if row["norm"] in ("GN", "GN2")])
 
 
 def test_the_report_of_finished_runs(job, tmp_path):
@@ -330,11 +347,14 @@ def test_the_report_of_finished_runs(job, tmp_path):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line] for line in lines] == [
         *(["norm", "seeds", "AP"], ["GN", "3", "41.00 ± 1.00"], ["PGN", "3", "42.00 ± 1.00"], ["GN3", "0", "-"]),
-        *(["difference", "seeds", "AP"], ["PGN - GN", "3", "+1.00 ± 0.00 *"], ["GN3 - GN", "0", "-"]),
+        *(["difference", "seeds", "AP"], ["PGN - GN", "3", "+1.00 (+1.00 to +1.00) *"], ["GN3 - GN", "0", "-"]),
     ]
     assert "6 of 9 runs finished: 20 iterations of 2 images" in text
     assert f"- GN3 seed 2: failed: ValueError: it does not divide ({comparison.runs[-1].path('output.txt')})" in text
+    assert (tmp_path / "out" / "channels_per_group.png").exists()
     row = read_rows(tmp_path / "out" / "results.json")[1]
+    assert row["channels_per_group"] == [[4, 4], [32, 3]]  # 4 layers 64 -> 32 with 8 groups, 3 layers 32 -> 32 with 1
+    assert row["curves"] == {"0": [[20, 41]], "1": [[20, 42]], "2": [[20, 43]]}
     assert (row["norm"], row["metric"], row["values"], row["difference"]) == ("PGN", "AP", [41, 42, 43], 1)
     assert row["machine"] == comparison.machine()
 

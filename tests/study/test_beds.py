@@ -1,0 +1,95 @@
+"""configs/study: the layers under test are those of the paper's tables, and the real datasets are read as they are."""
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from gng_d2.analysis import build_on_meta, norm_table
+from gng_d2.config import load_config
+from gng_d2.imports import import_modules
+
+MODULE = "configs/study/bccd_camvid.py"
+
+
+@pytest.mark.parametrize(
+    "bed, table, part",
+    [
+        ("faster_rcnn_bccd", "faster_rcnn_gn_ws", ""),
+        ("faster_rcnn_shapes", "faster_rcnn_gn_ws", ""),
+        ("semantic_fpn_camvid", "pfpn_gn", "sem_seg_head."),
+        ("pfpn_shapes", "pfpn_gn", "sem_seg_head."),
+    ],
+)
+def test_the_layers_under_test_are_those_of_the_table(bed, table, part):
+    """Names, widths, groups: every norm of Table 6's model, the semantic head's of Table 5's."""
+
+    def norms(config):
+        rows = norm_table(build_on_meta(load_config(f"configs/{config}.yaml")))
+        return [row for row in rows if row["name"].startswith(part)]
+
+    assert len(norms(table)) == (7 if part else 65)
+    assert norms(f"study/{bed}") == norms(table)
+
+
+@pytest.fixture(scope="module")
+def registered():
+    import_modules([MODULE])
+    import bccd_camvid
+
+    return bccd_camvid
+
+
+def test_bccd_is_read_without_its_boxes_that_have_no_width(registered, tmp_path):
+    boxes = [("RBC", 11, 21, 60, 80), ("Platelets", 50, 33, 50, 33), ("WBC", 1, 1, 640, 480)]
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{u}</xmax><ymax>{v}</ymax></bndbox></object>"
+        for name, x, y, u, v in boxes
+    )
+    for folder in ("Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for split, name in (("val", "a"), ("test", "b")):
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n{name}\n")
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><size><width>640</width><height>480</height></size>{objects}</annotation>"
+        )
+    records = registered.load_bccd(str(tmp_path), "val", "test")
+    assert [record["image_id"] for record in records] == ["a", "a", "b", "b"]
+    for record in records:
+        assert [(box["category_id"], box["bbox"]) for box in record["annotations"]] == [
+            (0, [10, 20, 60, 80]),
+            (1, [0, 0, 640, 480]),
+        ]
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_camvid_is_read_from_its_repository_and_from_copies_as_jpeg(registered, tmp_path, extension):
+    for folder, ending in (("train", extension), ("trainannot", "png")):
+        (tmp_path / folder).mkdir()
+        for name in ("b", "a"):
+            Image.new("L", (4, 3)).save(tmp_path / folder / f"{name}.{ending}")
+    records = registered.load_camvid(str(tmp_path / "train"), str(tmp_path / "trainannot"))
+    assert [(record["file_name"], record["sem_seg_file_name"]) for record in records] == [
+        (str(tmp_path / "train" / f"{name}.{extension}"), str(tmp_path / "trainannot" / f"{name}.png")) for name in "ab"
+    ]
+
+
+def test_the_datasets_are_looked_for_under_the_names_of_their_repositories_first(registered, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    names = ("BCCD_Dataset/BCCD", "bccd")
+    assert registered._folder(*names) == str(tmp_path / names[0])
+    for name in reversed(names):
+        (tmp_path / name).mkdir(parents=True)
+        assert registered._folder(*names) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("bed", ["faster_rcnn_bccd", "semantic_fpn_camvid"])
+def test_a_bed_names_registered_datasets_of_its_classes(registered, bed):
+    cfg = load_config(f"configs/study/{bed}.yaml")
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        assert name in DatasetCatalog
+        metadata = MetadataCatalog.get(name)
+        if bed == "faster_rcnn_bccd":
+            assert len(metadata.thing_classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        else:
+            assert len(metadata.stuff_classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+            assert metadata.ignore_label == cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
