@@ -15,6 +15,7 @@ from .layers import (
     binding,  # noqa: F401  installs the hook by which norms meet their weight layers
     fold_weight_standardization,
 )
+from .layers.recompute import recompute_norms, recomputed_modules
 from .norm_names import extend_get_norm
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "ideal_num_groups",
     "isometry_ratio",
     "practical_num_groups",
+    "recompute_norms",
+    "recomputed_modules",
 ]
 
 if find_spec("detectron2") is not None:

@@ -9,7 +9,16 @@ import os
 import sys
 import warnings
 
-__all__ = ["ANEW", "tool_parser", "add_outputs", "add_import", "add_overrides", "check_overrides", "run_tool"]
+__all__ = [
+    "ANEW",
+    "tool_parser",
+    "add_outputs",
+    "add_import",
+    "add_overrides",
+    "add_recompute_norms",
+    "check_overrides",
+    "run_tool",
+]
 
 ANEW = "the same command starts anew"
 
@@ -43,6 +52,16 @@ def add_import(parser):
         default=[],
         metavar="MODULE_OR_FILE.py",
         help="run these first: they register datasets, backbones, heads. Give another option after it, not KEY VALUE",
+    )
+
+
+def add_recompute_norms(parser):
+    """Give ``parser`` the flag ``--recompute-norms``."""
+    parser.add_argument(
+        "--recompute-norms",
+        action="store_true",
+        help="compute norms again in the backward pass instead of keeping what they return: the same numbers in less "
+        "memory, a little slower",
     )
 
 

@@ -14,7 +14,7 @@ has (in percent) mean and standard deviation over the seeds, and the paired diff
 95 % intervals.
 """
 
-from command_line import add_import, add_overrides, run_tool, tool_parser
+from command_line import add_import, add_overrides, add_recompute_norms, run_tool, tool_parser
 
 
 def parse_args():
@@ -32,6 +32,7 @@ def parse_args():
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
     add_import(parser)
+    add_recompute_norms(parser)
     add_overrides(parser)
     return parser.parse_args()
 
@@ -50,6 +51,7 @@ def main():
         args.norm_keys,
         args.opts,
         imports=args.imports,
+        recompute_norms=args.recompute_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

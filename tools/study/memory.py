@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
-from command_line import add_outputs, add_overrides
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d
@@ -20,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from command_line import add_outputs, add_overrides
 from gng_d2.files import prepare_outputs
 from gng_d2.layers.recompute import recompute_norms
 
