@@ -334,6 +334,7 @@ def test_where_nothing_is_kept_nothing_is_added(case, monkeypatch):
         torch.jit.trace(model, inputs)
 
 
+@pytest.mark.slow
 def test_compiled_backbone_has_the_same_gradients():
     """What to compute again is then the compiler's own choice."""
     torch._dynamo.reset()
@@ -525,11 +526,12 @@ def test_training_and_resuming_repeat_a_run_without(shapes, tmp_path):
     assert not torch.equal(early["roi_heads.box_head.conv1.weight"], found["roi_heads.box_head.conv1.weight"])
 
 
-def test_a_job_without_such_norms_is_refused(tmp_path):
+def test_a_comparison_passes_it_on_and_refuses_norms_without_use(shapes, tmp_path):
+    overrides = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""]
+    keys, config_file = ["MODEL.SEM_SEG_HEAD.NORM"], "configs/quick/pfpn_gn.yaml"
     comparison = Comparison(
-        "configs/quick/faster_rcnn_pgn_ws.yaml", ["FrozenBN"], [0], str(tmp_path), keys=["MODEL.RESNETS.NORM"],
-        overrides=["MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", ""], recompute_norms=True,
-    )  # fmt: skip
+        config_file, ["PGN", "FrozenBN"], [0], str(tmp_path), keys, [*SCRATCH, *overrides], recompute_norms=True
+    )
     assert "--recompute-norms" in comparison.command(comparison.runs[0])
-    with pytest.raises(InputError, match="has no module that holds convolutions with norms"):
+    with pytest.raises(InputError, match="PanopticFPN has no module that holds convolutions with norms"):
         comparison.check()
