@@ -9,7 +9,15 @@ from typing import IO, Dict, Iterable, Iterator, List, Optional
 
 from .errors import InputError
 
-__all__ = ["atomic_open", "write_json", "prepare_folder", "prepare_outputs", "read_metrics", "last_iteration"]
+__all__ = [
+    "atomic_open",
+    "write_json",
+    "save_figure",
+    "prepare_folder",
+    "prepare_outputs",
+    "read_metrics",
+    "last_iteration",
+]
 
 
 @contextmanager
@@ -31,7 +39,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
     """
     path = os.path.realpath(path)  # a link stays one
     encoding = None if "b" in mode else "utf-8"
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, say, which must not be replaced
+    if _is_device(path):
         with _naming(path), open(path, mode, encoding=encoding) as file:
             yield file
         return
@@ -49,6 +57,11 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
             os.remove(partial)
 
 
+def _is_device(path):
+    """Whether ``path`` is a device or a pipe, /dev/stdout say, which must not be replaced by a file."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextmanager
 def _naming(path, *more):
     """Turns what goes wrong with a file, a full disk say, into an error that names it."""
@@ -64,6 +77,12 @@ def write_json(path: str, content) -> None:
     """Write ``content`` as JSON a person can read, whole or not at all. NumPy's numbers become Python's."""
     with atomic_open(path) as file:
         json.dump(content, file, indent=1, default=float)
+
+
+def save_figure(figure, path: str, dpi: int) -> None:
+    """Write a :class:`matplotlib.figure.Figure` whole or not at all. The ending of ``path`` says in which format."""
+    with atomic_open(path, "wb") as file:
+        figure.savefig(file, format=os.path.splitext(path)[1][1:].lower(), dpi=dpi)
 
 
 def prepare_folder(folder: str) -> None:
@@ -87,7 +106,8 @@ def prepare_outputs(*paths: Optional[str]) -> None:
         try:
             if os.path.isdir(path):
                 raise IsADirectoryError(None, "it is a folder")
-            prepare_folder(os.path.dirname(path) or ".")
+            if not _is_device(path):
+                prepare_folder(os.path.dirname(path) or ".")
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 

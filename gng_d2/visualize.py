@@ -14,16 +14,10 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
-from .files import atomic_open, read_metrics
+from .files import read_metrics, save_figure
 from .groups import GROUP_CHOICES, isometry_ratio
 
-__all__ = ["save_figure", "draw_output", "draw_prediction", "draw_validation", "plot_groups", "plot_losses"]
-
-
-def save_figure(figure: Figure, path: str, dpi: int) -> None:
-    """Write a picture whole or not at all. The ending of ``path`` says in which format."""
-    with atomic_open(path, "wb") as file:
-        figure.savefig(file, format=os.path.splitext(path)[1][1:].lower(), dpi=dpi)
+__all__ = ["draw_output", "draw_prediction", "draw_validation", "plot_groups", "plot_losses"]
 
 
 def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarray:

@@ -311,7 +311,7 @@ def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Run
                 return RunState("running", "in another process")
             state = comparison.state(run)
             return state if state.status == "finished" else _train(comparison, run, progress)
-    except OSError as error:  # a file where its folder should be, say
+    except (OSError, InputError) as error:  # a file where its folder should be, say
         return RunState("failed", str(error))
 
 

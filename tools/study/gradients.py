@@ -38,11 +38,10 @@ from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import check_config, check_datasets, check_weights, load_config
 from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
-from gng_d2.files import prepare_outputs
+from gng_d2.files import prepare_outputs, save_figure
 from gng_d2.groups import GROUP_CHOICES
 from gng_d2.imports import import_modules
 from gng_d2.layers.binding import layer_shape, named_norms
-from gng_d2.visualize import save_figure
 
 from .rows import machine, markdown, write_rows
 

@@ -50,6 +50,7 @@ class RecipeRow:
     """A short run by which the recipe of a bed in configs/study was fixed."""
 
     bed: str
+    norm: str
     learning_rate: float
     iterations: int
     seed: int
@@ -60,9 +61,9 @@ class RecipeRow:
 
 
 def _recipe_table(rows):
-    keys = ("bed", "learning_rate", "iterations", "seed", "images", "metric", "value")
-    lines = [[getattr(row, key) for key in keys] for row in rows]
-    return markdown(lines, [key.replace("_", " ") for key in keys], "g")
+    keys = ("bed", "norm", "learning_rate", "iterations", "seed", "images", "metric")
+    lines = [[*(getattr(row, key) for key in keys), f"{row.value:.1f}"] for row in rows]
+    return markdown(lines, [key.replace("_", " ") for key in (*keys, "value")], "g")
 
 
 def _experiment(module, row_type, command, *pictures):
@@ -190,6 +191,8 @@ NUMBERS = {
     "paper_head_width": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_group": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # a test: the bed has the same head
+    "camvid_rate": lambda: _config("study/semantic_fpn_camvid.yaml").SOLVER.BASE_LR,
+    "bccd_rate": lambda: _config("study/faster_rcnn_bccd.yaml").SOLVER.BASE_LR,
     "paper_table_4": classifier.paper_table,
     "paper_table_5": lambda: _paper_table(TABLE_5),
     "paper_table_6": lambda: _paper_table(TABLE_6),

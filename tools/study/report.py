@@ -17,8 +17,7 @@ from tqdm import tqdm
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open, read_metrics
-from gng_d2.visualize import save_figure
+from gng_d2.files import atomic_open, read_metrics, save_figure
 
 from . import ROOT
 from .comparison import Comparison, Run, time_iteration

@@ -8,7 +8,6 @@ is a model's own, on CUDA alone. The share of weight standardization is its time
 import gc
 import itertools
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Dict, Iterator, List, Optional
 
 import torch
@@ -130,13 +129,12 @@ class _Job:
         optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        batch = random_batch(cfg, images, height, width)
-        # a scale of 1: where gradients overflow, the optimizer would skip its step
-        kinds = {
-            False: SimpleTrainer,
-            True: partial(AMPTrainer, grad_scaler=torch.amp.GradScaler("cuda", init_scale=1.0)),
-        }
-        self.trainer = kinds[amp](self.model, itertools.repeat(batch), optimizer)
+        batch = itertools.repeat(random_batch(cfg, images, height, width))
+        if amp:  # a scale of 1: where gradients overflow, the optimizer would skip its step
+            scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
+            self.trainer = AMPTrainer(self.model, batch, optimizer, grad_scaler=scaler)
+        else:
+            self.trainer = SimpleTrainer(self.model, batch, optimizer)
         self.trainer.iter = 0
         self.step()
         self.held = _allocated(cfg) - before
