@@ -1,8 +1,8 @@
 """Group norm in the memory of a frozen batch norm: what is cheap is computed again in the backward pass."""
 
-import contextlib
 import logging
 import math
+from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
 from typing import Iterator, List, Tuple
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
@@ -53,7 +54,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         ``model``. The modules are logged, and :func:`recomputed_modules` names them.
 
     Raises:
-        InputError: ``model`` has no such module, or PyTorch is older than 2.4.
+        InputError: ``model`` has no such module, or PyTorch is older than 2.5.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
@@ -68,8 +69,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
         raise InputError(
-            f"recompute_norms needs PyTorch 2.4 or newer, which can choose what a checkpoint keeps; this is "
-            f"{torch.__version__}. Install a newer one: pip install 'torch>=2.4'"
+            f"recompute_norms needs PyTorch 2.5 or newer, which can choose what a checkpoint keeps; this is "
+            f"{torch.__version__}. Install a newer one: pip install 'torch>=2.5'"
         )
     chains = list(_chains(model))
     if not chains:
@@ -156,8 +157,8 @@ def _changes_itself(module):
 class _Recomputed:
     """The mixin of the classes that :func:`_recomputed_class` makes."""
 
-    # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept
-    _changed_in_place = frozenset()
+    # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept. None: not known yet
+    _changed_in_place = None
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(2)
@@ -195,62 +196,78 @@ def _run(module, method, args, kwargs):
     if not tensors or not any(t.requires_grad for ts in (tensors, module.parameters()) for t in ts):
         return method(*args, **kwargs)
 
-    def forward(*leaves):
-        args, kwargs = tree_unflatten(list(leaves), structure)
-        with _without_autocast_cache(tensors[0].device.type):
-            return method(*args, **kwargs)
+    def run(watch):
+        watches = [watch]
 
-    random_state = torch.get_rng_state(), torch_checkpoint.get_device_states(*tensors)
-    buffers = list(module.buffers())
-    versions = [buffer._version for buffer in buffers]
-    while True:
-        policy = _Policy(module._changed_in_place)
+        def forward(*leaves):
+            args, kwargs = tree_unflatten(list(leaves), structure)
+            with watches.pop() if watches else nullcontext(), _without_autocast_cache(tensors[0].device.type):
+                return method(*args, **kwargs)
+
+        policy = partial(_policy, module._changed_in_place or (), {False: 0, True: 0})
         contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
-        output = torch_checkpoint.checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
-        if versions != [buffer._version for buffer in buffers]:
-            raise InputError(
-                f"{type(module).__name__}: running it changes its buffers, so it cannot be computed again in the "
-                f"backward pass. Leave it out: recompute_norms(that_module, enable=False)"
-            )
-        changed = policy.changed_in_place()
-        if not changed:
+        return torch_checkpoint.checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
+
+    if module._changed_in_place is None:
+        random_state = torch.get_rng_state(), torch_checkpoint.get_device_states(*tensors)
+        watch = _Watch(module)
+        output = run(watch)
+        module._changed_in_place = watch.changed()
+        if not module._changed_in_place:
             return output
-        module._changed_in_place |= changed
         torch.set_rng_state(random_state[0])
         torch_checkpoint.set_device_states(*random_state[1])
+    return run(nullcontext())
 
 
 def _without_autocast_cache(device_type):
     """What autocast has cached when a module first runs, it has not when the module runs again."""
     if not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-class _Policy:
-    """Keeps the outputs whose elements cost most; not those that an in-place op will change, a ReLU say."""
+def _policy(changed_in_place, counts, context, op, *args, **kwargs):
+    """Keep the outputs whose elements cost most."""
+    if _cost(op, args) >= _MIN_KEPT_COST:
+        counts[context.is_recompute] += 1
+        if counts[context.is_recompute] - 1 not in changed_in_place:
+            return torch_checkpoint.CheckpointPolicy.MUST_SAVE
+    return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
-    def __init__(self, changed_in_place):
-        self._not_kept = changed_in_place
-        self._count = {False: 0, True: 0}
-        self._kept = []
 
-    def __call__(self, context, op, *args, **kwargs):
-        if _cost(op, args) < _MIN_KEPT_COST:
-            return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-        index = self._count[context.is_recompute]
-        self._count[context.is_recompute] += 1
-        if index in self._not_kept:
-            return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-        output = getattr(context, "op_output", None)  # older PyTorch itself refuses what has changed
-        if output is not None:
-            self._kept.append((index, output, output._version))
-        return torch_checkpoint.CheckpointPolicy.MUST_SAVE
+class _Watch(TorchDispatchMode):
+    """Sees, when a module first runs, what it changes in place: its buffers, or outputs that would be kept."""
 
-    def changed_in_place(self):
-        changed = {index for index, output, version in self._kept if output._version != version}
-        self._kept.clear()
-        return changed
+    def __init__(self, module):
+        super().__init__()
+        self._name = type(module).__name__
+        self._buffers = [(buffer, buffer._version) for buffer in module.buffers()]
+        self._outputs = []
+
+    @classmethod
+    def ignore_compile_internals(cls):  # as PyTorch's modes for checkpoints: what is compiled inside runs compiled
+        return True
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        output = op(*args, **(kwargs or {}))
+        if _cost(op, args) >= _MIN_KEPT_COST:
+            self._outputs.append((output, output._version))
+        return output
+
+    def changed(self):
+        """The places of the outputs, a convolution's before a ReLU say.
+
+        Raises:
+            InputError: buffers were changed.
+        """
+        if any(buffer._version != version for buffer, version in self._buffers):
+            raise InputError(
+                f"{self._name}: running it changes its buffers, so it cannot be computed again in the backward pass. "
+                f"Leave it out: recompute_norms(that_module, enable=False)"
+            )
+        outputs, self._outputs = self._outputs, []
+        return frozenset(index for index, (output, version) in enumerate(outputs) if output._version != version)
 
 
 def _cost(op, args):

@@ -306,7 +306,7 @@ def test_a_module_that_changes_its_buffers_is_an_error():
 
 def test_older_pytorch_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.delattr(torch_checkpoint, "create_selective_checkpoint_contexts")
-    with pytest.raises(InputError, match=r"needs PyTorch 2\.4 or newer.*pip install 'torch>=2\.4'"):
+    with pytest.raises(InputError, match=r"needs PyTorch 2\.5 or newer.*pip install 'torch>=2\.5'"):
         recompute_norms(chain())
 
 
