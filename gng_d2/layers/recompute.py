@@ -21,7 +21,9 @@ from gng_d2.ops.backends import is_transformed
 __all__ = ["recompute_norms", "recomputed_modules"]
 
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
-# first of its 1x1 ones 64 to 2048, the last and the widest 64 to 512. docs/memory.md has what other numbers give.
+# first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
+# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99), and a step of Faster R-CNN takes 1.03 of the
+# time of a CPU that it takes without (1100: 1.07).
 _MIN_KEPT_COST = 600
 
 _aten = torch.ops.aten
@@ -46,8 +48,11 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     A block can be passed backward once: ``retain_graph=True`` with a second backward, double backward, and losses
     that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
 
+    Call it last, after ``convert_norms`` and ``bind_norms``. It takes modules whose class it replaces: what asks for
+    their exact ``type`` finds the subclass.
+
     Args:
-        model: changed in place. Also behind DistributedDataParallel, before or after.
+        model: changed in place, before or after DistributedDataParallel wraps it.
         enable: False undoes it.
 
     Returns:
