@@ -19,6 +19,7 @@ from .layers import (
 )
 from .layers.binding import install_binding_hook
 from .layers.convert_norms import convert_norms
+from .layers.recompute import recompute_norms, recomputed_modules
 from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
 
@@ -35,6 +36,8 @@ __all__ = [
     "isometry_ratio",
     "norm_table",
     "practical_num_groups",
+    "recompute_norms",
+    "recomputed_modules",
     "unbound_norms",
 ]
 

@@ -47,6 +47,7 @@ from .data.loader import build_train_loader, seed_step, start_at
 from .errors import InputError
 from .imports import import_modules
 from .layers import fold_weight_standardization
+from .layers.recompute import recompute_norms
 
 __all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
 
@@ -181,6 +182,8 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="gng_d2")
     if not args.eval_only:
         trainer = Trainer(cfg)
+        if getattr(args, "recompute_norms", False):
+            recompute_norms(trainer.model)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return

@@ -16,6 +16,7 @@ __all__ = [
     "add_import",
     "add_trust",
     "add_overrides",
+    "add_recompute_norms",
     "check_overrides",
     "run_tool",
 ]
@@ -68,6 +69,16 @@ def add_trust(parser):
 class _Trust(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         os.environ["GNG_D2_TRUST_FILES"] = "1"
+
+
+def add_recompute_norms(parser):
+    """Give ``parser`` the flag ``--recompute-norms``."""
+    parser.add_argument(
+        "--recompute-norms",
+        action="store_true",
+        help="compute norms again in the backward pass instead of keeping what they return: the same numbers in less "
+        "memory, a little slower",
+    )
 
 
 def add_overrides(parser):

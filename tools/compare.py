@@ -14,7 +14,7 @@ has (in percent) mean and standard deviation over the seeds, and the paired diff
 95 % intervals.
 """
 
-from command_line import add_import, add_overrides, add_trust, run_tool, tool_parser
+from command_line import add_import, add_overrides, add_recompute_norms, add_trust, run_tool, tool_parser
 
 
 def parse_args():
@@ -33,6 +33,7 @@ def parse_args():
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
     add_import(parser)
     add_trust(parser)
+    add_recompute_norms(parser)
     add_overrides(parser)
     return parser.parse_args()
 
@@ -51,6 +52,7 @@ def main():
         args.norm_keys,
         args.opts,
         imports=args.imports,
+        recompute_norms=args.recompute_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

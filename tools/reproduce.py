@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "table4": ("classifier", "ResNets as image classifiers under GN, GN1 and PGN"),
     "norm-cost": ("norm_cost", "the time of each norm of a detector"),
     "step-cost": ("step_cost", "the time and memory of a training step"),
+    "memory": ("memory", "the memory of a training step, with norms computed again and without"),
     "page": ("page", "docs/results.md, from docs/results/*.json"),
 }
 

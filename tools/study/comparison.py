@@ -32,6 +32,7 @@ from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, last_iteration, prepare_outputs, read_metrics
 from gng_d2.imports import import_modules
+from gng_d2.layers.recompute import recompute_norms
 from gng_d2.norm_names import norm_from_name, norm_in_path
 
 from . import ROOT
@@ -84,6 +85,7 @@ class Comparison:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
         imports: modules and files that are run first, here and in each run (:func:`~gng_d2.imports.import_modules`).
+        recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
     Raises:
@@ -100,6 +102,7 @@ class Comparison:
         overrides: Sequence[str] = (),
         *,
         imports: Sequence[str] = (),
+        recompute_norms: bool = False,
         num_gpus: int = 1,
         num_machines: int = 1,
         machine_rank: int = 0,
@@ -114,6 +117,7 @@ class Comparison:
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
+        self.recompute_norms = recompute_norms
         self.world_size = num_gpus * num_machines
         self.machine_rank = machine_rank
         self.launch = {
@@ -152,6 +156,7 @@ class Comparison:
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
+            *(("--recompute-norms",) if self.recompute_norms else ()),
             *(*launch, *self.run_overrides(run)),
         ]
 
@@ -216,7 +221,9 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.norms:
                 overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
-                setup_job(self.config_file, overrides, world_size=self.world_size)
+                cfg = setup_job(self.config_file, overrides, world_size=self.world_size)
+                if self.recompute_norms:
+                    recompute_norms(build_on_meta(cfg))
 
     def claim_output(self) -> None:
         """Make the folder, or see that what is in it compares the same.

@@ -15,7 +15,7 @@ from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, prepare_outputs
 
-from . import ROOT, classifier, gradients, mlp, norm_cost, report, step_cost, sweep, table1, table2
+from . import ROOT, classifier, gradients, memory, mlp, norm_cost, report, step_cost, sweep, table1, table2
 from .paper import TABLE_5, TABLE_6
 from .rows import markdown, read_rows
 
@@ -161,6 +161,8 @@ SECTIONS = {
     "benchmark_train_cuda": _experiment(
         step_cost, step_cost.StepCostRow, "step-cost --json docs/results/benchmark_train_cuda.json"
     ),
+    "memory_cpu": _experiment(memory, memory.MemoryRow, "memory --json docs/results/memory_cpu.json"),
+    "memory_cuda": _experiment(memory, memory.MemoryRow, "memory --seconds 10 --json docs/results/memory_cuda.json"),
 }
 
 
