@@ -264,8 +264,13 @@ def _differences(model, weights):
     return [
         f"{name}: {describe_record(recorded.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
         for name in names
-        if name not in recorded or name not in here or not fits(recorded[name], here[name])
+        if name not in recorded or name not in here or not (_is_open(modules[name]) or fits(recorded[name], here[name]))
     ]
+
+
+def _is_open(norm):
+    """Whether it has no groups yet, and will take those of the record."""
+    return hasattr(norm, "is_bound") and norm.num_groups is None
 
 
 def _batch_norms(checkpoint):

@@ -5,6 +5,7 @@ it runs in one process, on many GPUs, or on CPUs.
 """
 
 import inspect
+import logging
 import os
 import weakref
 from typing import Callable, List, Sequence
@@ -38,7 +39,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from .analysis import build_on_meta
+from .analysis import bind_remaining_norms, build_on_meta, norm_summary
 from .checkpoint import Checkpointer, check_norms
 from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
 from .data.checks import prepare_datasets
@@ -48,6 +49,7 @@ from .errors import InputError
 from .imports import import_modules
 from .layers import fold_weight_standardization
 from .layers.recompute import recompute_norms
+from .norm_keys import check_norm_keys
 
 __all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
 
@@ -132,6 +134,12 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     @classmethod
+    def build_model(cls, cfg):
+        model = bind_remaining_norms(super().build_model(cfg))
+        logging.getLogger(__name__).info(norm_summary(model))
+        return model
+
+    @classmethod
     def build_train_loader(cls, cfg, start_iter=0):
         return build_train_loader(cfg, start_iter)
 
@@ -214,6 +222,7 @@ def setup_job(
     """
     cfg = load_config(config_file, overrides)
     check_config(cfg, world_size)
+    check_norm_keys(cfg)
     _check_checkpoint(cfg, resume, eval_only)
     prepare_output_dir(cfg)
     prepare_datasets(cfg, eval_only)

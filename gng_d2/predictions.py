@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from .analysis import bind_remaining_norms
 from .checkpoint import Checkpointer
 from .errors import InputError
 from .files import atomic_open
@@ -32,7 +33,7 @@ class Prediction(NamedTuple):
 
 def load_model(cfg: CfgNode) -> nn.Module:
     """The model of ``cfg`` with MODEL.WEIGHTS, ready for inference: in eval mode, weight standardization folded."""
-    model = build_model(cfg).eval()
+    model = bind_remaining_norms(build_model(cfg)).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     return fold_weight_standardization(model)
 
