@@ -302,3 +302,8 @@ def test_an_image_that_the_model_cannot_take_costs_only_itself(tmp_path):
     assert [(p.path, p.error) for p in done if p.error] == [(paths[2], "the model cannot take it: CUDA out of memory")]
     for i in (0, 1, 3):
         assert next(p for p in done if p.path == paths[i]).output["sem_seg"].max() == 60 * i
+
+
+def test_other_classes_than_the_datasets_are_refused(run, shapes):
+    status, _, results = run(validation(shapes)[0], opts=["MODEL.ROI_HEADS.NUM_CLASSES", "4"])
+    assert "MODEL.ROI_HEADS.NUM_CLASSES" in status and "4" in status and "5" in status and results is None

@@ -63,6 +63,7 @@ def main():
     args = parse_args()
     from gng_d2.coco_results import CocoResults, class_metadata, image_ids
     from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
+    from gng_d2.data.checks import check_classes
     from gng_d2.errors import InputError
     from gng_d2.files import prepare_outputs
     from gng_d2.imports import import_modules
@@ -84,6 +85,7 @@ def main():
         raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
     names = output_names(paths)
     metadata, records = class_metadata(cfg, with_records=args.json is not None)
+    check_classes(cfg, eval_only=True)
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
     prepare_output_dir(cfg)
