@@ -45,7 +45,7 @@ def activation_gains(activation: Union[str, Callable[[Tensor], Tensor]], sigma: 
         ValueError: unknown name, or sigma is not positive.
 
     Examples::
-        >>> activation_gains("relu")  # 1/2 each, but for rounding
+        >>> forward, backward = activation_gains("relu")  # 1/2 each, but for rounding
         >>> forward, backward = activation_gains(torch.nn.Tanh())
     """
     if isinstance(activation, str):

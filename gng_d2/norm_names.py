@@ -37,7 +37,7 @@ def norm_from_name(name: str) -> Optional[Callable]:
 
     Examples::
         >>> norm_from_name("GN16+WS")(64)
-        GroupNorm(64, num_groups=16, in_channels=None, eps=1e-05, affine=True, weight_standardization=True)
+        GroupNorm(num_channels=64, num_groups=16, in_channels=None, eps=1e-05, affine=True, weight_standardization=True)
     """
     match = re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
     if match is None:

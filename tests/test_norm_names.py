@@ -81,6 +81,32 @@ def test_unknown_name_lists_the_known_and_the_nearest(name, near):
         get_norm(name, 64)
 
 
+@pytest.mark.parametrize("name", ["InstanceNorm", "swish", "?", "nothing"])
+def test_nothing_is_suggested_where_nothing_is_near(name):
+    with pytest.raises(ValueError, match=rf"unknown norm '{re.escape(name)}'\. Known norms: PGN, ") as error:
+        get_norm(name, 64)
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["GN", "GN1", "GN16", "GN/4", "PGN", "LN", "BN", "FrozenBN", "SyncBN"])
+@pytest.mark.parametrize("suffix", ["", "+WS"])
+def test_from_a_name_to_a_norm_and_back(name, suffix):
+    if suffix and "N" in name[1:] and not name.startswith(("GN", "PGN")):
+        with pytest.raises(ValueError, match="unknown norm"):
+            get_norm(name + suffix, 64)
+        return
+    norm = get_norm(name + suffix, 64)
+    assert norm_name(norm) == name + suffix
+    assert not hasattr(norm, "norm_name") or norm.norm_name() == name + suffix
+
+
+def test_gn_that_does_not_divide_names_its_layer():
+    with pytest.raises(ValueError, match=r"GN cannot follow Conv2d\(3, 48\): its 48 output channels"):
+        Conv2d(3, 48, 1, norm=get_norm("GN", 48))
+    with pytest.raises(ValueError, match=r"GN3 cannot follow Conv2d\(3, 64\)"):
+        Conv2d(3, 64, 1, norm=get_norm("GN3", 64))
+
+
 def test_a_key_error_of_a_users_own_norm_is_its_own():
     def broken(channels):
         return {}["mine"]
@@ -127,7 +153,12 @@ def test_imports_without_detectron2():
         "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n"
         "import gng_d2, torch; print(gng_d2.PracticalGroupNorm(64, 128).num_groups)\n"
         "norm = gng_d2.GroupNorm(2, 4, weight_standardization=True)\n"
-        "conv = gng_d2.WSConv2d(3, 4, 3, norm=norm); conv(torch.ones(1, 3, 4, 4)).sum().backward()"
+        "conv = gng_d2.WSConv2d(3, 4, 3, norm=norm); conv(torch.ones(1, 3, 4, 4)).sum().backward()\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(64, 16, 1), torch.nn.ReLU(), gng_d2.PracticalGroupNorm(16))\n"
+        "assert gng_d2.unbound_norms(model) == ['2']\n"
+        "gng_d2.bind_norms(model.to('meta'), torch.ones(1, 64, 2, 2))\n"
+        "assert gng_d2.norm_table(model)[0].num_groups == 1\n"
+        "assert not [m for m in sys.modules if m.startswith(('torch._dynamo', 'detectron2.'))]"
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert out.stdout.strip() == "16", out.stderr

@@ -1,11 +1,14 @@
 import copy
+import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.fx
 from torch import nn
 
-from gng_d2 import GroupNorm, PracticalGroupNorm
+from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d
 from gng_d2.errors import InputError
 from gng_d2.norm_names import norm_from_name
 
@@ -55,6 +58,95 @@ def test_bad_sizes_are_refused_where_they_are_given():
         PracticalGroupNorm(64, in_channels=2.0)
     with pytest.raises(ValueError, match="gain_ratio"):
         PracticalGroupNorm(64, gain_ratio=-1)
+
+
+def test_takes_what_group_norm_takes():
+    for norm in (GroupNorm(2, 8, 1e-3, False, "meta", torch.float64), PracticalGroupNorm(8, 24, 1e-3, False, "meta")):
+        assert norm.eps == 1e-3 and not norm.affine and norm.weight is None
+    norm = PracticalGroupNorm(8, device="meta", dtype=torch.bfloat16)  # as timm passes them
+    assert norm.weight.is_meta and norm.bias.dtype == torch.bfloat16
+    for make, sizes in ((GroupNorm, (2, 8)), (PracticalGroupNorm, (8, 24))):
+        skipped = nn.utils.skip_init(make, *sizes)
+        assert skipped.weight.shape == (8,) and skipped.num_groups == make(*sizes).num_groups
+    assert list(inspect.signature(GroupNorm).parameters)[:6] == list(inspect.signature(nn.GroupNorm).parameters)[:6]
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (-2, 8), (3, 64), (8, 0), (16, 8), (2, -8)])
+def test_sizes_that_make_no_groups_are_refused_at_once(sizes):
+    with pytest.raises(InputError, match="num_groups|num_channels"):
+        GroupNorm(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(2.0, 8), ("2", 8), (True, 8), (None, 8), (2, 8.0), (2, None)])
+def test_sizes_that_are_no_integers_are_refused_at_once(sizes):
+    with pytest.raises(TypeError, match="num_groups|num_channels"):
+        GroupNorm(*sizes)
+    assert GroupNorm(np.int64(2), np.int64(8))(torch.randn(1, 8, 2, 2)).shape == (1, 8, 2, 2)
+
+
+def test_in_channels_and_standardization_together_are_refused():
+    with pytest.raises(InputError, match="in_channels=24, weight_standardization=True"):
+        PracticalGroupNorm(8, in_channels=24, weight_standardization=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_arguments_in_the_order_of_group_norm_are_named(training):
+    norm = PracticalGroupNorm(32, 256)
+    assert "num_channels=32, num_groups=32, in_channels=256" in repr(norm)
+    with torch.set_grad_enabled(training):
+        with pytest.raises(
+            InputError, match=r"\(num_channels, in_channels\), not nn.GroupNorm's .*PracticalGroupNorm\(256"
+        ):
+            norm(torch.randn(1, 256, 4, 4))
+        with pytest.raises(InputError, match=r"^1: it takes inputs \(N, 8, \*\), not \(1, 16, 4, 4\)"):
+            nn.Sequential(nn.Identity(), GroupNorm(2, 8, affine=False))(torch.randn(1, 16, 4, 4))
+        with pytest.raises(InputError, match=r"not \(8,\)"):
+            GroupNorm(2, 8)(torch.randn(8))
+        with pytest.raises(InputError, match="num_groups=48 does not divide num_channels=64"):
+            norm_from_name("GN48")(64)(torch.randn(1, 64, 4, 4))
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(24, 8, 1), PracticalGroupNorm(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), PracticalGroupNorm(8, weight_standardization=True))
+        self.own = WSConv2d(8, 16, 1, norm=GroupNorm(4, 16), activation=nn.ReLU())
+
+    def forward(self, x):
+        return self.own(self.body(self.stem(x)))
+
+
+def test_fx_keeps_norms_and_standardized_convolutions_whole():
+    model, x = Named(), torch.randn(2, 24, 6, 6)
+    traced = torch.fx.symbolic_trace(model)
+    called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["stem.0", "stem.1", "stem.2", "body.0", "body.1", "own"]
+    assert torch.equal(traced(x), model(x)) and traced.state_dict().keys() == model.state_dict().keys()
+    assert type(traced.body.get_submodule("0")) is WSConv2d
+    traced(x).sum().backward()
+    unbound = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(24, 8, 1), nn.Identity(), PracticalGroupNorm(8)))
+    with pytest.warns(UserWarning, match="take their groups"):
+        assert unbound(x).shape == (2, 8, 6, 6)
+
+
+def test_feature_extraction_of_torchvision():
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model, x = Named(), torch.randn(2, 24, 6, 6)
+    assert get_graph_node_names(model)[0] == ["x", "stem.0", "stem.1", "stem.2", "body.0", "body.1", "own"]
+    features = create_feature_extractor(model, {"stem.1": "normalized", "own": "out"})(x)
+    assert torch.equal(features["normalized"], model.stem[:2](x)) and torch.equal(features["out"], model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantization_by_fx():
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    model, x = Named().eval(), torch.randn(2, 24, 6, 6)
+    prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping(), (x,))
+    torch.testing.assert_close(prepared(x), model(x))
 
 
 def test_repr_shows_groups_and_source():
