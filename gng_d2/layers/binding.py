@@ -161,16 +161,18 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
     the optimizer, EMA or DDP is made. A norm that no single weight layer feeds (after a sum, a concatenation, a
-    pooling, an activation) takes its own width as its input channels, so that PGN has one group there; its weight
-    layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms whose ``in_channels`` were
-    given keep them, and norms that the run does not reach stay as they are (:func:`unbound_norms`).
+    pooling, an activation, on the model's input) takes its own width as its input channels, so that PGN has one group
+    there; its weight layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms
+    whose ``in_channels`` were given keep them, and norms that the run does not reach stay as they are
+    (:func:`unbound_norms`).
 
     The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
     modes and the random number generators are afterwards what they were.
 
     Args:
         example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument.
+            anything else (a tensor, Detectron2's list of dicts): its only argument. A loader's (images, labels) will
+            do, where the model takes the images alone.
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers with different input channels, or a
