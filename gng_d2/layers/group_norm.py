@@ -135,8 +135,9 @@ class GroupNorm(nn.GroupNorm):
             return
         if input.dim() < 2 or input.size(1) != channels or channels % groups:
             raise self._shape_error(input.shape)
-        # Group norm of a single number is its bias: PyTorch refuses it for one image only.
-        if groups == channels and all(size == 1 for size in input.shape[2:]):
+        # Group norm of a single number is its bias: PyTorch refuses it for one image only. While exporting, sizes are
+        # symbols.
+        if groups == channels and not is_transformed() and all(size == 1 for size in input.shape[2:]):
             raise InputError(
                 f"{module_path(self)}: each of the {groups} groups of this norm would hold a single number (input "
                 f"{tuple(input.shape)}), so its output would not depend on its input. Give it a larger input or "

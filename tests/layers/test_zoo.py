@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import gng_d2
+from gng_d2.layers.group_norm import LOOKS
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
 COMPILED = importlib.util.find_spec("detectron2._C") is not None
@@ -82,16 +83,17 @@ def check_groups(model):
     assert norms
     assert not [name for name, norm in norms.items() if norm.num_groups is None], "not bound when built"
     met = {}
-    with Producers() as producers, torch.no_grad():
+    with Producers() as producers:  # with gradients, so that the norms look as well
         for name, norm in norms.items():
             norm.register_forward_pre_hook(
                 lambda module, args, name=name: met.__setitem__(name, producers.shapes[id(args[0])][:2])
             )
-        run_parts(model.eval())
+        run_parts(model.eval().requires_grad_())
     assert met.keys() == norms.keys(), "a norm that no part of the model ran"
     for name, (n_in, n_out) in met.items():
         assert norms[name].num_channels == n_out
         assert norms[name].num_groups == brute_force_groups(n_in, n_out), name
+        assert norms[name]._looks < LOOKS, name
     return norms
 
 
