@@ -112,7 +112,8 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[Tuple[str, nn.Module]
     if not norms or _is_norm(module):
         return
     has_convolutions = any(isinstance(m, _ConvNd) for m in module.modules())
-    if _has_forward(module) and has_convolutions and _own_norms(module) == norms and not _changes_itself(module):
+    runs_them = _has_forward(module) and not _is_wrapper(module) and _own_norms(module) == norms
+    if runs_them and has_convolutions and not _changes_itself(module):
         yield name, module
         return
     for child_name, child in module.named_children():
@@ -144,6 +145,12 @@ def _own_norms(module):
 
 def _has_forward(module):
     return type(module).forward is not nn.Module.forward  # lists and dicts of modules have none
+
+
+def _is_wrapper(module):
+    """Whether it runs a model and does more: it prepares gradients, or compiles."""
+    names = "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"
+    return type(module).__name__ in names
 
 
 def _changes_itself(module):

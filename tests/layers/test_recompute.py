@@ -287,6 +287,13 @@ def test_batch_norm_among_them_stays_as_it_is():
     assert model[0][1].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_what_wraps_a_model_is_not_taken(wrap):
+    model = short_chain(3)
+    recompute_norms(wrap(model))
+    assert recomputed_modules(wrap(model))[0] in ("module", "_orig_mod") and recomputed_modules(model) == [""]
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
