@@ -65,15 +65,15 @@ class set_kernels_enabled:
 
 
 def kernels_may_run() -> bool:
-    """Whether kernels of ours are on, and PyTorch is not doing something for which it wants its own ops."""
-    return _kernels_enabled and HAS_OPS and not _is_transformed()
+    """Whether kernels of ours are on, and PyTorch is not doing something for which it wants its own ops.
 
-
-def _is_transformed():
-    """Whether torch.jit.trace, torch.export, torch.func or forward-mode differentiation is at work."""
+    It does so under torch.jit.trace, torch.export, torch.func and forward-mode differentiation.
+    """
+    if not (_kernels_enabled and HAS_OPS):
+        return False
     if torch.compiler.is_compiling():
-        return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-    return (
+        return not (hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting())
+    return not (
         torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
