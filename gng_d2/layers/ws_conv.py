@@ -149,7 +149,8 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
 
 
 def _is_folded(layer):
-    return getattr(layer, "weight_standardization_folded", False) and isinstance(layer, nn.Conv2d)
+    folded = isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False)
+    return folded and not isinstance(layer, WSConv2d)  # which it becomes again before another norm
 
 
 def _folded_class(layer):
@@ -165,7 +166,7 @@ def _obstacle(layer):
     """Why a plain convolution would not compute what ``layer`` does; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(layer) is not WSConv2d or "forward" in vars(layer):
+    if type(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (

@@ -115,6 +115,7 @@ OBSTACLES = {
     "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Twice()),
     "buffer": to_buffer,
     "forward": replaced_forward,
+    "_conv_forward": lambda layer: setattr(layer, "_conv_forward", layer._conv_forward),
     "subclass": lambda layer: setattr(layer, "__class__", Other),
 }
 
@@ -249,6 +250,19 @@ def test_hooks_stay():
     conv.register_forward_hook(lambda *args: seen.append(args))
     assert_folds(conv)
     assert len(seen) == 2
+
+
+def test_a_compiled_layer():
+    conv = own_conv()
+    conv.compile(backend="eager")
+    assert_folds(conv)
+
+
+def test_a_folded_layer_that_is_standardized_again():
+    conv = fold_weight_standardization(detectron2_conv())
+    conv.norm = get_norm("GN1+WS", 4)
+    assert type(conv) is WSConv2d
+    assert_folds(conv)
 
 
 def test_in_ddp(tmp_path):
