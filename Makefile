@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 
 results: $(INSTALLED)
-	PYTHONPATH=tools $(VENV)/bin/python -m study.page
+	$(VENV)/bin/python tools/reproduce.py page
 
 $(INSTALLED): constraints.txt setup.py pyproject.toml tools/make_venv.py gng_d2/ops/cpu_kernels.c
 	$(PYTHON) tools/make_venv.py $(VENV)

@@ -27,5 +27,9 @@ setup(
     # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, tabulate, yacs) are
     # not listed: an environment that has a Detectron2 keeps it as it is.
     install_requires=["torch>=2.0", "numpy"],
-    extras_require={"panoptic": ["panopticapi-lite"], "study": ["scipy"], "test": ["pytest", "expecttest", "scipy"]},
+    extras_require={
+        "panoptic": ["panopticapi-lite"],
+        "study": ["scipy"],
+        "test": ["pytest", "expecttest", "scipy", "timm", "segmentation_models_pytorch==0.6.0"],
+    },
 )

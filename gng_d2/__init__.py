@@ -18,6 +18,8 @@ from .layers import (
     unbound_norms,
 )
 from .layers.binding import install_binding_hook
+from .layers.convert_norms import convert_norms
+from .layers.recompute import recompute_norms, recomputed_modules
 from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
 
@@ -28,11 +30,14 @@ __all__ = [
     "activation_gains",
     "bind_norms",
     "check_norm_keys",
+    "convert_norms",
     "fold_weight_standardization",
     "ideal_num_groups",
     "isometry_ratio",
     "norm_table",
     "practical_num_groups",
+    "recompute_norms",
+    "recomputed_modules",
     "unbound_norms",
 ]
 

@@ -1,5 +1,7 @@
 """A model's norms, their groups and the paper's K, before it trains."""
 
+import logging
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import List, Optional
 
@@ -9,11 +11,11 @@ from torch import nn
 from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
-from .layers.binding import layer_shape, named_norms
+from .layers.binding import bind_norms, layer_shape, named_norms, unbound_norms
 from .layers.look import NO_LAYER
 from .norm_names import norm_name
 
-__all__ = ["NormRow", "build_on_meta", "norm_table", "num_groups"]
+__all__ = ["NormRow", "bind_remaining_norms", "build_on_meta", "norm_summary", "norm_table", "num_groups"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ def _row(name, norm, layer_name, layer):
     )
 
 
+def norm_summary(model: nn.Module) -> str:
+    """One line for a log: how many norms ``model`` has, with how many groups, and which have none.
+
+    Examples::
+        >>> norm_summary(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128), nn.BatchNorm2d(128)))
+        '2 norms: 1 x 32 groups; 1 x BN'
+    """
+    rows = norm_table(model)
+    groups = Counter(row.num_groups for row in rows if row.num_groups is not None)
+    others = Counter(row.norm for row in rows if row.num_groups is None)
+    with_groups = ", ".join(f"{count} x {number}" for number, count in sorted(groups.items()))
+    parts = [f"{with_groups} groups"] * bool(groups) + [f"{count} x {name}" for name, count in others.items()]
+    return f"{len(rows)} norms: {'; '.join(parts) or 'none'}"
+
+
 def num_groups(norm: nn.Module) -> Optional[int]:
     """Groups of a group or layer norm; None for a norm over the batch."""
     if isinstance(norm, nn.GroupNorm):
@@ -96,3 +113,18 @@ def build_on_meta(cfg) -> nn.Module:
         raise
     except Exception as error:  # of any kind: it runs every constructor that the config names
         raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
+
+
+def bind_remaining_norms(model: nn.Module) -> nn.Module:
+    """Bind the norms of a Detectron2 ``model`` that met no layer while it was built, if there are any, and return it.
+
+    The model runs on a blank image for it. What that does not reach (a mask head, where nothing is detected) stays
+    unbound, and takes its groups from weights that are loaded or in the first training step.
+    """
+    if unbound_norms(model):
+        side = 256
+        try:
+            bind_norms(model, [{"image": torch.zeros(3, side, side), "height": side, "width": side}])
+        except InputError as error:
+            logging.getLogger(__name__).warning(f"norms that met no layer stay unbound: {error}")
+    return model

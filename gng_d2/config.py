@@ -3,43 +3,38 @@
 Every refusal is an :class:`~gng_d2.errors.InputError` that names the key, file or folder and the mend.
 """
 
-import difflib
-import importlib.util
 import logging
 import os
-import tempfile
 from typing import Iterator, Sequence, Tuple
 
 import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
 
-from .data import embedded
 from .errors import InputError
+from .files import prepare_folder
+from .weight_files import files_are_trusted
 
-__all__ = [
-    "find_config_file",
-    "load_config",
-    "norm_keys",
-    "check_config",
-    "check_datasets",
-    "check_weights",
-    "check_output_dir",
-]
+__all__ = ["find_config_file", "load_config", "norm_keys", "check_config", "check_weights", "prepare_output_dir"]
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     """Detectron2's defaults, then ``config_file`` (a path, or a name in the model zoo), then ``KEY VALUE`` pairs.
 
     On a machine without CUDA ``MODEL.DEVICE`` becomes cpu.
+
+    Raises:
+        InputError: a file or a pair cannot be used, or a file has Python tags (:class:`_JudgedConfig`).
     """
     cfg = get_cfg()
+    vars(cfg)["load_yaml_with_base"] = _JudgedConfig.load_yaml_with_base  # what merge_from_file reads files by
     try:
         cfg.merge_from_file(find_config_file(config_file))
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"config file {config_file}: {error.filename or error} does not exist") from error
     except RecursionError as error:
@@ -47,9 +42,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     except OSError as error:
         raise InputError(f"config file {config_file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f"config file {config_file} is no YAML config: {error}") from error
+        raise InputError(f"config file {config_file} is no YAML config: {_message(error)}") from error
     except (KeyError, ValueError, AssertionError) as error:
         raise InputError(f"config file {config_file}: {_message(error)}") from error
+    finally:
+        vars(cfg).pop("load_yaml_with_base", None)
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
@@ -61,6 +58,29 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         logging.getLogger(__name__).info("no CUDA device here: MODEL.DEVICE is cpu")
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+class _JudgedConfig(CfgNode):
+    """Reads a YAML file and the files of its ``_BASE_``, each judged by itself.
+
+    A Python tag (``!!python/object/apply:...``) runs code on reading. Detectron2's model zoo has one, in
+    Base-RetinaNet.yaml; in any other folder it is refused, unless files are trusted.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename, allow_unsafe=False):
+        zoo = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+        inside = os.path.realpath(filename).startswith(os.path.realpath(zoo) + os.sep)
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=inside or files_are_trusted())
+        except yaml.constructor.ConstructorError as error:
+            if "tag:yaml.org,2002:python/" not in str(error):
+                raise
+            tag = str(error.problem).partition("tag:yaml.org,2002:")[2].strip("'")
+            raise InputError(
+                f"config file {filename} has the Python tag !!{tag}, which would run code on reading. Nothing of it "
+                f"was run. Write its value in its place; or, where you trust the file, --trust-files opens it"
+            ) from None
 
 
 def find_config_file(config_file: str) -> str:
@@ -81,7 +101,9 @@ def find_config_file(config_file: str) -> str:
 
 
 def _message(error):
-    return str(error.args[0]) if error.args else type(error).__name__
+    """In one line."""
+    text = str(error) if isinstance(error, (yaml.YAMLError, UnicodeError)) or not error.args else str(error.args[0])
+    return " ".join(text.split()) or type(error).__name__
 
 
 def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, str]]:
@@ -94,6 +116,11 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, str]]:
 
 
 def check_config(cfg: CfgNode, world_size: int = 1) -> None:
+    """See that each NORM is a norm's name, and that a batch divides among ``world_size`` processes.
+
+    Raises:
+        InputError: names the key.
+    """
     for key, value in norm_keys(cfg):
         try:
             get_norm(value, 32)
@@ -108,40 +135,16 @@ def check_config(cfg: CfgNode, world_size: int = 1) -> None:
         )
 
 
-# where Detectron2's registrations keep what they read
-_PATHS = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir", "dirname")
+def check_weights(cfg: CfgNode, source: str = "MODEL.WEIGHTS") -> None:
+    """The file of MODEL.WEIGHTS is there, and a model without any needs none.
 
-
-def check_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
-    """Every dataset of the config is registered and there; the embedded one is drawn if it is missing."""
-    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            _check_dataset(f"DATASETS.{key}", name)
-
-
-def _check_dataset(key, name):
-    if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), 1, 0.0)[0]
-        raise InputError(f"{key}: no dataset named {name!r} is registered; did you mean {near!r}?")
-    if name.startswith(embedded.NAME):
-        embedded.draw_if_missing()
-    metadata = MetadataCatalog.get(name)
-    for field in _PATHS:
-        path = metadata.get(field)
-        if path and not PathManager.exists(path):
-            raise InputError(
-                f"{key}: the {field} of dataset {name!r} is not there: {path}. Datasets are looked for in "
-                f"{embedded.datasets_root().resolve()}; the environment variable DETECTRON2_DATASETS sets that folder"
-            )
-    if key == "DATASETS.TEST" and metadata.get("evaluator_type") == "coco_panoptic_seg":
-        if importlib.util.find_spec("panopticapi") is None:
-            raise InputError(f"{key}: to evaluate {name!r}, install panopticapi: pip install panopticapi-lite")
-
-
-def check_weights(cfg: CfgNode) -> None:
+    Args:
+        source: what the user set: the key, or the flag of a tool.
+    """
     path = cfg.MODEL.WEIGHTS.split("?")[0]
     if path and "://" not in path and not PathManager.isfile(path):
-        raise InputError(f"MODEL.WEIGHTS: the file {path} does not exist. MODEL.WEIGHTS '' starts from scratch")
+        scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""
+        raise InputError(f"{source}: the file {path} does not exist{scratch}")
     if not path and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
         logging.getLogger(__name__).warning(
             "MODEL.WEIGHTS '' with MODEL.RESNETS.NORM FrozenBN: without weights a FrozenBN normalizes nothing, and "
@@ -149,10 +152,9 @@ def check_weights(cfg: CfgNode) -> None:
         )
 
 
-def check_output_dir(cfg: CfgNode) -> None:
+def prepare_output_dir(cfg: CfgNode) -> None:
+    """Make OUTPUT_DIR where it is not there, and see that files can be written in it."""
     try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
-            pass
+        prepare_folder(cfg.OUTPUT_DIR)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR: cannot write to {cfg.OUTPUT_DIR!r}: {error.strerror}") from error

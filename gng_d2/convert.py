@@ -3,11 +3,10 @@
 Nothing that a file holds is run on the way: only tensors, numbers, texts and containers of them are read.
 """
 
+import errno
 import os
 import pickle
 import re
-import tarfile
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -16,12 +15,25 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .files import atomic_open
+from .weight_files import read_weight_file
 
-__all__ = ["DEPTHS", "Conversion", "convert_file", "read_checkpoint", "convert_resnet", "write_weights", "abbreviated"]
+__all__ = [
+    "DEPTHS",
+    "Conversion",
+    "convert_file",
+    "read_checkpoint",
+    "convert_resnet",
+    "write_weights",
+    "config_keys",
+    "abbreviated",
+]
 
 # blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 DEPTHS = tuple(_BLOCKS)
+_A_BLOCK = "layer1.0.conv1.weight"  # every ResNet has it
+_PREFIX = r"(?:module\.)*(backbone\.)?(?:module\.)*"  # what is stripped
 
 
 @dataclass(frozen=True)
@@ -56,43 +68,25 @@ def convert_file(path: str, out: str, depth: Optional[int] = None) -> Conversion
 
 
 def read_checkpoint(path: str) -> Any:
-    """What ``torch.save`` or safetensors wrote to ``path``, on the CPU, without running any of it.
+    """What ``torch.save``, safetensors or pickle wrote to ``path``, on the CPU, without running any of it.
 
     Raises:
         InputError: there is no such file, it is damaged, or it holds more than plain data.
     """
-    try:
-        # PyTorch's format of before 2017, a real tar file: up to 2.5, weights_only did not hold it back
-        if tarfile.is_tarfile(path):
-            raise InputError(f"{path} is a tar archive. Only what torch.save or safetensors wrote is read")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        if path.endswith(".safetensors"):
-            return _read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # of any kind: a damaged file has even raised OSError
-        # PyTorch's text is not passed on, because it proposes to run the file
-        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            raise InputError(
-                f"{path} holds more than tensors: it asks for {wanted.group(1)}, which would be run on reading. "
-                f"Nothing of it was run. Where you trust its source, save its state_dict alone, and convert that"
-            ) from None
-        raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}). Is the download whole? It must be what "
-            f"torch.save wrote, of tensors alone, or end in .safetensors"
-        ) from None
-
-
-def _read_safetensors(path):
+    if not path.endswith(".safetensors"):
+        return read_weight_file(path)
     try:
         from safetensors.torch import load_file
     except ImportError:
         raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
-    return load_file(path)
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {path}: {os.strerror(errno.ENOENT)}") from error
+    except Exception as error:  # of any kind: a damaged file has even raised OSError
+        raise InputError(
+            f"{path} cannot be read as weights ({type(error).__name__}). Is the download whole?"
+        ) from error
 
 
 def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> None:
@@ -103,17 +97,12 @@ def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> 
     """
     # by matching_heuristics the names get the prefix that they have in a model, such as backbone.bottom_up.
     content = {"model": dict(weights), "__author__": author, "matching_heuristics": True}
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            pickle.dump(content, file)
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+    with atomic_open(path, "wb") as file:
+        pickle.dump(content, file)
 
 
 def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -> Conversion:
@@ -129,8 +118,9 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -
         InputError: it is no ResNet, one that Detectron2's cannot hold, one of another depth, or not whole.
     """
     state, beside = _unwrap(checkpoint)
+    _check_prefixes(state)
     state, outside = _strip_prefixes(state)
-    classifier = [name for name in state if name in ("fc.weight", "fc.bias")]
+    classifier = [name for name in state if name.startswith("fc.")]
     counters = [name for name in state if name.endswith(".num_batches_tracked")]
     state = {name: value for name, value in state.items() if name not in {*classifier, *counters}}
 
@@ -155,14 +145,37 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -
         "the classifier": classifier,
         "counters of BatchNorm's steps": counters,
     }
+    weights = {names[name]: value.detach().float().numpy() for name, value in state.items()}
+    broken = [name for name in state if not np.isfinite(weights[names[name]]).all()]
+    if broken:
+        raise InputError(f"it has NaN or infinite weights, in {abbreviated(broken)}")
     return Conversion(
-        weights={names[name]: value.detach().float().numpy() for name, value in state.items()},
+        weights=weights,
         depth=found,
         norm="BN" if statistics else "GN",
         num_groups=num_groups,
         width_per_group=per_group,
         dropped={reason: dropped for reason, dropped in reasons.items() if dropped},
     )
+
+
+def config_keys(conversion: Conversion) -> List[str]:
+    """The config that such weights need, as lines of ``KEY VALUE`` pairs: the model's, then the images'.
+
+    The names do not tell how images were made numbers. These are torchvision's, timm's and mmdetection's ways.
+    """
+    resnets = {
+        "DEPTH": conversion.depth,
+        "NUM_GROUPS": conversion.num_groups,
+        "WIDTH_PER_GROUP": conversion.width_per_group,
+        "STRIDE_IN_1X1": False,
+    }
+    if conversion.depth < 50:
+        resnets["RES2_OUT_CHANNELS"] = 64
+    return [
+        " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in resnets.items()),
+        "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
+    ]
 
 
 def abbreviated(names: Sequence[str], most: int = 4) -> str:
@@ -182,12 +195,25 @@ def _unwrap(checkpoint):
         checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping) or not all(isinstance(key, str) for key in checkpoint):
         raise InputError("it has no weights by name")
+    for key, value in checkpoint.items():  # "state_dict_ema", say
+        if isinstance(value, Mapping) and any(str(name).endswith(_A_BLOCK) for name in value):
+            raise InputError(f"its weights are under {key!r}. Save that alone: torch.save(checkpoint[{key!r}], OUT)")
     return checkpoint, beside
+
+
+def _check_prefixes(names):
+    """The prefixes of MoCo, Lightning, torch.compile, EMA and others: which of several is wanted, the user knows."""
+    prefixes = [name.removesuffix(_A_BLOCK) for name in names if name.endswith(_A_BLOCK)]
+    if prefixes and not any(re.fullmatch(_PREFIX, prefix) for prefix in prefixes):
+        raise InputError(
+            f"the names of its ResNet begin with {' or '.join(map(repr, prefixes))}. Strip that: torch.save("
+            f"{{k.removeprefix({prefixes[0]!r}): v for k, v in weights.items() if k.startswith({prefixes[0]!r})}}, OUT)"
+        )
 
 
 def _strip_prefixes(state):
     """The state dict without ``module.`` and ``backbone.``, and the names outside a backbone, if it has one."""
-    prefixes = {name: re.match(r"(?:module\.)*(backbone\.)?(?:module\.)*", name) for name in state}
+    prefixes = {name: re.match(_PREFIX, name) for name in state}
     has_backbone = any(prefix.group(1) for prefix in prefixes.values())
     outside = [name for name, prefix in prefixes.items() if has_backbone and not prefix.group(1)]
     stripped = {}

@@ -1,19 +1,24 @@
-"""Detectron2's training job for every dataset of its evaluators, on one GPU, many, or CPUs."""
+"""Train or evaluate a Detectron2 model from a config, as Detectron2's tools/train_net.py does.
+
+Whatever would end a job early is refused before it starts; a job that was killed resumes as if it had not been; and
+it runs in one process, on many GPUs, or on CPUs.
+"""
 
 import inspect
+import logging
 import os
 import weakref
 from typing import Callable, List, Sequence
 
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
     SimpleTrainer,
     create_ddp_model,
     default_setup,
+    hooks,
     launch,
 )
 from detectron2.engine.train_loop import TrainerBase
@@ -30,39 +35,29 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from PIL import Image
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from .analysis import build_on_meta
+from .analysis import bind_remaining_norms, build_on_meta, norm_summary
 from .checkpoint import Checkpointer, check_norms
-from .config import (
-    check_config,
-    check_datasets,
-    check_output_dir,
-    check_weights,
-    find_config_file,
-    load_config,
-)
-from .data.loader import build_train_loader, seed_step
+from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
+from .data.checks import prepare_datasets
+from .data.images import NamingMapper, read_labels
+from .data.loader import build_train_loader, seed_step, start_at
 from .errors import InputError
 from .imports import import_modules
 from .layers import fold_weight_standardization
+from .layers.recompute import recompute_norms
+from .norm_keys import check_norm_keys
 
 __all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
 
 
-def _read_labels(path, dtype):
-    # Detectron2's own reader asks for copy=False, which numpy 2 refuses.
-    with PathManager.open(path, "rb") as file:
-        return np.asarray(Image.open(file), dtype=dtype)
-
-
 def _semantic(dataset_name, output_folder):
-    # Detectron2 0.6 does not take it
+    # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
     takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
-    reader = {"sem_seg_loading_fn": _read_labels} if takes_reader else {}
+    reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
     return SemSegEvaluator(dataset_name, output_dir=output_folder, **reader)
 
 
@@ -97,15 +92,17 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        # DefaultTrainer.__init__, but for the two lines that are marked
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        # DDP refuses device_ids on the CPU, and on GPUs takes the model's device without them.
+        # 1: DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # 2: our Checkpointer for Detectron2's
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -115,11 +112,21 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         if self.start_iter > 0 and self.cfg.SEED >= 0:
-            loader = self.build_train_loader(self.cfg, self.start_iter)
-            if hasattr(self._trainer, "reset_data_loader"):
-                self._trainer.reset_data_loader(lambda: loader)
-            else:  # Detectron2 0.6
-                self._trainer.data_loader, self._trainer._data_loader_iter = loader, iter(loader)
+            start_at(self._trainer.data_loader, self.start_iter)
+            if not hasattr(self._trainer, "_data_loader_iter_obj"):  # Detectron2 0.6 has begun already
+                self._trainer._data_loader_iter = iter(self._trainer.data_loader)
+        if self.start_iter >= self.max_iter:
+            self._save_final_checkpoint()
+
+    def _save_final_checkpoint(self):
+        """Of a run that has no step left, but was killed before its model_final was whole."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        try:
+            final = self.checkpointer.read(path)
+        except InputError:
+            final = {}
+        if final.get("iteration") != self.iter or self.checkpointer.get_checkpoint_file() != path:
+            self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self):
         if self.cfg.SEED >= 0:
@@ -127,8 +134,32 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     @classmethod
+    def build_model(cls, cfg):
+        model = bind_remaining_norms(super().build_model(cfg))
+        logging.getLogger(__name__).info(norm_summary(model))
+        return model
+
+    @classmethod
     def build_train_loader(cls, cfg, start_iter=0):
         return build_train_loader(cfg, start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, is_train=False)))
+
+    def build_hooks(self):
+        """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+
+            def evaluate():
+                results = self.test_with_TTA(self.cfg, self.model)
+                self._last_eval_results.update(results)
+                return results
+
+            writers = sum(isinstance(hook, hooks.PeriodicWriter) for hook in built)  # come last, to write it too
+            built.insert(len(built) - writers, hooks.EvalHook(0, evaluate))
+        return built
 
     def train(self):
         """Train, evaluate, and return the metrics by task (in the main process)."""
@@ -141,35 +172,37 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators([make(dataset_name, output_folder) for make in evaluators_of(dataset_name)])
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
-        """Evaluate; with TEST.AUG.ENABLED once more with test-time augmentation, under names that end in _TTA."""
-        results = super().test(cfg, model, evaluators)
-        if cfg.TEST.AUG.ENABLED and evaluators is None:
-            folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-            augmented = super().test(
-                cfg,
-                GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model)),
-                [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
-            )
-            results.update({f"{name}_TTA": metrics for name, metrics in augmented.items()})
-        return results
+    def test_with_TTA(cls, cfg, model):
+        """Evaluate with the test-time augmentation of TEST.AUG; the metrics are under names that end in _TTA."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        results = cls.test(
+            cfg,
+            GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model)),
+            [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
+        )
+        return {f"{name}_TTA": metrics for name, metrics in results.items()}
 
 
 def train_or_evaluate(cfg: CfgNode, args) -> None:
     """What each process of a job does."""
     import_modules(getattr(args, "imports", ()))  # a launched process starts without them
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="gng_d2")
     if not args.eval_only:
         trainer = Trainer(cfg)
+        if getattr(args, "recompute_norms", False):
+            recompute_norms(trainer.model)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     resume = args.resume and checkpointer.has_checkpoint()
-    checkpointer.load(checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS)
+    checkpointer.load(checkpointer.find_checkpoint()[0] if resume else cfg.MODEL.WEIGHTS)
     fold_weight_standardization(model)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
 
@@ -189,9 +222,10 @@ def setup_job(
     """
     cfg = load_config(config_file, overrides)
     check_config(cfg, world_size)
+    check_norm_keys(cfg)
     _check_checkpoint(cfg, resume, eval_only)
-    check_output_dir(cfg)
-    check_datasets(cfg, eval_only)
+    prepare_output_dir(cfg)
+    prepare_datasets(cfg, eval_only)
     for name in cfg.DATASETS.TEST:
         evaluators_of(name)
     cfg.freeze()
@@ -202,19 +236,19 @@ def _check_checkpoint(cfg, resume, eval_only):
     """The file that the job will load can be read, and was trained with the norms of the config."""
     checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
     resume = resume and checkpointer.has_checkpoint()
-    if not resume:
+    if resume:
+        path, checkpoint = checkpointer.find_checkpoint()
+    else:
         check_weights(cfg)
-    path = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
-    if resume and not os.path.isfile(path):
-        raise InputError(
-            f"--resume: {cfg.OUTPUT_DIR}/last_checkpoint names {path}, which is not there. Write the name of a "
-            f"checkpoint of that folder into it"
-        )
-    if not path or "://" in path:
-        return
-    recorded = checkpointer.read(path).get("norms")
-    if recorded is not None and (resume or eval_only):
-        check_norms(build_on_meta(cfg), recorded)
+        path = cfg.MODEL.WEIGHTS
+        if not path or "://" in path:
+            return
+        try:
+            checkpoint = checkpointer.read(path)
+        except InputError as error:
+            raise InputError(f"MODEL.WEIGHTS: {error}") from None
+    if resume or eval_only:
+        check_norms(build_on_meta(cfg), checkpoint, path)
 
 
 def run_job(args) -> None:
@@ -241,7 +275,8 @@ def run_job(args) -> None:
             dist_url=args.dist_url,
             args=(cfg, args),
         )
-    except ProcessRaisedException as error:
+    except (ProcessRaisedException, InputError) as error:
+        # in a process of the job or of its data loader, the message stands at the end of a traceback
         _, found, message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")
         if not found:
             raise

@@ -4,7 +4,6 @@ A config names datasets, backbones and heads that have to be registered first; s
 tools without a program of one's own.
 """
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -13,19 +12,7 @@ from typing import Sequence
 
 from .errors import InputError
 
-__all__ = ["add_import_argument", "import_modules"]
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the flag; its values are ``args.imports``, for :func:`import_modules`."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        nargs="+",
-        default=[],
-        metavar="MODULE_OR_FILE.py",
-        help="run these first: they register datasets, backbones, heads. Give another option after it, not KEY VALUE",
-    )
+__all__ = ["import_modules"]
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -1,31 +1,39 @@
-"""Pictures of what a model sees, drawn with Detectron2's visualizer."""
+"""Pictures: what a model predicts, its groups along the depth, its losses."""
 
 import json
 import os
 from typing import Dict, List, Optional
 
-import matplotlib
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.figure import Figure
+from torch import nn
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import read_image  # noqa: E402
-from detectron2.utils.visualizer import ColorMode, Visualizer  # noqa: E402
-from torch import nn  # noqa: E402
-
-from .files import read_metrics  # noqa: E402
-from .groups import GROUP_CHOICES, isometry_ratio  # noqa: E402
+from .files import read_metrics, save_figure
+from .groups import GROUP_CHOICES, isometry_ratio
 
 __all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
 
 
-def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarray:
-    """Draw what Detectron2's model returned for ``image`` ((H, W, 3) uint8 RGB): the panoptic segmentation
-    if it made one, else the semantic one and the instances. Returns an RGB picture of at least 512 pixels."""
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.SEGMENTATION)
+def draw_output(
+    image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
+) -> np.ndarray:
+    """Draw what Detectron2's model returned for an image: the panoptic segmentation if it made one, else the
+    semantic one and the instances.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        scale: the picture's size over the image's.
+        threshold: instances of a lower score are not drawn. (A panoptic segmentation has its own, in its model.)
+
+    Returns:
+        An RGB picture.
+    """
+    visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         return visualizer.draw_panoptic_seg_predictions(segments.cpu(), info).get_image()
@@ -34,7 +42,7 @@ def draw_output(image: np.ndarray, output: dict, metadata: Metadata) -> np.ndarr
         drawn = visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= 0.5])
+        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= threshold])
     return drawn.get_image()
 
 
@@ -45,7 +53,8 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
     metadata = MetadataCatalog.get(name)
     mapper = DatasetMapper(cfg, is_train=False)
     records = DatasetCatalog.get(name)[:count]
-    figure, axes = plt.subplots(len(records), 3, figsize=(12, 4 * len(records)), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(12, 4 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), 3, squeeze=False)
     model.eval()
     for row, record in zip(axes, records):
         image = read_image(record["file_name"], "RGB")
@@ -53,13 +62,12 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
             output = model([mapper(record)])[0]
         row[0].imshow(image)
         row[1].imshow(_draw_truth(image, record, metadata))
-        row[2].imshow(draw_output(image, output, metadata))
+        row[2].imshow(draw_output(image, output, metadata, _scale(image)))
     for title, top in zip(("image", "ground truth", "prediction"), axes[0]):
         top.set_title(title)
     for panel in axes.flat:
         panel.set_axis_off()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def _scale(image):
@@ -92,13 +100,12 @@ def _panoptic_truth(record, metadata) -> Optional[tuple]:
 
 
 def plot_groups(rows: List[Dict], path: str) -> None:
-    """Two panels along the depth of a model, for rows of :func:`gng_d2.analysis.norm_table`: its group
+    """Draw two panels along the depth of a model, for rows of :func:`gng_d2.analysis.norm_table`: its group
     counts beside its channels, and K as it would be under GN (32 groups), GN1 and PGN."""
     rows = [row for row in rows if row["n_in"] is not None]
     depth = range(len(rows))
-    figure, (groups, ratio) = plt.subplots(
-        2, 1, sharex=True, figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained"
-    )
+    figure = Figure(figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained")
+    groups, ratio = figure.subplots(2, 1, sharex=True)
     groups.step(depth, [row["n_out"] for row in rows], where="mid", color="0.8", label="output channels")
     norms = sorted({row["norm"] for row in rows})
     for norm in norms:
@@ -115,7 +122,8 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     for (name, choose), marker, fill in zip(GROUP_CHOICES.items(), "s^o", ("C0", "C1", "none")):
         points = [(i, choose(row["n_in"], row["n_out"])) for i, row in enumerate(rows)]
         points = [(i, isometry_ratio(rows[i]["n_in"], rows[i]["n_out"], g)) for i, g in points if g]
-        ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
+        if points:
+            ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
     ratio.axhline(1, color="0.5", lw=0.8)
     ratio.set_yscale("log", base=2)
     ratio.set_ylabel("K, the paper's gradient ratio\n(1 is isometric)")
@@ -123,18 +131,17 @@ def plot_groups(rows: List[Dict], path: str) -> None:
     for axes in (groups, ratio):
         axes.yaxis.set_major_formatter("{x:g}")
     ratio.set_xticks(depth, [row["name"].removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_losses(metrics_json: str, path: str) -> None:
-    """The loss curves of a run, from the metrics.json that Detectron2 writes."""
+    """Draw the loss curves of a run, from the metrics.json that Detectron2 writes."""
     records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for key in sorted({k for r in records for k in r if k.startswith("loss_")}, key=lambda k: -records[0].get(k, 0)):
         axes.plot([r["iteration"] for r in records if key in r], [r[key] for r in records if key in r], lw=1, label=key)
     axes.plot([r["iteration"] for r in records], [r["total_loss"] for r in records], "k", lw=1.6, label="total_loss")
     axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

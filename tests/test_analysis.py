@@ -4,8 +4,10 @@ import sys
 from dataclasses import asdict
 
 import pytest
+from torch import nn
 
-from gng_d2.analysis import build_on_meta, norm_table
+from gng_d2 import PracticalGroupNorm, practical_num_groups, unbound_norms
+from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
 
 KEYS = [
@@ -117,3 +119,31 @@ def test_tool_says_what_is_wrong_in_a_line():
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.FPN.NORM: unknown norm 'PGGN'")
     assert "Traceback" not in done.stderr
+
+
+def test_a_line_says_how_many_norms_have_how_many_groups():
+    line = norm_summary(build_on_meta(load_config("configs/pfpn_pgn.yaml")))
+    assert line == "60 norms: 3 x 1, 4 x 32 groups; 53 x FrozenBN"
+
+
+class Reordered(nn.Module):
+    """A model of Detectron2's kind whose norms are registered before their convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = PracticalGroupNorm(16)
+        self.conv = nn.Conv2d(3, 64, 1)
+        self.neck = nn.Conv2d(64, 16, 1)
+
+    def forward(self, batch):
+        return self.bn(self.neck(self.conv(batch[0]["image"][None])))
+
+
+def test_norms_that_met_no_layer_are_bound_on_a_blank_image(caplog):
+    model = bind_remaining_norms(Reordered())
+    assert (model.bn.num_groups, model.bn.in_channels) == (practical_num_groups(64, 16), 64)
+
+
+def test_a_model_that_takes_no_image_keeps_its_open_norms_and_says_so(caplog):
+    model = bind_remaining_norms(nn.Sequential(PracticalGroupNorm(16)))
+    assert unbound_norms(model) == ["0"] and "stay unbound" in caplog.text

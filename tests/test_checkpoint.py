@@ -1,5 +1,9 @@
 import logging
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +14,22 @@ from detectron2.modeling import build_model
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
+from gng_d2.layers.record import records_of
 
 
 def model(*overrides):
     return build_model(load_config("configs/quick/pfpn_pgn.yaml", overrides))
 
 
+def messages(caplog, level=logging.WARNING):
+    return [r.message for r in caplog.records if r.name.startswith("gng_d2") and r.levelno == level]
+
+
 def warnings_of_loading(model, path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         Checkpointer(model).load(str(path))
-    return [r.message for r in caplog.records if r.name == "gng_d2.checkpoint"]
+    return messages(caplog)
 
 
 def caffe2_file(path, norm):
@@ -76,9 +85,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_checkpoint_records_its_norms_and_plain_detectron2_loads_it(trained):
-    recorded = torch.load(trained, weights_only=True)["norms"]
-    assert recorded["sem_seg_head.p2.0.norm"] == {"num_groups": 8, "weight_standardized": True}
-    assert recorded["backbone.bottom_up.stem.conv1.norm"] == {"num_groups": 32, "weight_standardized": False}
+    records = records_of(torch.load(trained, weights_only=True)["model"])
+    assert records["sem_seg_head.p2.0.norm"] == {"num_groups": 8, "in_channels": 64, "weight_standardized": True}
+    stem = records["backbone.bottom_up.stem.conv1.norm"]
+    assert (stem["num_groups"], stem["weight_standardized"]) == (32, False)
     plain = model(HEAD, "PGN+WS")
     rest = DetectionCheckpointer(plain).load(str(trained))
     assert rest["iteration"] == 7
@@ -100,16 +110,17 @@ def test_other_norms_are_an_error_when_evaluated_or_resumed(norm, here, trained)
 def test_other_norms_are_a_warning_when_fine_tuned(trained, caplog):
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         Checkpointer(model(HEAD, "GN1")).resume_or_load(str(trained), resume=False)
-    (message,) = [r.message for r in caplog.records if r.name == "gng_d2.checkpoint"]
-    assert message.startswith("7 norms start") and "sem_seg_head.p2.0.norm" in message
+    (message,) = messages(caplog)
+    assert message.startswith("7 of ") and "sem_seg_head.p2.0.norm: 8 groups and WS there, 1 group here" in message
 
 
 def test_a_checkpoint_without_the_record_is_taken_as_it_is(trained, tmp_path, caplog):
     data = torch.load(trained)
-    del data["norms"]
+    data["model"] = dict(data["model"])
     torch.save(data, tmp_path / "elsewhere.pth")
     other = model(HEAD, "GN1")
-    assert warnings_of_loading(other, tmp_path / "elsewhere.pth", caplog) == []
+    with caplog.at_level(logging.INFO, logger="gng_d2"):
+        assert warnings_of_loading(other, tmp_path / "elsewhere.pth", caplog) == []
     assert torch.equal(other.state_dict()["sem_seg_head.p2.0.weight"], data["model"]["sem_seg_head.p2.0.weight"])
 
 
@@ -134,12 +145,12 @@ def test_a_checkpoint_of_another_kind_is_named(content, tmp_path):
 
 
 def test_weights_that_cannot_be_fetched_are_named():
-    with pytest.raises(InputError, match="MODEL.WEIGHTS: catalog://nothing/x cannot be fetched"):
+    with pytest.raises(InputError, match="the weights catalog://nothing/x cannot be fetched"):
         Checkpointer(torch.nn.Linear(2, 2)).load("catalog://nothing/x")
 
 
-@pytest.mark.parametrize("name", ["text.pth", "text.pkl", "cut.pth", "other.pkl"])
-def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
+@pytest.mark.parametrize("name", ["text.pth", "text.pkl", "cut.pth", "empty.pth", "zeros.pth", "other.pkl"])
+def test_a_file_that_is_no_checkpoint_is_one_line_with_its_name(name, tmp_path):
     file = tmp_path / name
     if name == "cut.pth":
         torch.save({"model": {"a": torch.zeros(1000)}}, file)
@@ -147,8 +158,131 @@ def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
     elif name == "other.pkl":
         file.write_bytes(pickle.dumps([1, 2, 3]))
     else:
-        file.write_text("Not found")
+        file.write_bytes({"text": b"Not found", "empty": b"", "zeros": bytes(5000)}[name.partition(".")[0]])
     before = file.read_bytes()
-    with pytest.raises(InputError, match=rf"{name} cannot be read as a checkpoint"):
+    with pytest.raises(InputError, match=rf"^{file} cannot be read as") as error:
         Checkpointer(torch.nn.Linear(2, 2)).load(str(file))
+    assert len(str(error.value).splitlines()) == 1 and "weights_only" not in str(error.value)
     assert file.read_bytes() == before
+
+
+def old_checkpoint(path, trained, norms):
+    """As this package wrote its record before it was in the state_dict."""
+    data = torch.load(trained)
+    for entry in data["model"]._metadata.values():
+        entry.pop("gng_d2", None)
+    torch.save({**data, "norms": norms}, path)
+
+
+def test_the_record_of_old_checkpoints_is_still_an_error(trained, tmp_path, caplog):
+    norms = {"sem_seg_head.p2.0.norm": {"num_groups": 8, "weight_standardized": True}}
+    old_checkpoint(tmp_path / "old.pth", trained, norms)
+    with pytest.raises(InputError, match="1 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS .* 1 group and WS here"):
+        Checkpointer(model(HEAD, "GN1+WS")).load(str(tmp_path / "old.pth"))
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        Checkpointer(model(HEAD, "GN1+WS")).resume_or_load(str(tmp_path / "old.pth"), resume=False)
+    assert len(messages(caplog)) == 1 and messages(caplog)[0].startswith("1 of ")
+
+
+@pytest.mark.parametrize("norms", [[1, 2], "GN", {"sem_seg_head.p2.0.norm": 8}, {"a": {}}, {"a": {"num_groups": "8"}}])
+def test_a_damaged_record_of_an_old_checkpoint_is_one_line(norms, trained, tmp_path):
+    old_checkpoint(tmp_path / "old.pth", trained, norms)
+    with pytest.raises(InputError, match=r"old.pth: its record of the norms \('norms'\) is damaged") as error:
+        Checkpointer(model(HEAD, "PGN+WS")).load(str(tmp_path / "old.pth"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def damaged(content, kind):
+    if kind == "cut":
+        return content[: len(content) * 2 // 3]
+    if kind == "zeroed":
+        return content[:1000] + bytes(4096) + content[5096:]
+    if kind == "no end":
+        return content[:-1]
+    at = {"first": 0, "middle": len(content) // 2, "directory": -150, "length": -80, "mark": -70, "digest": -1}[kind]
+    flipped = bytearray(content)
+    flipped[at] ^= 16
+    return bytes(flipped)
+
+
+DAMAGE = ["cut", "zeroed", "no end", "first", "middle", "directory", "length", "mark", "digest"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_recognized_and_not_resumed_from(kind, tmp_path, caplog):
+    """torch.load reads six of these as if nothing were."""
+    checkpointer = Checkpointer(torch.nn.Linear(30, 100), str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    torch.nn.init.ones_(checkpointer.model.weight)
+    checkpointer.save("model_0000003", iteration=3)
+    last = tmp_path / "model_0000003.pth"
+    last.write_bytes(damaged(last.read_bytes(), kind))
+    with pytest.raises(InputError, match="model_0000003.pth .*damaged"):
+        checkpointer.read(str(last))
+    with caplog.at_level(logging.WARNING):
+        rest = Checkpointer(torch.nn.Linear(30, 100), str(tmp_path)).resume_or_load("", resume=True)
+    assert rest["iteration"] == 1
+    assert f"Resuming from {tmp_path}/model_0000001.pth" in caplog.text and str(last) in caplog.text
+
+
+def test_a_flipped_byte_in_weights_from_elsewhere_is_recognized(tmp_path):
+    """By the checksums that torch.save writes and torch.load does not compare."""
+    weight = torch.arange(1000.0)
+    torch.save({"weight": weight}, tmp_path / "theirs.pth")
+    content = bytearray((tmp_path / "theirs.pth").read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 2000] ^= 1
+    (tmp_path / "theirs.pth").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "theirs.pth")["weight"], weight)
+    with pytest.raises(InputError, match="theirs.pth is damaged"):
+        Checkpointer(torch.nn.Linear(2, 2)).load(str(tmp_path / "theirs.pth"))
+
+
+@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", b"\xff\xfe", None])
+def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp_path, caplog):
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
+    for name, iteration in (("model_final", 2), ("model_0000005", 5)):  # MAX_ITER was raised after 2
+        checkpointer.save(name, iteration=iteration)
+    last = tmp_path / "last_checkpoint"
+    last.unlink()
+    if names is not None:
+        last.write_bytes(names if isinstance(names, bytes) else names.encode())
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 5
+    assert str(last) in caplog.text
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+    if names is not None:
+        with pytest.raises(InputError, match=f"{last}.*no other checkpoint of {tmp_path} is whole"):
+            checkpointer.resume_or_load("", resume=True)
+
+
+def test_weights_beside_the_checkpoints_are_not_resumed_from(tmp_path):
+    """Only what a trainer has saved has an iteration."""
+    torch.save({"model": torch.nn.Linear(3, 1).state_dict()}, tmp_path / "model_final.pth")
+    torch.save({"model": torch.nn.Linear(3, 1).state_dict(), "iteration": 3}, tmp_path / "model_best.pth")
+    assert not Checkpointer(torch.nn.Linear(3, 1), str(tmp_path)).has_checkpoint()
+
+
+def test_a_checkpoint_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
+    checkpointer.save("model_final", iteration=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    save = torch.save
+
+    def full_disk(content, file):
+        save(content, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path}/model_final.pth: No space left"):
+        checkpointer.save("model_final", iteration=2)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_twenty_kills_inside_checkpoint_writes_change_nothing(tmp_path):
+    script = Path(__file__).with_name("kill_in_checkpoints.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith("20 kills")

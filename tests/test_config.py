@@ -2,14 +2,7 @@ import pytest
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
-from gng_d2.config import (
-    check_config,
-    check_datasets,
-    check_output_dir,
-    check_weights,
-    load_config,
-    norm_keys,
-)
+from gng_d2.config import check_config, check_weights, load_config, norm_keys, prepare_output_dir
 from gng_d2.errors import InputError
 
 NORMS = {"gn": "GN", "gn1": "GN1", "pgn": "PGN"}
@@ -65,7 +58,8 @@ def test_broken_config_file(name, tmp_path):
     file.write_bytes(content) if isinstance(content, bytes) else file.write_text(content)
     with pytest.raises(InputError, match=message) as error:
         load_config(str(file))
-    assert str(file) in str(error.value)
+    text = str(error.value)
+    assert str(file) in text and text.count("config file") == 1 and len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -74,6 +68,72 @@ def test_broken_config_file(name, tmp_path):
 def test_missing_config_file(name, message):
     with pytest.raises(InputError, match=message):
         load_config(name)
+
+
+def tags(path):
+    return f"SOLVER:\n  BASE_LR: !!python/object/apply:os.mkdir ['{path}']\n"
+
+
+@pytest.mark.parametrize("chain", ["itself", "base", "one of two bases", "behind the zoo's own"])
+def test_a_config_with_python_tags_is_refused_and_not_run(chain, tmp_path):
+    evil, file = tmp_path / "evil.yaml", tmp_path / "job.yaml"
+    evil.write_text(tags(tmp_path / "ran"))
+    (tmp_path / "good.yaml").write_text("SEED: 1")
+    zoo = model_zoo.get_config_file("Base-RetinaNet.yaml")
+    contents = {
+        "itself": tags(tmp_path / "ran"),
+        "base": "_BASE_: evil.yaml",
+        "one of two bases": "_BASE_: [good.yaml, evil.yaml]",
+        "behind the zoo's own": f"_BASE_: ['{zoo}', '{zoo}/../../../../../../../../../../../../..{evil}']",
+    }
+    file.write_text(contents[chain])
+    name = "job.yaml" if chain == "itself" else "evil.yaml"
+    with pytest.raises(InputError, match=rf"{name} has the Python tag !!python/object/apply:os.mkdir") as error:
+        load_config(str(file))
+    assert not (tmp_path / "ran").exists()
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).count("config file") == 1
+
+
+def test_the_tag_of_detectron2s_model_zoo_is_read(tmp_path):
+    sizes = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml").MODEL.ANCHOR_GENERATOR.SIZES
+    assert len(sizes) == 5 and sizes[0][0] == 32 and sizes[0][1] == pytest.approx(32 * 2 ** (1 / 3))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"_BASE_: {model_zoo.get_config_file('COCO-Detection/retinanet_R_50_FPN_1x.yaml')}\nSEED: 3")
+    assert load_config(str(mine)).MODEL.ANCHOR_GENERATOR.SIZES == sizes
+    copied = tmp_path / "copied.yaml"
+    copied.write_text(open(model_zoo.get_config_file("Base-RetinaNet.yaml")).read())
+    with pytest.raises(InputError, match="copied.yaml has the Python tag !!python/object/apply:eval"):
+        load_config(str(copied))
+
+
+def test_a_link_in_another_folder_is_no_model_zoo(tmp_path, monkeypatch):
+    """What lies beside the zoo, or is linked from it, is judged by where it is."""
+    package = tmp_path / "zoo"
+    (package / "configs").mkdir(parents=True)
+    (package / "configs_of_mine").mkdir()
+    monkeypatch.setattr("detectron2.model_zoo.__file__", str(package / "__init__.py"))
+    (package / "configs" / "ours.yaml").write_text("SEED: !!python/object/apply:int [3]")
+    assert load_config(str(package / "configs" / "ours.yaml")).SEED == 3
+    beside = package / "configs_of_mine" / "evil.yaml"
+    beside.write_text(tags(tmp_path / "ran"))
+    (package / "configs" / "link.yaml").symlink_to(beside)
+    for file in (beside, package / "configs" / "link.yaml"):
+        with pytest.raises(InputError, match="Python tag"):
+            load_config(str(file))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_trusted_config_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("GNG_D2_TRUST_FILES", "1")
+    (tmp_path / "mine.yaml").write_text("SEED: !!python/object/apply:int [3]")
+    assert load_config(str(tmp_path / "mine.yaml")).SEED == 3
+
+
+def test_a_config_that_was_loaded_is_detectron2s(tmp_path):
+    """What reads its files is not left in it: it is copied, pickled, and merged into."""
+    cfg = quick()
+    assert type(cfg) is CfgNode and "load_yaml_with_base" not in vars(cfg)
+    assert cfg.clone() == cfg
 
 
 @pytest.mark.parametrize(
@@ -102,31 +162,18 @@ def test_images_that_do_not_divide_among_processes():
         check_config(quick("SOLVER.REFERENCE_WORLD_SIZE", "8"))
 
 
-def test_datasets_that_are_not_there(shapes):
-    check_datasets(quick())
-    with pytest.raises(InputError, match=rf"DATASETS.TRAIN.*coco_2017_train.*{shapes}.*DETECTRON2_DATASETS"):
-        check_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"))
-    check_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"), eval_only=True)
-    with pytest.raises(InputError, match="DATASETS.TEST: no dataset named 'coco_2017_vall'.*'coco_2017_val'"):
-        check_datasets(quick("DATASETS.TEST", "('coco_2017_vall',)"))
-
-
-def test_panoptic_evaluation_without_panopticapi_is_refused_before_training(shapes, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="panopticapi-lite"):
-        check_datasets(quick())
-
-
 def test_missing_weights(tmp_path):
     with pytest.raises(InputError, match=r"MODEL.WEIGHTS: the file .*nothing.pth does not exist"):
         check_weights(quick("MODEL.WEIGHTS", str(tmp_path / "nothing.pth")))
+    with pytest.raises(InputError, match=r"^--weights: the file .*nothing.pth does not exist$"):
+        check_weights(quick("MODEL.WEIGHTS", str(tmp_path / "nothing.pth")), "--weights")
     check_weights(quick("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"))
 
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="OUTPUT_DIR: cannot write to .*file"):
-        check_output_dir(quick("OUTPUT_DIR", str(tmp_path / "file")))
+        prepare_output_dir(quick("OUTPUT_DIR", str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import re
 import runpy
 import shutil
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +212,40 @@ def test_file_is_what_detectron2_loads(folder, resnet18):
     assert sorted(os.listdir(folder)) == ["in.pth", "out.pkl"]
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.encoder_q.", "model.", "_orig_mod.", "ema_model.module.", "model.backbone.", "net.0."]
+)
+def test_a_prefix_is_named_and_stripped_as_it_says(prefix, resnet18):
+    """Of MoCo, Lightning, torch.compile, EMA."""
+    weights = {f"{prefix}{name}": value for name, value in resnet18.items()}
+    weights["queue"] = torch.ones(1)
+    with pytest.raises(InputError, match=re.escape(f"the names of its ResNet begin with {prefix!r}. Strip")) as error:
+        convert_resnet({"state_dict": weights})
+    saved = []
+    code = re.search(r"torch\.save\(.*\)$", str(error.value)).group()
+    exec(code, {"torch": SimpleNamespace(save=lambda made, out: saved.append(made)), "weights": weights, "OUT": None})
+    assert convert_resnet(saved[0]).depth == 18
+
+
+def test_of_two_prefixes_both_are_named(resnet18):
+    weights = {f"encoder_{which}.{name}": value for which in "qk" for name, value in resnet18.items()}
+    with pytest.raises(InputError, match="'encoder_q.' or 'encoder_k.'"):
+        convert_resnet(weights)
+
+
+def test_weights_under_another_key_are_found(resnet18):
+    with pytest.raises(InputError, match=r"under 'state_dict_ema'.*checkpoint\['state_dict_ema'\]"):
+        convert_resnet({"state_dict_ema": resnet18, "epoch": 3})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(value, resnet18):
+    broken = resnet18["layer1.0.conv1.weight"].double()
+    broken[0, 0, 0, 0] = value
+    with pytest.raises(InputError, match=r"NaN or infinite weights, in layer1\.0\.conv1\.weight$"):
+        convert_resnet({**resnet18, "layer1.0.conv1.weight": broken})
+
+
 def without(state, *names):
     return {name: value for name, value in state.items() if name not in names}
 
@@ -285,7 +321,7 @@ def test_truncated(folder, resnet18, zipped, kept):
     path = folder / "in.pth"
     torch.save(resnet18, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: min(kept, path.stat().st_size - 1)])
-    with pytest.raises(InputError, match=r"in\.pth cannot be read as weights .* Is the download whole"):
+    with pytest.raises(InputError, match=r"in\.pth (cannot be read as weights|is damaged)"):
         convert_file(str(path), str(folder / "out.pkl"))
     assert os.listdir(folder) == ["in.pth"]
 
@@ -348,6 +384,8 @@ def test_tool(folder, monkeypatch, capsys):
         "(20 in all)",
         "bn1.num_batches_tracked",
         "MODEL.RESNETS.RES2_OUT_CHANNELS 64",
+        "MODEL.RESNETS.STRIDE_IN_1X1 False",
+        "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
         "They do not fit GN",
     ):
         assert text in said

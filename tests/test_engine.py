@@ -1,13 +1,15 @@
 """Training jobs on the embedded data: a process, two processes, resuming, evaluating."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -172,9 +174,11 @@ def test_two_processes_train_and_evaluate(shapes, tmp_path):
         (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--config-file", CONFIG, "MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS: the file nothing.pth"),
         (["--config-file", CONFIG, "MODEL.FPN.NORM", "PNG"], "MODEL.FPN.NORM: unknown norm 'PNG'"),
+        (["--config-file", CONFIG, "MODEL.ROI_HEADS.NUM_CLASSES", "4"], "MODEL.ROI_HEADS.NUM_CLASSES is 4, but"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", CONFIG], f"MODEL.WEIGHTS: {CONFIG} cannot be read as weights"),
     ],
 )
-def test_bad_input_is_one_line(args, message, tmp_path):
+def test_bad_input_is_one_line(args, message, shapes, tmp_path):
     done = train_net(*args, *(["OUTPUT_DIR", str(tmp_path)] if len(args) == 4 else []), check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
@@ -242,6 +246,125 @@ def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_broken_image_is_one_line_from_a_data_process_too(shapes, tmp_path):
+    module = tmp_path / "one_broken_image.py"
+    module.write_text(ONE_BROKEN_IMAGE)
+    (tmp_path / "broken.jpg").write_text("Not found")
+    opts = ["OUTPUT_DIR", str(tmp_path / "out"), *SMALL, "DATASETS.TRAIN", "('broken',)", "DATALOADER.NUM_WORKERS", "1"]
+    done = train_net("--config-file", CONFIG, "--import", str(module), "--num-gpus", "1", *opts, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f"error: the image {tmp_path}/broken.jpg cannot be read")
+
+
+ONE_BROKEN_IMAGE = """
+import os
+from detectron2.data import DatasetCatalog, MetadataCatalog
+records = DatasetCatalog.get("gng_shapes_val_separated")[:1]
+records[0]["file_name"] = os.path.join(os.path.dirname(__file__), "broken.jpg")
+DatasetCatalog.register("broken", lambda: records)
+MetadataCatalog.get("broken").set(**{
+    field: MetadataCatalog.get("gng_shapes_val_separated").get(field) for field in ("thing_classes", "stuff_classes")
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The job of kill_in_checkpoints.py: 12 steps, a checkpoint after each second one."""
+    path = Path(__file__).with_name("kill_in_checkpoints.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.register_dataset(tmp_path_factory.mktemp("images"))
+    yield module
+    DatasetCatalog.remove("tiny")
+    MetadataCatalog.remove("tiny")
+
+
+def run(cfg, resume=False):
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def iteration(path):
+    return torch.load(path, weights_only=True)["iteration"]
+
+
+@pytest.mark.parametrize("final", ["whole", "missing", "of an earlier MAX_ITER", "half-written", "not named"])
+def test_a_run_with_no_step_left_has_its_final_checkpoint(final, tiny, tmp_path):
+    cfg = tiny.config(tmp_path)
+    if final == "of an earlier MAX_ITER":
+        cfg.SOLVER.MAX_ITER = 6
+        run(cfg)
+        cfg.SOLVER.MAX_ITER = 12
+        earlier = (tmp_path / "model_final.pth").read_bytes()
+    run(cfg, resume=True)
+    path, last = tmp_path / "model_final.pth", tmp_path / "last_checkpoint"
+    content, named = path.read_bytes(), last.read_text()
+    assert iteration(path) == 11 and named == "model_final.pth"
+    if final != "whole":
+        last.write_text("model_0000011.pth")
+    if final == "missing":
+        path.unlink()
+    elif final == "half-written":
+        path.write_bytes(content[: len(content) // 2])
+    elif final == "of an earlier MAX_ITER":
+        path.write_bytes(earlier)
+    run(cfg, resume=True)
+    assert iteration(path) == 11 and last.read_text() == "model_final.pth"
+    assert Trainer(cfg).checkpointer.read(str(path))["model"].keys()
+
+
+def test_a_higher_max_iter_does_not_put_the_only_checkpoint_at_risk(tiny, tmp_path):
+    """Killed in the write of the new one, the old one is still whole."""
+    cfg = tiny.config(tmp_path)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 3, 1000
+    run(cfg)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    child = os.fork()
+    if not child:
+        tiny.kill_in(0, 0.5)
+        cfg.SOLVER.MAX_ITER = 4
+        run(cfg, resume=True)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def test_a_resume_builds_the_dataset_once(tiny, tmp_path, monkeypatch):
+    cfg = tiny.config(tmp_path)
+    cfg.SOLVER.MAX_ITER = 2
+    run(cfg)
+    cfg.SOLVER.MAX_ITER = 4
+    loaded, get = [], DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
+    assert run(cfg, resume=True).start_iter == 2
+    assert loaded == ["tiny"]
+
+
+def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch):
+    """As in Detectron2's train_net.py: it takes many times as long as an evaluation."""
+    evaluated = []
+
+    def test(cls, cfg, model, evaluators=None):
+        evaluated.append(type(model).__name__)
+        return {"bbox": {"AP": float(len(evaluated))}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    tiny_rcnn = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"]
+    opts = [*tiny_rcnn, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "3"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "1000", "TEST.EVAL_PERIOD", "1", "TEST.AUG.ENABLED", "True"]
+    trainer = Trainer(load_config("configs/quick/faster_rcnn_gn_ws.yaml", opts))
+    assert trainer.train() == {"bbox": {"AP": 3.0}, "bbox_TTA": {"AP": 4.0}}
+    assert evaluated == ["GeneralizedRCNN"] * 3 + ["GeneralizedRCNNWithTTA"]
+    with open(tmp_path / "metrics.json") as file:
+        metrics = [json.loads(line) for line in file]
+    assert metrics[-1]["bbox_TTA/AP"] == 4.0 and "bbox_TTA/AP" not in metrics[0]
 
 
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):

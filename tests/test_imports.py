@@ -135,7 +135,7 @@ def test_the_processes_of_a_comparisons_runs_have_it_too(shapes, user, tmp_path,
     comparison = Comparison(CONFIG, ["PGN"], [0], output, overrides=overrides, imports=[path], num_gpus=2)
     try:
         (run,) = train_all(comparison)
-        assert run.state()["status"] == "finished", run.state()
+        assert comparison.state(run).status == "finished", comparison.state(run)
         assert load_config(run.path("config.yaml")).DATASETS.TRAIN == ("gng_users_images",)
     finally:
         DatasetCatalog.remove("gng_users_images")

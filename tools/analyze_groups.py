@@ -6,56 +6,63 @@
         MODEL.RESNETS.NORM PGN MODEL.FPN.NORM PGN
 """
 
-import argparse
-import json
-import sys
-from dataclasses import asdict
-
-from tabulate import tabulate
-
-import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.config import check_config, load_config
-from gng_d2.errors import InputError
-from gng_d2.imports import add_import_argument, import_modules
-from gng_d2.visualize import plot_groups
+from command_line import add_import, add_outputs, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
     )
-    parser.add_argument("--json", metavar="OUT", help="write the table as a list of objects")
-    parser.add_argument(
-        "--plot", metavar="OUT.png", help="draw group counts along the depth, and K for GN, GN1 and PGN"
+    add_outputs(
+        parser,
+        json="write the table as a list of objects",
+        plot="draw group counts along the depth, and K for GN, GN1 and PGN",
     )
-    add_import_argument(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
+    add_import(parser)
+    add_trust(parser)
+    add_overrides(parser)
     return parser.parse_args()
 
 
-def main(args):
+def main():
+    args = parse_args()
+    from dataclasses import asdict
+
+    from detectron2.modeling import build_model
+    from tabulate import tabulate
+
+    from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
+    from gng_d2.config import check_config, load_config
+    from gng_d2.errors import InputError
+    from gng_d2.files import prepare_outputs, write_json
+    from gng_d2.imports import import_modules
+    from gng_d2.layers import unbound_norms
+    from gng_d2.norm_keys import check_norm_keys
+    from gng_d2.visualize import plot_groups
+
     import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg)
-    rows = [asdict(row) for row in norm_table(build_on_meta(cfg))]
+    prepare_outputs(args.json, args.plot)
+    model = build_on_meta(cfg)
+    check_norm_keys(cfg, model)
+    if unbound_norms(model):  # which layers they follow shows when the model runs, and that takes weights
+        model = bind_remaining_norms(build_model(cfg))
+    unbound = unbound_norms(model)
+    rows = [asdict(row) for row in norm_table(model)]
     if not rows:
         raise InputError(f"config file {args.config_file}: its model has no norms")
     headers = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
     print(tabulate([{headers.get(k, k): v for k, v in row.items()} for row in rows], headers="keys", missingval="-"))
-    unbound = [row["name"] for row in rows if row["norm"].startswith("PGN") and row["num_groups"] is None]
+    print("\n" + norm_summary(model))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        write_json(args.json, rows)
     if args.plot:
         plot_groups(rows, args.plot)
     if unbound:
-        raise InputError(f"{', '.join(unbound)}: PGN that met no weight layer, so its groups are not known")
+        raise InputError(f"{', '.join(unbound)}: met no weight layer, so the groups are not known")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

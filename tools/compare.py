@@ -14,23 +14,11 @@ has (in percent) mean and standard deviation over the seeds, and the paired diff
 95 % intervals.
 """
 
-import argparse
-import sys
-from collections import Counter
-
-from tabulate import tabulate
-from tqdm import tqdm
-
-import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.errors import InputError
-from gng_d2.imports import add_import_argument
-from study.comparison import Comparison, time_iteration, train_all
-from study.report import write_report
+from command_line import add_import, add_overrides, add_recompute_norms, add_trust, run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a path or a name in the model zoo")
     parser.add_argument("--norms", required=True, nargs="+", metavar="NORM", help="the first is the baseline")
     parser.add_argument("--seeds", required=True, nargs="+", type=int, metavar="SEED", help="0 or more each")
@@ -43,41 +31,19 @@ def parse_args():
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
     parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
-    add_import_argument(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config in all runs")
+    add_import(parser)
+    add_trust(parser)
+    add_recompute_norms(parser)
+    add_overrides(parser)
     return parser.parse_args()
 
 
-def print_plan(comparison):
-    solver, runs = comparison.cfg.SOLVER, comparison.runs
-    processes = f"{comparison.world_size} process{'es' * (comparison.world_size > 1)}"
-    print(
-        f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
-        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {processes}"
-    )
-    lines, hours = [], 0.0
-    for norm in tqdm(comparison.norms, desc="timing a few iterations", unit="norm"):
-        left = sum(solver.MAX_ITER - run.iterations_done(solver.MAX_ITER) for run in runs if run.norm == norm)
-        line = {"norm": norm, "iterations left": left}
-        try:
-            line["layers x groups"] = describe_norms(comparison.norm_cfg(norm))
-            seconds = time_iteration(comparison, norm)
-            line["s/iteration"] = f"{seconds:.3f}"
-            hours += seconds * left / 3600
-        except InputError as error:
-            line["s/iteration"] = f"fails: {error}"
-        lines.append(line)
-    print(tabulate(lines, headers="keys", disable_numparse=True))
-    print(f"{hours:.2g} hours of training on {comparison.machine()}, evaluation not counted")
+def main():
+    args = parse_args()
+    from gng_d2.errors import InputError
+    from study.comparison import Comparison, train_all
+    from study.report import plan, write_report
 
-
-def describe_norms(cfg):
-    """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
-    counts = Counter(row["num_groups"] or row["norm"] for row in norm_table(build_on_meta(cfg)))
-    return ", ".join(f"{count} x {groups}" for groups, count in counts.items())
-
-
-def main(args):
     comparison = Comparison(
         args.config_file,
         args.norms,
@@ -86,6 +52,7 @@ def main(args):
         args.norm_keys,
         args.opts,
         imports=args.imports,
+        recompute_norms=args.recompute_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -95,7 +62,7 @@ def main(args):
     if args.plan and args.num_machines > 1:
         raise InputError("--plan times the iterations of one machine: leave --num-machines away")
     if args.plan:
-        print_plan(comparison)
+        print(plan(comparison))
         return
     comparison.claim_output()
     for _ in train_all(comparison):
@@ -103,15 +70,10 @@ def main(args):
             write_report(comparison)
     if args.machine_rank == 0:
         print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json and pictures")
-    failed = [run for run in comparison.runs if run.state()["status"] == "failed"]
+    failed = [run for run in comparison.runs if comparison.state(run).status == "failed"]
     if failed:
         raise InputError(f"{len(failed)} of {len(comparison.runs)} runs failed. The same command tries them once more")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    run_tool(main, if_stopped="the same command goes on where it was")

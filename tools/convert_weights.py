@@ -12,31 +12,31 @@ et al. expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675,116.28,103.53], MODEL.
 [58.395,57.12,57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False.
 """
 
-import argparse
-import sys
-
-from gng_d2.convert import DEPTHS, abbreviated, convert_file
-from gng_d2.errors import InputError
+from command_line import run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from gng_d2.convert import DEPTHS
+
+    parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet under torchvision's names")
     parser.add_argument("output", metavar="OUT.pkl", help="where Detectron2's goes; replaced if it is there")
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
     return parser.parse_args()
 
 
-def main(args):
+def main():
+    args = parse_args()
+    from gng_d2.convert import abbreviated, config_keys, convert_file
+
     done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}
     print(f"{args.output}: ResNet-{done.depth} with {norms[done.norm]}, {len(done.weights)} tensors")
     for reason, names in done.dropped.items():
         print(f"dropped, {reason}: {abbreviated(names)}")
-    needs = {"DEPTH": done.depth, "NUM_GROUPS": done.num_groups, "WIDTH_PER_GROUP": done.width_per_group}
-    if done.depth < 50:
-        needs["RES2_OUT_CHANNELS"] = 64
-    print("It needs " + " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in needs.items()))
+    resnet, images = config_keys(done)
+    print(f"It needs {resnet}")
+    print(f"and, unless it was trained otherwise (Caffe's weights were: Detectron2's defaults), {images}")
     if done.norm == "BN":
         print(
             "note: these are BatchNorm weights, for NORM BN, SyncBN or FrozenBN. They do not fit GN or PGN: a "
@@ -47,7 +47,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -5,24 +5,30 @@ Draws the embedded dataset, evaluates the untrained model, trains it, evaluates 
 predictions beside the ground truth, its loss curve and its groups.
 """
 
-import argparse
-import json
 import os
-import sys
 import time
 
-from detectron2.engine import default_setup
-
-import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.analysis import norm_table
-from gng_d2.engine import Trainer, setup_job
-from gng_d2.errors import InputError
-from gng_d2.visualize import draw_validation, plot_groups, plot_losses
+from command_line import add_overrides, run_tool, tool_parser
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "quick", "pfpn_pgn.yaml")
 
 
-def main(args):
+def parse_args():
+    parser = tool_parser(__doc__)
+    parser.add_argument("--config-file", default=CONFIG, metavar="FILE", help="a panoptic config; default: quick PGN")
+    add_overrides(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    from detectron2.engine import default_setup
+
+    from gng_d2.analysis import norm_table
+    from gng_d2.engine import Trainer, setup_job
+    from gng_d2.files import write_json
+    from gng_d2.visualize import draw_validation, plot_groups, plot_losses
+
     cfg = setup_job(args.config_file, args.opts)
     default_setup(cfg, args)
     trainer = Trainer(cfg)
@@ -31,8 +37,7 @@ def main(args):
     start = time.perf_counter()
     after = trainer.train()["panoptic_seg"]
     results = {"before": before, "after": after, "seconds_of_training_and_evaluation": time.perf_counter() - start}
-    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as file:
-        json.dump(results, file, indent=1, default=float)
+    write_json(os.path.join(cfg.OUTPUT_DIR, "results.json"), results)
 
     pictures = {name: os.path.join(cfg.OUTPUT_DIR, f"{name}.png") for name in ("predictions", "losses", "groups")}
     draw_validation(cfg, trainer.model, pictures["predictions"])
@@ -46,10 +51,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=CONFIG, metavar="FILE", help="a panoptic config; default: quick PGN")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs that override the config")
-    try:
-        main(parser.parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -5,7 +5,6 @@ Used by the Makefile. Needs nothing but Python's standard library. To use gng_d2
 that has Detectron2 already, `pip install -e .` is all.
 """
 
-import argparse
 import hashlib
 import os
 import subprocess
@@ -13,6 +12,8 @@ import sys
 import tempfile
 import venv
 import zipfile
+
+from command_line import run_tool, tool_parser
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST, NEWEST = (3, 10), (3, 13)
@@ -97,7 +98,7 @@ def install_detectron2(python):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folder", nargs="?", default=os.path.join(ROOT, ".venv"), help="default: .venv")
     folder = os.path.abspath(parser.parse_args().folder)
 
@@ -138,4 +139,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, if_stopped="the same command goes on")

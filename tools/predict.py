@@ -1,84 +1,143 @@
 #!/usr/bin/env python3
-"""Predict on images and write the pictures.
+"""Predict on image files: pictures, and results in COCO's formats.
 
-    tools/predict.py --config-file configs/quick/pfpn_pgn.yaml \\
-        --weights output/quick_pfpn_pgn/model_final.pth --input photo.jpg other.png --output predictions
+    tools/predict.py --config-file configs/quick/pfpn_pgn.yaml --weights output/quick_pfpn_pgn/model_final.pth \\
+        --input photo.jpg folder 'more/**/*.png' --output predictions --json predictions/results.json
+
+--json OUT.json writes
+    OUT.json                          instances (boxes, scores, classes, masks) as COCO results, for pycocotools'
+                                      COCO("OUT_images.json").loadRes("OUT.json"); of a semantic model a mask a class
+    OUT_images.json                   the images with their sizes and ids, and the categories. An image of the dataset
+                                      DATASETS.TEST has its id there, others are numbered
+    OUT_panoptic.json, OUT_panoptic/  of a panoptic model: what panopticapi reads
+
+A file that cannot be read as an image is named and skipped; the exit status is then 1. Images are turned as their
+EXIF orientation says, as in Detectron2, and pictures and results are in that frame.
+For videos and webcams: demo/demo.py of Detectron2, with `import gng_d2` in it.
 """
 
-import argparse
 import os
 import sys
 
-import torch
-from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
-from detectron2.modeling import build_model
-from PIL import Image
-from tqdm import tqdm
-
-import gng_d2
-from gng_d2.checkpoint import Checkpointer
-from gng_d2.config import check_config, check_output_dir, check_weights, load_config
-from gng_d2.errors import InputError
-from gng_d2.imports import add_import_argument, import_modules
-from gng_d2.visualize import draw_output
+from command_line import add_import, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
-    parser.add_argument("--input", required=True, nargs="+", metavar="IMG", help="images")
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="IMG|FOLDER|GLOB",
+        help="images; a folder: the files in it; 'FOLDER/**/*': in its subfolders too. Another option must follow",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
-    add_import_argument(parser)
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
+    parser.add_argument("--json", metavar="OUT.json", help="write the results in COCO's formats")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="leave out instances with a lower score. Default: the config's for --json, and 0.5 for pictures",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (of one size) run together")
+    add_import(parser)
+    add_trust(parser)
+    add_overrides(parser)
     return parser.parse_args()
 
 
-def predict(cfg, model, path):
-    """The model's output for one image file, and that image, (H, W, 3) uint8 RGB."""
-    image = read_image(path, cfg.INPUT.FORMAT)
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    resized = resize.get_transform(image).apply_image(image)
-    tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1).copy())
-    with torch.no_grad():
-        output = model([{"image": tensor, "height": image.shape[0], "width": image.shape[1]}])[0]
-    return output, read_image(path, "RGB")
+def overrides_of(args):
+    thresholds = []
+    if args.threshold is not None:
+        keys = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST")
+        keys += ("PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",)
+        thresholds = [word for key in keys for word in (f"MODEL.{key}", str(args.threshold))]
+    return ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *thresholds, *args.opts]
 
 
-def main(args):
+def main():
+    args = parse_args()
+    from gng_d2.coco_results import CocoResults, class_metadata, image_ids
+    from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
+    from gng_d2.data.checks import check_classes
+    from gng_d2.errors import InputError
+    from gng_d2.files import prepare_outputs
+    from gng_d2.imports import import_modules
+    from gng_d2.predictions import find_images, load_model, output_names
+
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: at least 1")
     import_modules(args.imports)
-    cfg = load_config(args.config_file, ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *args.opts])
+    cfg = load_config(args.config_file, overrides_of(args))
     check_config(cfg)
-    check_weights(cfg)
-    missing = [path for path in args.input if not os.path.isfile(path)]
-    if missing:
-        raise InputError(f"--input: {', '.join(missing)} not found")
-    names = [os.path.splitext(os.path.basename(path))[0] + ".png" for path in args.input]
-    if len(set(names)) < len(names):
-        raise InputError("--input: two images have the same name, their pictures would overwrite each other")
-    inputs = {os.path.realpath(path) for path in args.input}
-    if inputs & {os.path.realpath(os.path.join(args.output, name)) for name in names}:
-        raise InputError("--output: a picture would overwrite an image of --input. Name another folder")
-    check_output_dir(cfg)
-    model = build_model(cfg).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    gng_d2.fold_weight_standardization(model)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if len(cfg.DATASETS.TEST) else "__unused")
-    for path, name in zip(tqdm(args.input, unit="image"), names):
-        try:
-            output, image = predict(cfg, model, path)
-        except OSError as error:
-            raise InputError(f"--input: {path} cannot be read as an image: {error}") from error
-        picture = draw_output(image, output, metadata)
-        Image.fromarray(picture).save(os.path.join(args.output, name))
+    check_weights(cfg, "--weights")
+    paths, without = find_images(args.input)
+    keys = [given for given in without if given.split(".")[0] in cfg]
+    if keys:
+        raise InputError(f"{keys[0]} was taken as an --input: another option must stand between --input and KEY VALUE")
+    if not paths:
+        raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
+    names = output_names(paths)
+    metadata, records = class_metadata(cfg, with_records=args.json is not None)
+    check_classes(cfg, eval_only=True)
+    results = CocoResults(args.json, metadata) if args.json else None
+    check_inputs_stay(args.output, results, names)
+    prepare_output_dir(cfg)
+    prepare_outputs(args.json)
+    model = load_model(cfg)
+
+    for given, reason in without.items():
+        print(f"skipped: --input {given}: {reason}", file=sys.stderr)
+    try:
+        skipped = write_predictions(
+            args, cfg, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
+        )
+    finally:  # whatever ends it
+        if results:
+            print("results:", *results.write(), sep="\n  ")
+    if skipped or without:
+        raise InputError(f"{skipped + len(without)} of --input were skipped, named above; the others are predicted")
+
+
+def check_inputs_stay(output, results, names):
+    from gng_d2.errors import InputError
+
+    folders = [output, *([results.folder] if results else [])]
+    written = {os.path.realpath(os.path.join(folder, picture)) for folder in folders for _, picture in names.values()}
+    ours = [path for path in names if os.path.realpath(path) in written]
+    if ours:
+        raise InputError(f"--output: a picture would overwrite an image of --input, {ours[0]}. Name another folder")
+
+
+def write_predictions(args, cfg, model, metadata, names, ids, results):
+    """Write a picture for each image, and collect ``results`` if they are asked for. Returns how many were skipped."""
+    from tqdm import tqdm
+
+    from gng_d2.predictions import predict, save_png
+    from gng_d2.visualize import draw_output
+
+    skipped = 0
+    predictions = predict(cfg, model, list(names), args.batch_size)
+    for path, image, output, error in tqdm(predictions, total=len(names), unit="image"):
+        if error is not None:
+            tqdm.write(f"skipped: --input {path}: {error}", file=sys.stderr)
+            skipped += 1
+            continue
+        if args.threshold is not None and "instances" in output:
+            output["instances"] = output["instances"][output["instances"].scores >= args.threshold]
+        if results:
+            results.add(ids[path], *names[path], output)
+        threshold = 0.5 if args.threshold is None else args.threshold
+        picture = draw_output(image, output, metadata, threshold=threshold)
+        save_png(picture, os.path.join(args.output, names[path][1]))
+    return skipped
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, if_stopped="what was predicted is written")

@@ -9,17 +9,11 @@ panoptic_train2017 and annotations/panoptic_train2017.json to panoptic_stuff_tra
 Started again, it goes on where it was.
 """
 
-import argparse
-import sys
-
-from gng_d2.data.coco_format import split_files
-from gng_d2.data.embedded import datasets_root
-from gng_d2.data.semantic import make_semantic_maps
-from gng_d2.errors import InputError
+from command_line import run_tool, tool_parser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--json", metavar="FILE", help="panoptic JSON of another dataset, in COCO's format")
     parser.add_argument("--panoptic-root", metavar="DIR", help="folder of its panoptic PNGs")
     parser.add_argument("--output", metavar="DIR", help="folder for its semantic maps, for sem_seg_root in Detectron2")
@@ -29,7 +23,12 @@ def parse_args():
     return args
 
 
-def main(args):
+def main():
+    args = parse_args()
+    from gng_d2.data.coco_format import split_files
+    from gng_d2.data.embedded import datasets_root
+    from gng_d2.data.semantic import make_semantic_maps
+
     if args.json:
         datasets = [(args.json, args.panoptic_root, args.output)]
     else:
@@ -40,9 +39,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    run_tool(main, if_stopped="the same command goes on where it was")

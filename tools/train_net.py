@@ -9,20 +9,22 @@
 counts CPU processes. Datasets are looked for in $DETECTRON2_DATASETS (default: ./datasets).
 """
 
-import sys
+from command_line import add_import, add_recompute_norms, add_trust, check_overrides, run_tool
 
-from detectron2.engine import default_argument_parser
 
-import gng_d2  # noqa: F401  makes its norm names known
-from gng_d2.engine import run_job
-from gng_d2.errors import InputError
-from gng_d2.imports import add_import_argument
+def main():
+    from detectron2.engine import default_argument_parser
+
+    from gng_d2.engine import run_job
+
+    parser = default_argument_parser(epilog=__doc__)
+    add_import(parser)
+    add_trust(parser)
+    add_recompute_norms(parser)
+    args = parser.parse_args()
+    check_overrides(args.opts)
+    run_job(args)
+
 
 if __name__ == "__main__":
-    parser = default_argument_parser(epilog=__doc__)
-    add_import_argument(parser)
-    args = parser.parse_args()
-    try:
-        run_job(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main, if_stopped="with --resume the same command goes on from the last checkpoint")

@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, Hashable, Iterator, List, Tuple
 
 import numpy as np
@@ -25,7 +25,10 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader"]
+from .checks import check_records, naming_datasets
+from .images import NamingMapper
+
+__all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
 
 Place = Tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
@@ -109,8 +112,11 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     """
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
-    parts = _train_loader_from_config(cfg)
+    with naming_datasets(cfg.DATASETS.TRAIN):
+        parts = _train_loader_from_config(cfg)
+    check_records(cfg, parts["dataset"], parts["mapper"])
     _take_rle_masks(parts["dataset"], parts["mapper"])
+    parts["mapper"] = NamingMapper(parts["mapper"])
     if cfg.SEED < 0:
         return build_detection_train_loader(**parts)
 
@@ -124,9 +130,11 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
 
     loader = DataLoader(
         dataset,
-        sampler=PlaceSampler(parts["sampler"], lambda s: after_batches(s, shape, batch_size, start_iter)),
+        sampler=PlaceSampler(
+            parts["sampler"], partial(after_batches, shape=shape, batch_size=batch_size, num_batches=start_iter)
+        ),
         batch_size=None if grouped else batch_size,
-        collate_fn=_as_it_is if grouped else trivial_batch_collator,
+        collate_fn=_identity if grouped else trivial_batch_collator,
         num_workers=parts["num_workers"],
         # its own: the global one belongs to the training step
         generator=torch.Generator().manual_seed(cfg.SEED),
@@ -134,12 +142,25 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     return AspectRatioGroupedDataset(loader, batch_size) if grouped else loader
 
 
+def start_at(loader, iteration: int) -> None:
+    """Let a loader of :func:`build_train_loader`, where SEED is set, begin at ``iteration`` when it is next iterated.
+
+    So a run that resumes need not load its dataset a second time.
+    """
+    sampler = (loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader).sampler
+    sampler.start = partial(sampler.start, num_batches=iteration)
+
+
 def _is_wide(record):
     """As Detectron2 groups images. Its semantic datasets do not say their sizes."""
     if "width" in record:
         return record["width"] > record["height"]
-    height, width = read_image(record["file_name"]).shape[:2]
+    height, width = NamingMapper(_read_image)(record).shape[:2]
     return width > height
+
+
+def _read_image(record):
+    return read_image(record["file_name"])
 
 
 def _take_rle_masks(records, mapper):
@@ -151,5 +172,5 @@ def _take_rle_masks(records, mapper):
             mapper.instance_mask_format = "bitmask"
 
 
-def _as_it_is(sample):
+def _identity(sample):
     return sample

@@ -9,6 +9,7 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import check_outputs
+from ..files import prepare_outputs
 
 __all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
 
@@ -56,7 +57,7 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
         InputError: what is missing, unknown or not readable, with its file.
     """
     tasks = _tasks(panoptic_json, panoptic_root, sem_seg_root)
-    check_outputs(os.path.join(sem_seg_root, "map.png"))
+    prepare_outputs(os.path.join(sem_seg_root, "map.png"))
     tasks = [task for task in tasks if not _is_whole(task[2])]
     if not tasks:
         return 0
@@ -116,6 +117,8 @@ def _write_map(task):
         Image.fromarray(semantic).save(partial, format="PNG")
         os.replace(partial, target)
     except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
         raise InputError(f"cannot write {target}: {error.strerror}") from error
 
 

@@ -24,11 +24,13 @@ from .ws_conv import WSConv2d, standardize, unstandardize
 __all__ = [
     "bind",
     "bind_norms",
+    "bind_to_producers",
     "describe",
     "install_binding_hook",
     "layer_shape",
     "named_norms",
     "num_channels",
+    "runnable",
     "unbound_norms",
     "weight_layer",
 ]
@@ -41,8 +43,10 @@ def num_channels(module: nn.Module) -> Optional[int]:
     """Channels of a normalization layer (PyTorch's and Detectron2's); None for any other module."""
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
-    if isinstance(module, _NormBase) or type(module).__name__ == "FrozenBatchNorm2d":
-        return getattr(module, "num_features", None)
+    if isinstance(module, _NormBase):
+        return module.num_features
+    if type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d"):  # not every one has num_features
+        return module.weight.numel() if isinstance(getattr(module, "weight", None), Tensor) else None
     if type(module).__name__ == "LayerNorm":
         return getattr(module, "normalized_shape", (None,))[-1]
     return None
@@ -157,16 +161,18 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
     the optimizer, EMA or DDP is made. A norm that no single weight layer feeds (after a sum, a concatenation, a
-    pooling, an activation) takes its own width as its input channels, so that PGN has one group there; its weight
-    layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms whose ``in_channels`` were
-    given keep them, and norms that the run does not reach stay as they are (:func:`unbound_norms`).
+    pooling, an activation, on the model's input) takes its own width as its input channels, so that PGN has one group
+    there; its weight layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms
+    whose ``in_channels`` were given keep them, and norms that the run does not reach stay as they are
+    (:func:`unbound_norms`).
 
     The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
     modes and the random number generators are afterwards what they were.
 
     Args:
         example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument.
+            anything else (a tensor, Detectron2's list of dicts): its only argument. A loader's (images, labels) will
+            do, where the model takes the images alone.
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers with different input channels, or a
@@ -179,12 +185,12 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
     norms = [norm for norm in names if not _given(norm)]
-    with _runnable(norms):
+    with runnable(norms):
         found = find_producers(model, norms, example_inputs)
     layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}
     _give_back_weights(model, layers)
     for norm, producers in layers.items():
-        _bind_to_producers(norm, producers)
+        bind_to_producers(norm, producers)
     without = [names[norm] for norm, producers in layers.items() if not producers]
     unbound = unbound_norms(model)
     logging.getLogger(__name__).info(
@@ -205,7 +211,7 @@ def unbound_norms(model: nn.Module) -> List[str]:
 
 
 @contextmanager
-def _runnable(norms):
+def runnable(norms):
     """Norms that are not bound have a group while within."""
     unbound = {norm: norm.num_groups for norm in norms if not norm.is_bound()}
     for norm in unbound:
@@ -230,7 +236,7 @@ def _layers(norm, name, producers) -> List[Producer]:
     return [] if others else layers
 
 
-def _bind_to_producers(norm, producers):
+def bind_to_producers(norm, producers):
     if not producers:
         norm.bind(norm.num_channels, NO_LAYER)
     for made in producers:

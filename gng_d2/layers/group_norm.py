@@ -18,6 +18,7 @@ from gng_d2.ops.backends import is_transformed
 from .fx_leaf import call_as_leaf
 from .look import MEND, look
 from .module_path import module_path
+from .record import take_record, write_record
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
 
@@ -163,6 +164,14 @@ class GroupNorm(nn.GroupNorm):
         else:
             wrong = f"it takes inputs (N, {self.num_channels}, *), not {tuple(shape)}"
         return InputError(f"{module_path(self)}: {wrong} in {self}")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_record(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        take_record(self, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         source = f", from {self.weight_layer}" if self.weight_layer else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gng_d2.errors import InputError
 
@@ -35,29 +35,42 @@ def find_producers(
 
     Args:
         example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument. Tensors in it are moved to the
-            model's device.
+            anything else (a tensor, Detectron2's list of dicts): its only argument. Where it cannot be called so, and
+            the first thing in a tuple or list is a tensor, that is the only argument: a loader's (images, labels).
+            Tensors are moved to the model's device.
 
     Raises:
         InputError: the model cannot be run with them.
     """
     model = getattr(model, "_orig_mod", model)  # not what torch.compile made of it
     device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
-    inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
-    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else {}
-    watch = _Watch(model, set(norms))
-    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), watch:
-        try:
-            model.eval()(*args, **kwargs)
-        except InputError:
-            raise
-        except Exception as error:  # of any kind: it is the user's code
-            raise InputError(
-                f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer "
-                f"makes the input of each norm: {type(error).__name__}: {error}"
-            ) from error
-    return watch.found
+    with torch.inference_mode(False):
+        inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
+    failed = None
+    for args, kwargs in _calls(inputs):
+        with _unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:
+            watch.take_inputs(inputs)
+            try:
+                model.eval()(*args, **kwargs)
+                return watch.found
+            except InputError:
+                raise
+            except Exception as error:  # of any kind: it is the user's code
+                failed = error
+    raise InputError(
+        f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer makes the "
+        f"input of each norm: {type(failed).__name__}: {failed}"
+    ) from failed
+
+
+def _calls(inputs):
+    """The ways to call a model with ``inputs``, as (args, kwargs): the first that works is meant."""
+    if isinstance(inputs, dict):
+        yield (), inputs
+        return
+    yield (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+    if isinstance(inputs, (tuple, list)) and len(inputs) > 1 and isinstance(inputs[0], Tensor):
+        yield (inputs[0],), {}
 
 
 # what makes a tensor from an input and a weight, its first two arguments, and from a bias
@@ -97,6 +110,11 @@ class _Watch(TorchFunctionMode):
             hook.remove()
         return super().__exit__(*error)
 
+    def take_inputs(self, inputs):
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._record("the model's input", (), tensor)
+
     def _before(self, module, args, kwargs):
         self._running.append(module)
         if module in self._norms:
@@ -108,7 +126,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
                 self._record(func.__name__, args, tensor)
         return out
 

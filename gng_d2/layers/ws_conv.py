@@ -141,13 +141,16 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
             layer.__dict__.pop("applies_norm", None)
             layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
-        if getattr(norm, "weight_standardization", False) and norm.weight_layer is not None:
-            norm.weight_standardization, norm.weight_standardization_folded = False, True
+        if getattr(norm, "weight_layer", None) is not None:
+            norm.weight_layer = norm.weight_layer.replace("WSConv2d", "Conv2d")
+            if norm.weight_standardization:
+                norm.weight_standardization, norm.weight_standardization_folded = False, True
     return model
 
 
 def _is_folded(layer):
-    return getattr(layer, "weight_standardization_folded", False) and isinstance(layer, nn.Conv2d)
+    folded = isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False)
+    return folded and not isinstance(layer, WSConv2d)  # which it becomes again before another norm
 
 
 def _folded_class(layer):
@@ -163,7 +166,7 @@ def _obstacle(layer):
     """Why a plain convolution would not compute what ``layer`` does; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(layer) is not WSConv2d or "forward" in vars(layer):
+    if type(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (
@@ -184,7 +187,7 @@ def _changed_since_folded(layer):
         return None
     std, mean = torch.std_mean(filters, 1)  # std: s / (s + 1e-5) where it was s, so less than 1 if s was small
     tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
-    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.5
+    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.1
     if standardized or not filters.any():
         return None
     return (

@@ -77,7 +77,7 @@ def kernels_may_run() -> bool:
     return _kernels_enabled and HAS_OPS and not is_transformed()
 
 
-def is_transformed():
+def is_transformed() -> bool:
     """Whether torch.jit.trace, torch.export, torch.func or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()

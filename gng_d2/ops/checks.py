@@ -12,8 +12,10 @@ __all__ = ["check_readable", "check_shape", "memory_format"]
 
 
 def check_shape(name: str, tensor: Optional[Tensor], shape: Sequence[int], device: torch.device) -> None:
-    """Raise RuntimeError where ``tensor`` has another shape or lies on another device; None passes."""
-    if tensor is not None and (tensor.shape != shape or tensor.device != device):
+    """Raise RuntimeError where ``tensor`` is missing, has another shape, or lies on another device."""
+    if tensor is None:  # an op called with None for a tensor gets it
+        raise RuntimeError(f"{name} is missing")
+    if tensor.shape != shape or tensor.device != device:
         raise RuntimeError(
             f"{name} has shape {tuple(tensor.shape)} and lies on {tensor.device}; "
             f"this op needs shape {tuple(shape)} on {device}"

@@ -74,18 +74,18 @@ static void normalize_past_caches(float *restrict y, const float *restrict x, in
 }
 
 VECTORIZED static void differentiate(float *restrict dx, const float *restrict dy, const float *restrict x, int64_t n,
-                                     float mean, float of_dy, float of_x, float constant) {
+                                     float mean, float dy_factor, float x_factor, float constant) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * of_dy + (x[i] - mean) * of_x + constant;
+  for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * dy_factor + (x[i] - mean) * x_factor + constant;
 }
 
-static moments_t merge(const moments_t *of_pieces, int64_t pieces, int64_t size, int64_t piece) {
+static moments_t merge(const moments_t *piece_moments, int64_t pieces, int64_t size, int64_t piece) {
   moments_t whole = {0, 0};
-  for (int64_t i = 0; i < pieces; i++) whole.mean += of_pieces[i].mean * smaller(piece, size - i * piece);
+  for (int64_t i = 0; i < pieces; i++) whole.mean += piece_moments[i].mean * smaller(piece, size - i * piece);
   whole.mean /= size;
   for (int64_t i = 0; i < pieces; i++) {
-    double difference = of_pieces[i].mean - whole.mean;
-    whole.m2 += of_pieces[i].m2 + difference * difference * smaller(piece, size - i * piece);
+    double difference = piece_moments[i].mean - whole.mean;
+    whole.m2 += piece_moments[i].m2 + difference * difference * smaller(piece, size - i * piece);
   }
   return whole;
 }
@@ -124,7 +124,7 @@ void gng_d2_group_norm_backward(const float *dy, const float *x, const float *me
                                 float *dx, float *dweight, float *dbias, sums_t *partial, int64_t images, int64_t channels,
                                 int64_t positions, int64_t groups, int64_t piece, int threads) {
   int64_t per_group = channels / groups;
-  sums_t *of_groups = partial + images * channels;
+  sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -150,15 +150,15 @@ void gng_d2_group_norm_backward(const float *dy, const float *x, const float *me
         double scale = weight ? weight[row % channels] : 1;
         sums.dy += scale * partial[row].dy, sums.dy_x += scale * partial[row].dy_x;
       }
-      of_groups[group] = sums;
+      group_sums[group] = sums;
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
       int64_t group = row / per_group, i = row * positions;
-      float of_dy = rstd[group] * (weight ? weight[row % channels] : 1);
+      float dy_factor = rstd[group] * (weight ? weight[row % channels] : 1);
       double share = -rstd[group] / (double)(per_group * positions);
-      differentiate(dx + i, dy + i, x + i, positions, mean[group], of_dy, share * rstd[group] * of_groups[group].dy_x,
-                    share * of_groups[group].dy);
+      differentiate(dx + i, dy + i, x + i, positions, mean[group], dy_factor, share * rstd[group] * group_sums[group].dy_x,
+                    share * group_sums[group].dy);
     }
   }
 }
@@ -179,11 +179,11 @@ void gng_d2_standardize_backward(const float *gradient, const float *weight, flo
                                  double eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < filters; i++) {
-    const float *of_out = gradient + i * size, *filter = weight + i * size;
+    const float *dy = gradient + i * size, *filter = weight + i * size;
     moments_t moments = moments_of_piece(filter, size);
-    sums_t sums = sums_of_piece(of_out, filter, size, moments.mean);
+    sums_t sums = sums_of_piece(dy, filter, size, moments.mean);
     double std = deviation(moments, size), scale = 1 / (std + eps);
-    double of_weight = std > 0 ? -sums.dy_x * scale * scale / (std * (size - 1)) : 0;
-    differentiate(out + i * size, of_out, filter, size, moments.mean, scale, of_weight, -sums.dy * scale / size);
+    double weight_factor = std > 0 ? -sums.dy_x * scale * scale / (std * (size - 1)) : 0;
+    differentiate(out + i * size, dy, filter, size, moments.mean, scale, weight_factor, -sums.dy * scale / size);
   }
 }

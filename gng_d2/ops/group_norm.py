@@ -99,34 +99,47 @@ def _differentiable_gradients(dy, x, weight, bias_dtype, num_groups, eps):
     return [gradients.get(id(t)) for t in (x, weight, bias)]
 
 
-def _check(x, num_groups, **tensors):
-    """Raise RuntimeError for groups that do not divide the channels, or tensors that do not go together."""
-    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        raise RuntimeError(f"an input of shape {tuple(x.shape)} does not divide into {num_groups} groups of channels")
-    of_channels, of_groups = x.shape[1:2], (x.shape[0], num_groups)
-    shapes = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups, "dy": x.shape}
-    for name, tensor in tensors.items():
-        check_shape(name, tensor, shapes[name], x.device)
+def _check(x, num_groups, weight, bias=None):
+    """Raise RuntimeError for groups that do not divide the channels, or parameters that are not one for each."""
+    shape = () if x is None else x.shape
+    if len(shape) < 2 or num_groups < 1 or shape[1] % num_groups:
+        raise RuntimeError(f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels")
+    if weight is not None:
+        check_shape("weight", weight, shape[1:2], x.device)
+    if bias is not None:
+        check_shape("bias", bias, shape[1:2], x.device)
+
+
+def _check_backward(dy, x, mean, rstd, weight, num_groups):
+    _check(x, num_groups, weight)
+    check_shape("dy", dy, x.shape, x.device)
+    check_shape("mean", mean, (x.shape[0], num_groups), x.device)
+    check_shape("rstd", rstd, (x.shape[0], num_groups), x.device)
 
 
 def _forward(backend, x, weight, bias, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
-    _check(x, num_groups, weight=weight, bias=bias)
+    _check(x, num_groups, weight, bias)
     check_readable((x, weight, bias), backend.DTYPES)
     layout = memory_format(x)
-    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
-    y, mean, rstd = backend.forward(x.contiguous(memory_format=layout), weight, bias, num_groups, eps)
+    x = x.contiguous(memory_format=layout)
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    y, mean, rstd = backend.forward(x, weight, bias, num_groups, eps)
     return y.contiguous(memory_format=layout), mean, rstd
 
 
 def _backward(backend, dy, x, mean, rstd, weight, num_groups):
-    _check(x, num_groups, weight=weight, mean=mean, rstd=rstd, dy=dy)
+    _check_backward(dy, x, mean, rstd, weight, num_groups)
     check_readable((dy, x, mean, rstd, weight), backend.DTYPES)
     layout = memory_format(x)  # a hook on saved tensors may have changed it
-    weight = weight if weight is None else weight.contiguous()
     dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
-    dx, dweight, dbias = backend.backward(dy, x, mean.contiguous(), rstd.contiguous(), weight, num_groups)
+    mean, rstd, weight = mean.contiguous(), rstd.contiguous(), _contiguous(weight)
+    dx, dweight, dbias = backend.backward(dy, x, mean, rstd, weight, num_groups)
     return dx.contiguous(memory_format=layout), dweight, dbias
+
+
+def _contiguous(parameter):
+    return None if parameter is None else parameter.contiguous()
 
 
 if HAS_OPS:
@@ -147,12 +160,12 @@ if HAS_OPS:
 
     @torch.library.register_fake("gng_d2::group_norm")
     def _(x, weight, bias, num_groups, eps):
-        _check(x, num_groups, weight=weight, bias=bias)
+        _check(x, num_groups, weight, bias)
         mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
         return torch.empty_like(x, memory_format=memory_format(x)), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("gng_d2::group_norm_backward")
     def _(dy, x, mean, rstd, weight, num_groups):
-        _check(x, num_groups, weight=weight, mean=mean, rstd=rstd, dy=dy)
+        _check_backward(dy, x, mean, rstd, weight, num_groups)
         dweight = x.new_empty(x.shape[1], dtype=torch.float32)
         return torch.empty_like(x, memory_format=memory_format(x)), dweight, torch.empty_like(dweight)

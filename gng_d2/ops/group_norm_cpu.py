@@ -7,7 +7,7 @@ import math
 from typing import Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu_kernels
 
@@ -39,27 +39,27 @@ def is_faster(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias:
 
 def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
     """Whether these are contiguous float32 tensors on the CPU, of shapes that group norm takes."""
-    return (
+    if not (
         type(x) is Tensor  # a subclass may have no memory
         and x.is_cpu
         and x.dtype in DTYPES
+        and x.is_contiguous()
         and x.dim() > 1
         and x.numel() > num_groups  # PyTorch refuses a single number
         and x.shape[1] % num_groups == 0
-        and x.is_contiguous()
-        and all(
-            p is None
-            or (
-                isinstance(p, Tensor)
-                and p.shape == x.shape[1:2]
-                and p.is_cpu
-                and p.dtype in DTYPES
-                and p.is_contiguous()
-            )
-            for p in (weight, bias)
-        )
         and cpu_kernels.is_compiled()
-    )
+    ):
+        return False
+    for p in (weight, bias):
+        if p is not None and not (
+            type(p) in (Tensor, nn.Parameter)
+            and p.is_cpu
+            and p.dtype in DTYPES
+            and p.is_contiguous()
+            and p.shape == x.shape[1:2]
+        ):
+            return False
+    return True
 
 
 def forward(

@@ -79,8 +79,9 @@ class _Standardize(torch.autograd.Function):
 
 def _check(weight):
     """Raise RuntimeError for filters that have no deviation."""
-    if weight.dim() < 1 or not weight.numel() > weight.shape[0]:
-        raise RuntimeError(f"a weight of shape {tuple(weight.shape)} has no filters of two weights or more")
+    shape = () if weight is None else weight.shape
+    if len(shape) < 2 or not weight.numel() > shape[0]:
+        raise RuntimeError(f"a weight of shape {tuple(shape)} has no filters of two weights or more")
 
 
 def _forward(backend, weight, eps):

@@ -59,7 +59,8 @@ def test_step_and_augmentation_do_not_disturb_each_other(shapes):
 
 
 def test_resumes_on_a_semantic_dataset_whose_records_have_no_sizes(shapes):
-    stuff = ["DATASETS.TRAIN", "('gng_shapes_train_stuffonly',)", "MODEL.MASK_ON", "False"]
+    stuff = ["DATASETS.TRAIN", "('gng_shapes_train_stuffonly',)", "MODEL.META_ARCHITECTURE", "SemanticSegmentor"]
+    stuff += ["MODEL.MASK_ON", "False"]
     cfg = load_config("configs/quick/pfpn_pgn.yaml", stuff)
     names = [[d["file_name"] for d in b] for b in itertools.islice(build_train_loader(cfg), 4)]
     assert [[d["file_name"] for d in b] for b in itertools.islice(build_train_loader(cfg, 2), 2)] == names[2:]

@@ -200,6 +200,11 @@ def test_what_does_not_run_or_cannot_be_seen_stays_unbound(caplog):
     assert "1 norms are bound" in caplog.text and "3 stay unbound (unused, first, hidden)" in caplog.text
 
 
+def test_a_norm_on_the_input_of_the_model_follows_no_layer():
+    model = bind_norms(nn.Sequential(pgn(24), conv(24)), image(24))
+    assert (model[0].num_groups, model[0].weight_layer) == (1, NO_LAYER)
+
+
 def test_the_model_and_the_generators_are_as_before():
     class Counts(nn.Module):
         def __init__(self):

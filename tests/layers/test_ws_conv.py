@@ -4,14 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from gng_d2 import WSConv2d, fold_weight_standardization
+from gng_d2 import WSConv2d
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
@@ -255,27 +254,3 @@ def test_scripts():
     scripted = torch.jit.script(standardize_weight)
     weight = torch.randn(4, 3, 3, 3)
     torch.testing.assert_close(scripted(weight), standardize_weight(weight))
-
-
-def test_tied_weights_are_folded_once():
-    torch.manual_seed(0)
-    convs = nn.ModuleList(Conv2d(6, 4, 3, norm=get_norm("GN1+WS", 4)) for _ in range(2))
-    convs[0].weight.data *= 1e-4  # small: standardized twice would be something else
-    convs[1].weight = convs[0].weight
-    x = torch.randn(1, 6, 5, 5)
-    before = [conv(x) for conv in convs]
-    fold_weight_standardization(convs)
-    for conv, expected in zip(convs, before):
-        torch.testing.assert_close(conv(x), expected)
-
-
-def test_folding_keeps_the_outputs():
-    cfg = load_config("configs/quick/faster_rcnn_pgn_ws.yaml")
-    torch.manual_seed(0)
-    backbone = build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).eval()
-    images = torch.randn(1, 3, 64, 64)
-    before = backbone(images)
-    folded = fold_weight_standardization(backbone)
-    assert not [m for m in folded.modules() if isinstance(m, WSConv2d)]
-    for name, feature in folded(images).items():
-        torch.testing.assert_close(feature, before[name], rtol=1e-4, atol=1e-4)

@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import runpy
-import sys
 
 import numpy as np
 import pytest
@@ -17,10 +15,8 @@ import study.classifier
 from gng_d2 import practical_num_groups
 from gng_d2.convert import write_weights
 from gng_d2.errors import InputError
-from gng_d2.files import read_rows
-from study.classifier import PET, Classifier, load_images, train
-
-TOOL = "tools/train_classifier.py"
+from study.classifier import PET, Classifier, ClassifierRow, ClassifierRun, load_images, train
+from study.rows import read_rows
 
 
 def draw_image(path, color, draw):
@@ -51,19 +47,14 @@ def small_resnet(monkeypatch):
     torch.set_num_threads(1)
 
 
-def settings(norm="PGN", seed=0, **changed):
-    return {
-        "depth": 50,
-        "norm": norm,
-        "seed": seed,
-        "epochs": 3,
-        "image_size": 32,
-        "batch_size": 8,
-        "lr": 0.025,
-        "amp": False,
-        "train_images": 36,
-        **changed,
-    }
+def run_of(norm="PGN", seed=0, **changed):
+    return ClassifierRun(
+        **{
+            **{"norm": norm, "seed": seed, "dataset": "colors", "classes": 3, "train_images": 36, "test_images": 9},
+            **{"depth": 50, "weights": "", "epochs": 3, "image_size": 32, "batch_size": 8, "lr": 0.025, "amp": False},
+            **changed,
+        }
+    )
 
 
 def final_weights(folder):
@@ -92,7 +83,7 @@ def test_a_seed_means_the_same_images_whatever_the_norm(small_resnet, root, tmp_
 
         seen = []
         monkeypatch.setattr(study.classifier, "Classifier", Recording)
-        train(settings(norm, seed, epochs=1), load_images("colors", root), str(tmp_path / f"{norm}{seed}"))
+        train(run_of(norm, seed, epochs=1), load_images("colors", root), str(tmp_path / f"{norm}{seed}"))
         return seen
 
     gn, gn1, other = batches_of("GN", 1), batches_of("GN1", 1), batches_of("GN", 2)
@@ -103,24 +94,24 @@ def test_a_seed_means_the_same_images_whatever_the_norm(small_resnet, root, tmp_
 def test_stopped_and_resumed_is_as_never_stopped(small_resnet, root, tmp_path):
     """Stopped after step 5 of 13, resumed from the checkpoint after step 4, with other numbers of workers."""
     images, whole, cut = load_images("colors", root), str(tmp_path / "whole"), str(tmp_path / "cut")
-    error = train(settings(), images, whole, workers=2)
+    error = train(run_of(), images, whole, workers=2)
 
     def stop(done, calls=itertools.count()):
         if next(calls) == 5:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        train(settings(), images, cut, on_step=stop)
+        train(run_of(), images, cut, on_step=stop)
     assert not os.path.exists(os.path.join(cut, "model_final.pth"))
 
     done = []
-    assert train(settings(), images, cut, on_step=done.append) == error
+    assert train(run_of(), images, cut, on_step=done.append) == error
     assert done == [4] + 9 * [1]
     expected, got = final_weights(whole), final_weights(cut)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
     done.clear()
-    assert train(settings(), images, cut, on_step=done.append) == error and done == [13]
+    assert train(run_of(), images, cut, on_step=done.append) == error and done == [13]
 
 
 def test_the_split_is_of_each_class_and_the_same_every_time(root):
@@ -155,7 +146,7 @@ def test_training_starts_from_converted_weights(small_resnet, root, tmp_path):
     weights = {k: v.numpy() for k, v in trained.items() if not k.startswith("linear")}
     file, images = str(tmp_path / "R.pkl"), load_images("colors", root)
     write_weights(file, weights, "the test")
-    train(settings(epochs=1, lr=1e-9), images, str(tmp_path / "run"), weights=file)
+    train(run_of(epochs=1, lr=1e-9), images, str(tmp_path / "run"), weights=file)
     got = final_weights(tmp_path / "run")
     for name, value in weights.items():
         np.testing.assert_allclose(got[f"resnet.{name}"], value, atol=1e-6)
@@ -163,55 +154,38 @@ def test_training_starts_from_converted_weights(small_resnet, root, tmp_path):
     del weights["res2.0.conv2.weight"]
     write_weights(file, weights, "the test")
     with pytest.raises(InputError, match="1 of the .* weights .* for instance res2.0.conv2.weight"):
-        train(settings(), images, str(tmp_path / "other"), weights=file)
+        train(run_of(), images, str(tmp_path / "other"), weights=file)
 
 
-def test_the_tool_learns_and_does_no_finished_run_again(small_resnet, root, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_tool_learns_and_does_no_finished_run_again(small_resnet, root, tmp_path, reproduce, line_of):
     output, json_file = tmp_path / "runs", tmp_path / "rows.json"
 
-    def tool(*args):
-        arguments = [
-            "--data",
-            root,
-            "--epochs",
-            8,
-            "--image-size",
-            32,
-            "--batch-size",
-            8,
-            "--lr",
-            0.025,
-            "--workers",
-            0,
-            "--output",
-            output,
-            "--json",
-            json_file,
-            *args,
-        ]
-        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(TOOL, run_name="__main__")
-        return capsys.readouterr().out
+    def tool(*words):
+        small = "--epochs 8 --image-size 32 --batch-size 8 --lr 0.025 --workers 0"
+        return reproduce(*("table4", "--data", root, *small.split(), "--output", output, "--json", json_file, *words))
 
     tool("--norms", "GN", "PGN+WS", "--seeds", 0)
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*/row.json")}
     assert len(finished) == 2
-    lines = tool("--norms", "GN", "PGN+WS", "--seeds", 0, 1).splitlines()
+    out = tool("--norms", "GN", "PGN+WS", "--seeds", 0, 1)
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
-    rows = read_rows(json_file)
-    assert [(row["norm"], row["seed"]) for row in rows] == [("GN", 0), ("PGN+WS", 0), ("GN", 1), ("PGN+WS", 1)]
+    rows = read_rows(json_file, ClassifierRow)
+    assert [(row.norm, row.seed) for row in rows] == [("GN", 0), ("PGN+WS", 0), ("GN", 1), ("PGN+WS", 1)]
     for row in rows:
-        assert row["error"] < 40  # of 67 by chance
-        assert (row["dataset"], row["classes"], row["train_images"], row["test_images"]) == ("caltech-101", 3, 36, 9)
-    (gn,) = [line.split() for line in lines if line.startswith("GN ")]
-    one, two = (row["error"] for row in rows if row["norm"] == "GN")
-    assert gn == ["GN", "24.021", f"{(one + two) / 2:.3f}", f"{abs(one - two) / 2**0.5:.3f}", "2"]
+        assert row.error < 40  # of 67 by chance
+        assert (row.dataset, row.classes, row.train_images, row.test_images) == ("caltech-101", 3, 36, 9)
+    one, two = (row.error for row in rows if row.norm == "GN")
+    assert line_of(out, "GN    ") == ["GN", "24.021", f"{(one + two) / 2:.3f}", f"{abs(one - two) / 2**0.5:.3f}", "2"]
 
     with pytest.raises(SystemExit, match=r"error: .*GN-seed0 holds a run with lr 0.025 \(now 0.1\)"):
         tool("--norms", "GN", "--lr", 0.1)
+
+
+def test_what_no_run_can_work_with_is_refused(root, tmp_path, reproduce):
+    command = ["table4", "--output", tmp_path, "--data"]
     with pytest.raises(SystemExit, match="error: unknown norm 'PNG'"):
-        tool("--norms", "PNG")
+        reproduce(*command, root, "--norms", "PNG")
     with pytest.raises(SystemExit, match="error: --data .*nowhere: no images of caltech-101"):
-        tool("--data", "nowhere")
+        reproduce(*command, "nowhere")

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+from statistics import median
 
 import pytest
 import torch
@@ -8,12 +7,9 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
-from gng_d2.files import read_rows
 from gng_d2.layers import GroupNorm, PracticalGroupNorm
-from study.gradients import measure_blocks
-
-KEYS = ["setup", "name", "norm", "n_in", "n_out", "num_groups", "kernel_size", "stride", "fan_out", "activation",
-        "paper", "measured"]  # fmt: skip
+from study.gradients import GradientRow, measure_blocks
+from study.rows import read_rows
 
 
 class Bottleneck(nn.Module):
@@ -118,47 +114,43 @@ def test_blocks_without_a_gradient():
     assert measure_blocks(model, loss) == blocks and not conv._forward_pre_hooks and not conv.norm._forward_hooks
 
 
-def tool(*args):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "tools/probe_isometry.py", "--config-file",
-         "configs/quick/faster_rcnn_gn_ws.yaml", *map(str, args)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+CONFIG = ["--config-file", "configs/quick/faster_rcnn_gn_ws.yaml"]
 
 
-def test_tool(shapes, tmp_path):
-    rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+def test_the_tool(shapes, reproduce, tmp_path):
+    path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     # 48 channels in FPN, which 32 groups do not divide, and a FrozenBN box head
     overrides = ["MODEL.FPN.OUT_CHANNELS", 48, "MODEL.FPN.NORM", "PGN+WS", "MODEL.ROI_BOX_HEAD.NORM", "FrozenBN",
                  "INPUT.MIN_SIZE_TRAIN", "(64,)"]  # fmt: skip
-    done = tool("--images", 2, "--json", rows, "--plot", plot, *overrides)
-    assert done.returncode == 0, done.stderr
+    out = reproduce("gradients", *CONFIG, "--images", 2, "--json", path, "--plot", plot, *overrides)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    rows = read_rows(rows)
-    assert all(list(row) == [*KEYS, "machine"] for row in rows)
     by_setup = {}
-    for row in rows:
-        by_setup.setdefault(row["setup"], {})[row["name"]] = row
+    for row in read_rows(path, GradientRow):
+        by_setup.setdefault(row.setup, {})[row.name] = row
     assert list(by_setup) == ["configured", "GN", "GN1", "PGN"]
     configured, gn, gn1, pgn = by_setup.values()
     conv = "backbone.bottom_up.res2.1.conv1.norm"
-    assert [(s[conv]["num_groups"], s[conv]["paper"]) for s in by_setup.values()] == [
+    assert [(s[conv].num_groups, s[conv].paper) for s in by_setup.values()] == [
         (32, 3.0), (32, 3.0), (1, 1.0625), (1, 1.0625)
     ]  # fmt: skip
     lateral, head = "backbone.fpn_lateral4.norm", "roi_heads.box_head.conv1.norm"
-    assert (configured[lateral]["num_groups"], gn1[lateral]["num_groups"], pgn[lateral]["num_groups"]) == (48, 1, 48)
-    assert lateral not in gn and head not in gn and "GN: no figure for backbone.fpn_lateral" in done.stdout
-    assert configured[head]["num_groups"] is None and configured[head]["paper"] is None
-    assert configured[head]["measured"] > 0
+    assert (configured[lateral].num_groups, gn1[lateral].num_groups, pgn[lateral].num_groups) == (48, 1, 48)
+    assert lateral not in gn and head not in gn and "GN: no figure for backbone.fpn_lateral" in out
+    assert configured[head].num_groups is None and configured[head].paper is None
+    assert configured[head].measured > 0
     down = configured["backbone.bottom_up.res3.0.conv1.norm"]
-    assert (down["kernel_size"], down["stride"], down["fan_out"], down["activation"]) == (3, 2, 3, "relu")
-    assert configured["backbone.bottom_up.res3.0.conv2.norm"]["activation"] is None
+    assert (down.kernel_size, down.stride, down.fan_out, down.activation) == (3, 2, 3, "relu")
+    assert down.kind == "stride above 1"
+    last = configured["backbone.bottom_up.res3.0.conv2.norm"]
+    assert last.activation is None and last.kind == "no activation"
     # GN and configured are the same in the backbone, another number of groups is not
-    assert configured[conv]["measured"] == pytest.approx(gn[conv]["measured"], rel=0.2)
-    assert gn1[conv]["measured"] != gn[conv]["measured"]
+    assert configured[conv].measured == pytest.approx(gn[conv].measured, rel=0.2)
+    assert gn1[conv].measured != gn[conv].measured
+    measured = [row.measured for row in pgn.values() if row.kind == "no activation"]
+    (line,) = [line for line in out.splitlines() if line.startswith("| no activation  | PGN ")]
+    assert line.split()[6] == str(len(measured)) and f"| {median(measured):.2f} (" in line
 
 
-def test_tool_refuses_before_the_work(tmp_path):
-    done = tool("--json", tmp_path)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("it is a folder")
-    assert "Traceback" not in done.stderr
+def test_outputs_are_refused_before_the_work(reproduce, tmp_path):
+    with pytest.raises(SystemExit, match="error: cannot write .*: it is a folder"):
+        reproduce("gradients", *CONFIG, "--json", tmp_path, "DATASETS.TRAIN", "()")

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from gng_d2.errors import InputError
-from gng_d2.files import machine, read_rows
-from study.mlp import load_mnist, mlp, settings_of, train, train_all
-from study.rows import mean_and_std, open_run
+from study.mlp import MLPRow, MLPRun, load_mnist, mlp, train, train_all
+from study.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monk
             return model
 
         monkeypatch.setattr("study.mlp.mlp", recording)
-        train(settings_of(groups, 3, epochs=2), *sets(mnist))
+        train(MLPRun.of(groups, 3, epochs=2), *sets(mnist))
     for weights, batches in (seen[64], seen[512]):
         assert all(map(torch.equal, weights, seen[1][0]))
         assert len(batches) == 5 and all(map(torch.equal, batches, seen[1][1]))
@@ -63,46 +62,26 @@ def test_groups_of_one_number_give_a_constant_classifier(mnist):
     model = mlp(512)
     torch.nn.init.normal_(model[1].bias)
     torch.testing.assert_close(model[:2](images), model[1].bias.expand(256, 512), rtol=0, atol=1e-3)
-    row = train(settings_of(512, 0, epochs=60), (images, labels), test_set)
-    assert row["test_error"] == pytest.approx(100 * (1 - (test_set[1] == 1).float().mean().item()))
+    row = train(MLPRun.of(512, 0, epochs=60), (images, labels), test_set)
+    assert row.test_error == pytest.approx(100 * (1 - (test_set[1] == 1).float().mean().item()))
     frequency = torch.bincount(labels) / len(labels)
     entropy = -(frequency * frequency.log()).sum().item()  # the lowest loss of a constant classifier
-    assert sum(row["train_loss"][-2:]) / 2 == pytest.approx(entropy, abs=0.005)  # an epoch's two batches
-    assert train(settings_of(64, 0, epochs=10), (images, labels), test_set)["test_error"] < 20
+    assert sum(row.train_loss[-2:]) / 2 == pytest.approx(entropy, abs=0.005)  # an epoch's two batches
+    assert train(MLPRun.of(64, 0, epochs=10), (images, labels), test_set).test_error < 20
 
 
 def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
-    row = train(settings_of(8, 0, epochs=75), *sets(mnist))
-    assert row["iteration"][-1] == 150 and len(row["iteration"]) == len(row["train_loss"]) == 100
-    assert row["iteration"][:2] == [2, 4]
+    row = train(MLPRun.of(8, 0, epochs=75), *sets(mnist))
+    assert row.iteration[-1] == 150 and len(row.iteration) == len(row.train_loss) == 100
+    assert row.iteration[:2] == [2, 4]
 
 
-def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
+@pytest.mark.slow
+def test_stopped_and_started_again_is_as_never_stopped(mnist, line_of, tmp_path):
     """Killed with some runs finished: these are not trained again, and the rows are those of runs in one go."""
     output, json_file, plot = (tmp_path / name for name in ("runs", "rows.json", "curves.png"))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "tools/train_mlp.py",
-        "--data",
-        mnist,
-        "--groups",
-        1,
-        64,
-        "--seeds",
-        0,
-        1,
-        "--epochs",
-        60,
-        "--output",
-        output,
-        "--json",
-        json_file,
-        "--plot",
-        plot,
-    ]
-    command = list(map(str, command))
+    words = f"--data {mnist} --groups 1 64 --seeds 0 1 --epochs 60 --output {output} --json {json_file} --plot {plot}"
+    command = [sys.executable, "tools/reproduce.py", "table3", *words.split()]
     job = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (output / "groups1-seed0" / "row.json").exists():
         assert job.poll() is None, job.communicate()
@@ -116,30 +95,29 @@ def test_stopped_and_started_again_is_as_never_stopped(mnist, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
     assert plot.stat().st_size > 10_000
-    rows = read_rows(json_file)
+    rows = read_rows(json_file, MLPRow)
     torch.set_num_threads(1)
-    expected = [train(settings_of(groups, seed, 60), *sets(mnist)) for seed in (0, 1) for groups in (1, 64)]
-    assert rows == [{**row, "machine": machine()} for row in expected]
+    expected = [train(MLPRun.of(groups, seed, 60), *sets(mnist)) for seed in (0, 1) for groups in (1, 64)]
+    assert rows == expected
 
-    one, two = (row["test_error"] for row in rows if row["num_groups"] == 64)
-    (line,) = [line.split() for line in done.stdout.splitlines() if "64*" in line]
-    assert line == ["64*", "1.670", f"{(one + two) / 2:.3f}", f"{abs(one - two) / 2**0.5:.3f}", "2"]
-
-
-def test_mean_and_std():
-    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
-    assert mean_and_std([4.0]) == (4.0, None)
+    one, two = (row.test_error for row in rows if row.num_groups == 64)
+    assert line_of(done.stdout, "64 (practical)")[:5] == [
+        *("64 (practical)", "1.670", f"{(one + two) / 2:.3f}", f"{abs(one - two) / 2**0.5:.3f}", "2")
+    ]
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
-    folder = str(tmp_path / "run")
-    assert open_run(folder, settings_of(1, 0, 20)) is None
-    assert open_run(folder, settings_of(1, 0, 20)) is None
-    with pytest.raises(InputError, match=r"run holds a run with epochs 20 \(now 5\)"):
-        open_run(folder, settings_of(1, 0, 5))
+def test_the_tool(mnist, reproduce, line_of, tmp_path):
+    files = ["--output", tmp_path / "runs", "--json", tmp_path / "rows.json", "--plot", tmp_path / "plot.png"]
+    command = ["table3", "--data", mnist, "--groups", 1, 64, "--seeds", 5, "--epochs", 1, *files]
+    out = reproduce(*command)
+    rows = read_rows(tmp_path / "rows.json", MLPRow)
+    assert [(row.num_groups, row.seed, row.epochs) for row in rows] == [(1, 5, 1), (64, 5, 1)]
+    assert line_of(out, "1  ")[2:5] == [f"{rows[0].test_error:.3f}", "-", "1"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert reproduce(*command) == out  # finished runs are read
 
 
 def test_missing_data_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--data .*file: MNIST cannot be read in"):
-        train_all([settings_of(1, 0, 1)], str(tmp_path / "file"), str(tmp_path / "output"))
+        train_all([MLPRun.of(1, 0, 1)], str(tmp_path / "file"), str(tmp_path / "output"))

@@ -1,30 +1,116 @@
-"""docs/results.md says what docs/results holds."""
+"""docs/results.md says what docs/results holds, and its prose says what the tables say."""
 
-from statistics import mean, stdev
+import re
+import shutil
+from pathlib import Path
+from statistics import mean, median, stdev
 
-from gng_d2.files import read_rows
-from study import page as make_results
+import pytest
+
+from gng_d2.errors import InputError
+from study import page as pages
+from study.gradients import UNIT_BLOCK
+from study.paper import TABLE_3
+from study.report import difference_interval
+from study.rows import read_rows, write_rows
+
+RESULTS = sorted(path.stem for path in Path("docs/results").glob("*.json"))
+
+
+def rows_of(name):
+    return read_rows(f"docs/results/{name}.json", pages.SECTIONS[name].row_type)
 
 
 def test_page_is_up_to_date():
-    with open("docs/results.md") as file:
-        assert file.read() == make_results.page(), "run `make results`"
+    assert Path("docs/results.md").read_text() == pages.page(), "run `make results`"
 
 
-def test_table_3_is_computed_from_the_runs():
-    rows = read_rows("docs/results/mlp_mnist.json")
-    errors = [row["test_error"] for row in rows if row["num_groups"] == 64]
-    line = next(line for line in make_results.table_3(rows).splitlines() if "64 (practical)" in line)
-    assert [cell.strip() for cell in line.strip("|").split("|")][1:5] == [
-        "1.670",
-        f"{mean(errors):.3f}",
-        f"{stdev(errors):.3f}",
-        str(len(errors)),
-    ]
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_file_of_results_is_read_and_written_as_it_is(name, tmp_path):
+    """Where later rows have more fields, those have their defaults."""
+    write_rows(tmp_path / "rows.json", rows_of(name))
+    written = (tmp_path / "rows.json").read_text()
+    later = re.sub(r', "channels_per_group": \[\], "curves": null', "", written)
+    assert later == Path(f"docs/results/{name}.json").read_text()
 
 
-def test_what_was_not_measured_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(make_results, "RESULTS", str(tmp_path))
-    page = make_results.page()
-    assert page.count("Not measured. The command:") == page.count("\n## ") + page.count("small, for a CPU") - 1
+def test_the_template_names_every_section_once():
+    names = re.findall(r"\{\{(\w+)\}\}", Path(pages.TEMPLATE).read_text())
+    assert sorted(name for name in names if name in pages.SECTIONS) == sorted(pages.SECTIONS)
+    assert set(names) == {*pages.SECTIONS, *pages.NUMBERS}
+    assert set(RESULTS) <= set(pages.SECTIONS)
+
+
+def test_every_picture_is_there():
+    for path in re.findall(r"!\[.+\]\((.+)\)", Path("docs/results.md").read_text()):
+        assert Path("docs", path).is_file()
+
+
+def test_no_measurement_is_typed_in_the_prose():
+    text = Path(pages.TEMPLATE).read_text()
+    assert not re.findall(r"±|(?<!\d)\d+\.\d{2}(?!\d)|\d of \d", text)
+
+
+def test_table_3_is_computed_from_the_runs(line_of):
+    errors = [row.test_error for row in rows_of("mlp_mnist") if row.num_groups == 64]
+    cells = line_of(pages.page(), "64 (practical)")
+    assert cells[1:5] == ["1.670", f"{mean(errors):.3f}", f"{stdev(errors):.3f}", str(len(errors))]
+
+
+def test_what_was_not_measured_says_so(tmp_path):
+    page = pages.page(str(tmp_path))
+    assert page.count("Not measured. The command:\n\n    python tools/") == len(pages.SECTIONS)
     assert "AMD" not in page and "±" not in page
+
+
+def test_a_damaged_measurement_is_named(tmp_path):
+    shutil.copytree("docs/results", tmp_path / "results")
+    (tmp_path / "results" / "mlp_mnist.json").write_text("[{}]")
+    with pytest.raises(InputError, match="mlp_mnist.json holds no rows of study.mlp"):
+        pages.page(str(tmp_path))
+
+
+def test_the_tool(reproduce, tmp_path, capsys):
+    before = Path("docs/results.md").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as stopped:
+        reproduce("page", "--help")
+    assert stopped.value.code == 0
+    reproduce("page", "--output", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == Path("docs/results.md").read_text()
+    assert Path("docs/results.md").stat().st_mtime_ns == before
+
+
+# what the prose says
+
+
+def by_norm(name, metric):
+    return {row.norm: row for row in rows_of(name) if row.metric == metric}
+
+
+def test_the_small_detectors_disagree():
+    pfpn, faster_rcnn = by_norm("quick_pfpn", "PQ"), by_norm("quick_faster_rcnn", "AP")
+    assert max(pfpn, key=lambda norm: pfpn[norm].mean) == "PGN"
+    low, high = difference_interval(pfpn["PGN"])
+    assert low < 0 < high
+    for norm in ("GN1", "PGN"):
+        low, high = difference_interval(faster_rcnn[norm])
+        assert high < 0 and faster_rcnn[norm].difference < -5
+
+
+def test_the_mlp_has_its_lowest_loss_where_the_paper_says_and_its_lowest_error_elsewhere():
+    rows = rows_of("mlp_mnist")
+    loss = {g: mean(row.train_loss[-1] for row in rows if row.num_groups == g) for g in TABLE_3}
+    error = {g: mean(row.test_error for row in rows if row.num_groups == g) for g in TABLE_3}
+    assert min(loss, key=loss.get) == 64 != min(error, key=error.get)
+    assert sorted(error, key=error.get)[-2:] == [256, 512]  # 512 features: groups of 2 and 1
+
+
+def test_unit_blocks_pass_on_the_same_share_under_any_groups():
+    rows = [row for row in rows_of("isometry_r50") if row.kind == UNIT_BLOCK]
+    medians = [median(row.measured for row in rows if row.setup == setup) for setup in ("GN", "GN1", "PGN")]
+    assert max(medians) / min(medians) < 1.02
+
+
+def test_little_is_measured_in_convolutions_where_the_formula_sees_much():
+    rows = [row for row in rows_of("theory_sweep") if row.equation == "B" and row.layer == "conv3x3"]
+    assert max(row.paper for row in rows) == 5 and max(row.empirical for row in rows) < 1.5

@@ -1,4 +1,7 @@
-"""Detectron2's ResNets as image classifiers under any norm: Section 3.2 and Table 4.
+"""Table 4 of the paper: Detectron2's ResNet-50 and -101 as image classifiers under GN, GN1 and PGN.
+
+For a seed, the initial weights, the order of the images and their augmentation are the same for every norm. On a
+GPU it trains in mixed precision. Can be stopped at any time: the same command goes on where it was.
 
 The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, for training from
 scratch: SGD with momentum 0.9, learning rate 0.005 with a linear warmup over the first 5 % and a cosine decay to
@@ -9,16 +12,19 @@ Oxford-IIIT Pet has its own split. The learning rate was chosen by the train los
 Caltech-101, in 60 steps of 16 images of 64 pixels, it rose from 5 to 35 at 0.025, and to 8 at 0.005.
 """
 
+import dataclasses
 import itertools
+import logging
 import os
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional
+from typing import Callable, List, Optional
 
 import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
+from detectron2.layers import get_norm
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from torch import nn
@@ -26,14 +32,54 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, OxfordIIITPet
+from tqdm import tqdm
 
+from command_line import add_outputs
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.data.loader import PlaceSampler, SeededDataset, seed_everything
 from gng_d2.errors import InputError
+from gng_d2.files import prepare_outputs
+from gng_d2.norm_names import norm_in_path
 
-__all__ = ["PET", "ImageSet", "load_images", "Classifier", "num_iterations", "train"]
+from .paper import TABLE_4
+from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows
+
+__all__ = ["PET", "ClassifierRun", "ClassifierRow", "ImageSet", "load_images", "Classifier", "train", "table"]
+
+IF_STOPPED = "the same command goes on where it was"
 
 PET = "oxford-iiit-pet"
+
+
+@dataclass(frozen=True)
+class ClassifierRun:
+    """What makes a run."""
+
+    norm: str
+    seed: int
+    dataset: str
+    classes: int
+    train_images: int
+    test_images: int
+    depth: int
+    weights: str  # the file that it starts from, "" from scratch
+    epochs: int
+    image_size: int  # pixels
+    batch_size: int
+    lr: float
+    amp: bool  # in mixed precision
+
+    @property
+    def iterations(self) -> int:
+        return max(self.epochs * self.train_images // self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class ClassifierRow(ClassifierRun):
+    """A run and what came of it."""
+
+    error: float  # on the test images, in %
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -118,22 +164,18 @@ def _transforms(size):
     return transforms.Compose(train + to_input), transforms.Compose(test + to_input)
 
 
-def num_iterations(settings: Dict) -> int:
-    return max(settings["epochs"] * settings["train_images"] // settings["batch_size"], 1)
-
-
-def _solver(settings):
+def _solver(run):
     """Detectron2's config of a run's optimizer, whose momentum and weight decay are its defaults."""
     cfg = get_cfg()
-    cfg.SOLVER.BASE_LR = settings["lr"]
+    cfg.SOLVER.BASE_LR = run.lr
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    cfg.SOLVER.MAX_ITER = num_iterations(settings)
+    cfg.SOLVER.MAX_ITER = run.iterations
     cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 20
     return cfg
 
 
 def train(
-    settings: Dict,
+    run: ClassifierRun,
     images: ImageSet,
     folder: str,
     *,
@@ -149,7 +191,6 @@ def train(
     had not been stopped: bit by bit on a CPU with as many threads.
 
     Args:
-        settings: ``depth, norm, seed, epochs, image_size, batch_size, lr, amp, train_images``.
         weights: a .pkl of ``tools/convert_weights.py`` to start from.
         workers: processes that load images.
         on_step: called with the number of steps since the last call.
@@ -159,26 +200,26 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     os.makedirs(folder, exist_ok=True)
-    seed_everything(settings["seed"])
-    model = Classifier(settings["depth"], settings["norm"], len(images.classes)).to(device)
-    cfg = _solver(settings)
+    seed_everything(run.seed)
+    model = Classifier(run.depth, run.norm, len(images.classes)).to(device)
+    cfg = _solver(run)
     optimizer = build_optimizer(cfg, model)
-    train_transform, test_transform = _transforms(settings["image_size"])
+    train_transform, test_transform = _transforms(run.image_size)
 
     def batches():  # from the step that the trainer has come to when it asks for the first
         dataset = _Transformed(images.train, train_transform)
-        start = trainer.iter * settings["batch_size"]
+        start = trainer.iter * run.batch_size
         yield from DataLoader(
-            SeededDataset(list(range(len(dataset))), dataset.__getitem__, settings["seed"]),
+            SeededDataset(list(range(len(dataset))), dataset.__getitem__, run.seed),
             sampler=PlaceSampler(
-                TrainingSampler(len(dataset), seed=settings["seed"]),
+                TrainingSampler(len(dataset), seed=run.seed),
                 lambda places: itertools.islice(places, start, None),
             ),
-            batch_size=settings["batch_size"],
+            batch_size=run.batch_size,
             num_workers=workers,
         )
 
-    trainer = (AMPTrainer if settings["amp"] else SimpleTrainer)(model, batches(), optimizer)
+    trainer = (AMPTrainer if run.amp else SimpleTrainer)(model, batches(), optimizer)
     checkpointer = Checkpointer(model, folder, trainer=trainer)
     trainer.register_hooks(
         [
@@ -195,11 +236,11 @@ def train(
     on_step(start)
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     test = _Transformed(images.test, test_transform)
-    return _test_error(model, DataLoader(test, settings["batch_size"], num_workers=workers))
+    return _test_error(model, DataLoader(test, run.batch_size, num_workers=workers))
 
 
 def _check_weights(model, checkpointer, weights):
-    """Detectron2's checkpointer only warns of what is missing."""
+    """Refuse what Detectron2's checkpointer only warns of: weights that are missing."""
     found = checkpointer.read(weights)["model"]
     wanted = {k: v.shape for k, v in model.resnet.state_dict().items() if not k.startswith("linear.")}
     wrong = [name for name, shape in wanted.items() if name not in found or tuple(found[name].shape) != shape]
@@ -215,3 +256,126 @@ def _test_error(model, batches):
     model.eval()
     wrong = torch.cat([model(batch).argmax(1).cpu() != batch[1] for batch in batches])
     return 100 * wrong.sum().item() / len(wrong)
+
+
+def train_all(runs: List[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int):
+    """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are trained.
+
+    Raises:
+        InputError: as :func:`train`, or a loss is not finite.
+    """
+    device = "cuda" if runs[0].amp else "cpu"
+    names = [f"{run.dataset}-R{run.depth}-{norm_in_path(run.norm)}-seed{run.seed}" for run in runs]
+    folders = [os.path.join(output, name) for name in names]
+    logging.getLogger("detectron2.engine.train_loop").disabled = True  # it prints tracebacks of what is raised anyway
+    jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run, ClassifierRow) is None]
+    with tqdm(total=sum(run.iterations for run, _ in jobs), unit="step", disable=not jobs) as bar:
+        for run, folder in jobs:
+            bar.set_description(f"{run.norm}, seed {run.seed}")
+            error = train(run, images, folder, weights=weights, device=device, workers=workers, on_step=bar.update)
+            finish_run(folder, ClassifierRow(**dataclasses.asdict(run), error=error, machine=machine(device)))
+    return [open_run(folder, run, ClassifierRow) for run, folder in zip(runs, folders)]
+
+
+def table(rows: List[ClassifierRow], all_classes: bool = True) -> str:
+    """A line for each norm, with the paper's error beside it unless the classes are a part of the paper's."""
+    first = rows[0]
+    paper = TABLE_4.get((first.dataset, first.depth), {}) if all_classes else {}
+    lines = []
+    for norm in dict.fromkeys(row.norm for row in rows):
+        errors = [row.error for row in rows if row.norm == norm]
+        lines.append([norm, paper.get(norm), *mean_and_std(errors), len(errors)])
+    headers = ["norm", "paper, error %", "ours, error %", "standard deviation", "seeds"]
+    return (
+        f"{markdown(lines, headers)}\n\n{first.dataset}, {first.classes} classes, {first.train_images} training and "
+        f"{first.test_images} test images of {first.image_size} pixels, R-{first.depth}, {first.epochs} epochs"
+    )
+
+
+def paper_table() -> str:
+    lines = [
+        [dataset, f"R-{depth}", *(errors.get(norm) for norm in ("GN", "GN1", "PGN"))]
+        for (dataset, depth), errors in TABLE_4.items()
+    ]
+    return markdown(lines, ["paper's error %", "", "G = 32", "G = 1", "practical"])
+
+
+def add_arguments(parser) -> None:
+    add_outputs(parser, json="write a row for each run")
+    parser.add_argument(
+        "--dataset",
+        default="caltech-101",
+        metavar="NAME",
+        help=f"{PET}, or what to call the folders of classes in ROOT; default: %(default)s",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="ROOT",
+        help=f"folder with a folder of images for each class; {PET} is downloaded to it if missing",
+    )
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="only the N classes with the fewest images; default: all"
+    )
+    parser.add_argument("--depth", type=int, default=50, choices=(50, 101), help="of the ResNet; default: %(default)s")
+    parser.add_argument(
+        "--norms",
+        nargs="+",
+        default=["GN", "GN1", "PGN"],
+        metavar="NORM",
+        help="names that a config's NORM may have; default: GN GN1 PGN",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE.pkl",
+        help="of tools/convert_weights.py, to start from; default: from scratch",
+    )
+    parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=0.005, help="learning rate; default: %(default)s")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that load images; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/classifier",
+        metavar="DIR",
+        help="a folder for each run, with its checkpoints, goes here; default: %(default)s",
+    )
+
+
+def main(args) -> None:
+    prepare_outputs(args.json)
+    for norm in args.norms:
+        get_norm(norm, 64)
+    images = load_images(args.dataset, args.data, args.classes)
+    runs = [
+        ClassifierRun(
+            norm=norm,
+            seed=seed,
+            dataset=args.dataset,
+            classes=len(images.classes),
+            train_images=len(images.train),
+            test_images=len(images.test),
+            depth=args.depth,
+            weights=os.path.basename(args.weights),
+            epochs=args.epochs,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            amp=torch.cuda.is_available(),
+        )
+        for seed in args.seeds
+        for norm in args.norms
+    ]
+    rows = train_all(runs, images, args.output, args.weights, args.workers)
+    if args.json:
+        write_rows(args.json, rows)
+    print(table(rows, args.classes is None))

@@ -1,7 +1,8 @@
 """Train one config under several norms and seeds, all else equal, each run by itself in a folder of its own.
 
 A comparison's folder holds ``comparison.yaml``, what all its runs share, and for each run ``NORM/seed_SEED``:
-what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended.
+what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended. A run whose files
+are damaged counts as failed, and takes no other down.
 """
 
 import ctypes
@@ -16,8 +17,9 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import yaml
 from detectron2.config import CfgNode
@@ -28,19 +30,32 @@ from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
-from gng_d2.files import check_outputs, machine, read_metrics, written_whole
+from gng_d2.files import atomic_open, last_iteration, prepare_outputs, read_metrics
 from gng_d2.imports import import_modules
+from gng_d2.layers.recompute import recompute_norms
 from gng_d2.norm_names import norm_from_name, norm_in_path
 
-__all__ = ["Run", "Comparison", "default_norm_keys", "differences", "train_all", "time_iteration"]
+from . import ROOT
+from .rows import differences, machine
 
-TRAIN_NET = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "tools", "train_net.py"
-)
+__all__ = ["RunState", "Run", "Comparison", "default_norm_keys", "train_all", "time_iteration"]
+
+TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 WS = "+WS"
 
 
+@dataclass(frozen=True)
+class RunState:
+    """How a run ended."""
+
+    status: str  # "finished", "failed", "not finished", or "running" in another process
+    reason: Optional[str] = None  # of a failure
+    machine: Optional[str] = None
+
+
 class Run(NamedTuple):
+    """One training, in a folder of its own."""
+
     norm: str
     seed: int
     folder: str
@@ -51,25 +66,16 @@ class Run(NamedTuple):
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def state(self) -> Dict:
-        """How the run ended: ``status`` (finished, failed, not finished), ``reason`` of a failure, ``machine``."""
+    def recorded_state(self) -> RunState:
+        """What ``run.json`` says; that the run failed where it says nothing a program wrote."""
+        path = self.path("run.json")
         try:
-            with open(self.path("run.json")) as file:
-                return json.load(file)
+            with open(path, encoding="utf-8") as file:
+                return RunState(**json.load(file))
         except FileNotFoundError:
-            return {"status": "not finished", "reason": None, "machine": None}
-
-    def iterations_done(self, max_iter: int) -> int:
-        """As far as its metrics.json says."""
-        if self.state()["status"] == "finished":
-            return max_iter
-        try:
-            with open(self.path("metrics.json"), "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
-                found = re.findall(rb'"iteration": (\d+)', file.read())
-        except FileNotFoundError:
-            return 0
-        return min(int(found[-1]) + 1, max_iter) if found else 0
+            return RunState("not finished")
+        except (OSError, ValueError, TypeError) as error:
+            return RunState("failed", f"{path} is damaged: {error}")
 
 
 class Comparison:
@@ -79,6 +85,7 @@ class Comparison:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
         imports: modules and files that are run first, here and in each run (:func:`~gng_d2.imports.import_modules`).
+        recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
     Raises:
@@ -95,6 +102,7 @@ class Comparison:
         overrides: Sequence[str] = (),
         *,
         imports: Sequence[str] = (),
+        recompute_norms: bool = False,
         num_gpus: int = 1,
         num_machines: int = 1,
         machine_rank: int = 0,
@@ -109,6 +117,7 @@ class Comparison:
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
+        self.recompute_norms = recompute_norms
         self.world_size = num_gpus * num_machines
         self.machine_rank = machine_rank
         self.launch = {
@@ -147,11 +156,35 @@ class Comparison:
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
+            *(("--recompute-norms",) if self.recompute_norms else ()),
             *(*launch, *self.run_overrides(run)),
         ]
 
     def norm_cfg(self, norm: str) -> CfgNode:
         return load_config(self.config_file, [*self.overrides, *self.norm_overrides(norm)])
+
+    def state(self, run: Run) -> RunState:
+        """How ``run`` ended. A finished one whose metrics are not whole has failed."""
+        state = run.recorded_state()
+        damage = self._damage(run) if state.status == "finished" else None
+        return RunState("failed", damage, state.machine) if damage else state
+
+    def _damage(self, run):
+        """What is wrong with the metrics.json of a run that is finished; None if nothing is."""
+        path = run.path("metrics.json")
+        # Detectron2 evaluates after the last iteration, and counts that as one more
+        last, needed = last_iteration(path), self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
+        if last >= needed:
+            return None
+        found = f"ends with iteration {last}" if os.path.isfile(path) else "is not there"
+        return f"{path} {found}, and a finished run's ends with {needed}. Delete {run.folder} to train it anew"
+
+    def iterations_done(self, run: Run) -> int:
+        """As far as its metrics.json says."""
+        iterations = self.cfg.SOLVER.MAX_ITER
+        if run.recorded_state().status == "finished":
+            return iterations
+        return min(last_iteration(run.path("metrics.json")) + 1, iterations)
 
     @cached_property
     def cfg(self) -> CfgNode:
@@ -188,7 +221,9 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.norms:
                 overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
-                setup_job(self.config_file, overrides, world_size=self.world_size)
+                cfg = setup_job(self.config_file, overrides, world_size=self.world_size)
+                if self.recompute_norms:
+                    recompute_norms(build_on_meta(cfg))
 
     def claim_output(self) -> None:
         """Make the folder, or see that what is in it compares the same.
@@ -197,14 +232,16 @@ class Comparison:
             InputError: it cannot be written, or says what differs.
         """
         path = os.path.join(self.output, "comparison.yaml")
-        check_outputs(path)
+        prepare_outputs(path)
         if not os.path.exists(path):
-            with written_whole(path) as file:
+            with atomic_open(path) as file:
                 yaml.safe_dump(self.settings(), file)
-        with open(path) as file:
-            differ = differences(yaml.safe_load(file), self.settings())
+        differ = differences(_read_settings(path), self.settings())
         if differ:
-            lines = "\n  ".join(f"{key.removeprefix('config.')}: {a} there, {b} here" for key, (a, b) in differ.items())
+            lines = "\n  ".join(
+                f"{key.removeprefix('config.')}: {there} there, {here} here"
+                for key, (there, here) in sorted(differ.items())
+            )
             raise InputError(
                 f"--output: {self.output} holds runs of another comparison, which must not mix with these. It differs "
                 f"in\n  {lines}\nName another folder"
@@ -231,65 +268,65 @@ def _with(cfg, key, value):
     return cfg
 
 
-def differences(there: Dict, here: Dict) -> Dict[str, Tuple]:
-    """What two nested dicts (configs, say) have differently: both values by dotted key."""
-    there, here = dict(_leaves(there)), dict(_leaves(here))
-    return {
-        key: (there.get(key), here.get(key))
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    }
-
-
-def _leaves(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _read_settings(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"--output: {path}, which says what the runs there share, is damaged. Name another folder")
+    return settings
 
 
 def train_all(comparison: Comparison) -> Iterator[Run]:
     """Train what is not finished, one run after the other, with a progress bar over all of them; yields each
     run that ended. A run that fails is recorded so in its folder, and the next one starts."""
     iterations = comparison.cfg.SOLVER.MAX_ITER
-    done = [run.iterations_done(iterations) for run in comparison.runs]
+    done = [comparison.iterations_done(run) for run in comparison.runs]
     with tqdm(total=iterations * len(done), initial=sum(done), unit="it", smoothing=0, dynamic_ncols=True) as bar:
         for index, run in enumerate(comparison.runs):
             bar.set_description(str(run))
 
             def progress():
-                done[index] = run.iterations_done(iterations)
+                done[index] = comparison.iterations_done(run)
                 bar.n = sum(done)
                 bar.refresh()
 
             state = train(comparison, run, progress)
             progress()
-            if state["status"] != "finished":
+            if state.status != "finished":
                 bar.total -= iterations - done[index]
-            bar.write(f"{run}: {state['status']}" + f": {state['reason']}" * bool(state["reason"]))
+            bar.write(f"{run}: {state.status}" + f": {state.reason}" * bool(state.reason))
             yield run
 
 
-def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> Dict:
+def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> RunState:
     """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended. What is
     finished, or what another comparison in the same folder trains just now, is left alone."""
-    os.makedirs(run.folder, exist_ok=True)
-    with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
-        if not free:
-            return {"status": "running", "reason": "in another process"}
-        if run.state()["status"] == "finished":
-            return run.state()
-        _end_line(run.path("metrics.json"))
-        with open(run.path("output.txt"), "ab") as output:
-            start = output.tell()
-            code = _call(comparison.command(run), output, progress)
-        reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
-        state = {"status": "failed" if reason else "finished", "reason": reason, "machine": comparison.machine()}
-        if comparison.machine_rank == 0:
-            with written_whole(run.path("run.json")) as file:
-                json.dump(state, file)
-        return state
+    try:
+        os.makedirs(run.folder, exist_ok=True)
+        with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
+            if not free:
+                return RunState("running", "in another process")
+            state = comparison.state(run)
+            return state if state.status == "finished" else _train(comparison, run, progress)
+    except (OSError, InputError) as error:  # a file where its folder should be, say
+        return RunState("failed", str(error))
+
+
+def _train(comparison, run, progress):
+    _end_line(run.path("metrics.json"))
+    with open(run.path("output.txt"), "ab") as output:
+        start = output.tell()
+        code = _call(comparison.command(run), output, progress)
+    reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
+    state = RunState("failed" if reason else "finished", reason, comparison.machine())
+    if comparison.machine_rank == 0:
+        with atomic_open(run.path("run.json")) as file:
+            json.dump(asdict(state), file)
+        state = comparison.state(run)
+    return state
 
 
 TIMED = 25  # iterations

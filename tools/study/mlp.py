@@ -1,4 +1,7 @@
-"""The paper's MLP on MNIST under every number of groups: Section 3.1, Table 3 and Figure 2.
+"""Table 3 and Figure 2 of the paper: an MLP on MNIST under every number of groups.
+
+784-512-10 with group norm and ReLU, G = 1, 2, ..., 512. For a seed, the initial weights and the order of the images
+are the same for every G. Can be stopped at any time: the same command goes on with the runs that are not finished.
 
 The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, fixed before any
 test error was seen: SGD with momentum 0.9, learning rate 0.1 with a cosine decay to 0, weight decay 1e-4,
@@ -6,28 +9,63 @@ test error was seen: SGD with momentum 0.9, learning rate 0.1 with a cosine deca
 augmentation. The test error is that of the last step.
 """
 
+import dataclasses
 import os
-from typing import Callable, Dict, List, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Callable, List, Sequence, Tuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
+from command_line import add_outputs
 from gng_d2.errors import InputError
-from gng_d2.files import machine
+from gng_d2.files import prepare_outputs, save_figure
 from gng_d2.groups import practical_num_groups
 
-from .rows import finish_run, open_run
+from .paper import TABLE_3
+from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows
 
-__all__ = ["PRACTICAL", "load_mnist", "mlp", "settings_of", "train", "train_all"]
+__all__ = ["PRACTICAL", "MLPRun", "MLPRow", "load_mnist", "mlp", "train", "train_all", "table", "plot"]
+
+IF_STOPPED = "the same command goes on with the runs that are not finished"
 
 IN, HIDDEN, CLASSES = 784, 512, 10
 PRACTICAL = practical_num_groups(IN, HIDDEN)
-RECIPE = {"batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 CURVE_POINTS = 100
+
+
+@dataclass(frozen=True)
+class MLPRun:
+    """What makes a run."""
+
+    num_groups: int
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+
+    @classmethod
+    def of(cls, num_groups: int, seed: int, epochs: int) -> "MLPRun":
+        """The run with the recipe that all have in common."""
+        return cls(num_groups, seed, epochs, batch_size=128, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+@dataclass(frozen=True)
+class MLPRow(MLPRun):
+    """A run and what came of it."""
+
+    test_error: float  # in %
+    iteration: List[int]  # the learning curve: up to here, from the one before,
+    train_loss: List[float]  # the mean
+    machine: str
 
 
 def load_mnist(root: str, train: bool) -> Tuple[Tensor, Tensor]:
@@ -46,34 +84,23 @@ def load_mnist(root: str, train: bool) -> Tuple[Tensor, Tensor]:
 
 
 def mlp(num_groups: int) -> nn.Sequential:
-    # PyTorch's own GroupNorm: ours refuses the groups of a single number that Table 3's last column has.
+    """The model, from PyTorch's own layers: our GroupNorm refuses the groups of a single number of Table 3's end."""
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.GroupNorm(num_groups, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
-def settings_of(num_groups: int, seed: int, epochs: int) -> Dict:
-    return {"num_groups": num_groups, "seed": seed, "epochs": epochs, **RECIPE}
-
-
 def train(
-    settings: Dict, train_set: Sequence[Tensor], test_set: Sequence[Tensor], on_epoch: Callable = lambda: None
-) -> Dict:
-    """One run, from the seed: same initial weights and order of images for every number of groups.
-
-    Returns:
-        ``settings`` with ``test_error`` in %, and the learning curve: ``train_loss``, each the mean over the
-        iterations since the one before, up to the one in ``iteration``.
-    """
+    run: MLPRun, train_set: Sequence[Tensor], test_set: Sequence[Tensor], on_epoch: Callable = lambda: None
+) -> MLPRow:
+    """Train from the seed: the same initial weights and order of images for every number of groups."""
     images, labels = train_set
-    torch.manual_seed(settings["seed"])
-    model = mlp(settings["num_groups"])
-    optimizer = torch.optim.SGD(
-        model.parameters(), settings["lr"], settings["momentum"], weight_decay=settings["weight_decay"]
-    )
-    batches_per_epoch = -(-len(images) // settings["batch_size"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["epochs"] * batches_per_epoch)
+    torch.manual_seed(run.seed)
+    model = mlp(run.num_groups)
+    optimizer = torch.optim.SGD(model.parameters(), run.lr, run.momentum, weight_decay=run.weight_decay)
+    batches_per_epoch = -(-len(images) // run.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * batches_per_epoch)
     losses = []
-    for _ in range(settings["epochs"]):
-        for batch in torch.randperm(len(images)).split(settings["batch_size"]):
+    for _ in range(run.epochs):
+        for batch in torch.randperm(len(images)).split(run.batch_size):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -84,22 +111,23 @@ def train(
     with torch.no_grad():
         wrong = model(test_set[0]).argmax(1) != test_set[1]
     windows = np.array_split(losses, min(CURVE_POINTS, len(losses)))
-    return {
-        **settings,
-        "test_error": 100 * wrong.sum().item() / len(wrong),
-        "iteration": np.cumsum([len(window) for window in windows]).tolist(),
-        "train_loss": [round(float(window.mean()), 6) for window in windows],
-    }
+    return MLPRow(
+        **dataclasses.asdict(run),
+        test_error=100 * wrong.sum().item() / len(wrong),
+        iteration=np.cumsum([len(window) for window in windows]).tolist(),
+        train_loss=[round(float(window.mean()), 6) for window in windows],
+        machine=machine(),
+    )
 
 
-def train_all(runs: Sequence[Dict], root: str, output: str, processes: int = 1) -> List[Dict]:
-    """The rows of ``runs`` (see :func:`settings_of`): of those that are finished in the folder ``output``, and
-    of the others, which are trained, in ``processes`` processes of one thread each.
+def train_all(runs: Sequence[MLPRun], root: str, output: str, processes: int = 1) -> List[MLPRow]:
+    """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are
+    trained, in ``processes`` processes of one thread each.
 
     A run that was stopped is trained anew, so it ends as if it had not been.
     """
-    folders = [os.path.join(output, f"groups{run['num_groups']}-seed{run['seed']}") for run in runs]
-    jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run) is None]
+    folders = [os.path.join(output, f"groups{run.num_groups}-seed{run.seed}") for run in runs]
+    jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run, MLPRow) is None]
     if jobs:
         for is_train in (True, False):
             load_mnist(root, is_train)  # here, where an error is one line
@@ -107,14 +135,94 @@ def train_all(runs: Sequence[Dict], root: str, output: str, processes: int = 1) 
             _train_share(0, jobs, root, 1)
         else:
             torch.multiprocessing.spawn(_train_share, (jobs, root, processes), processes, daemon=True)
-    return [open_run(folder, run) for run, folder in zip(runs, folders)]
+    return [open_run(folder, run, MLPRow) for run, folder in zip(runs, folders)]
 
 
 def _train_share(rank, jobs, root, processes):
     torch.set_num_threads(1)
     train_set, test_set = load_mnist(root, True), load_mnist(root, False)
     jobs = jobs[rank::processes]
-    total = sum(run["epochs"] for run, _ in jobs)
+    total = sum(run.epochs for run, _ in jobs)
     with tqdm(total=total, unit="epoch", desc=f"process {rank + 1} of {processes}", position=rank) as bar:
         for run, folder in jobs:
-            finish_run(folder, {**train(run, train_set, test_set, bar.update), "machine": machine()})
+            finish_run(folder, train(run, train_set, test_set, bar.update))
+
+
+def table(rows: List[MLPRow]) -> str:
+    lines = []
+    for groups in dict.fromkeys(row.num_groups for row in rows):
+        of_groups = [row for row in rows if row.num_groups == groups]
+        mean, std = mean_and_std([row.test_error for row in of_groups])
+        loss, _ = mean_and_std([1000 * row.train_loss[-1] for row in of_groups])
+        name = f"{groups}{' (practical)' * (groups == PRACTICAL)}"
+        lines.append([name, TABLE_3[groups], mean, std, len(of_groups), loss])
+    headers = ["G", "paper, error %", "ours, error %", "standard deviation", "seeds", "last train loss, 1/1000"]
+    return markdown(lines, headers)
+
+
+def plot(rows: List[MLPRow], path: str) -> None:
+    """Draw the paper's Figure 2: the train loss over the iterations, the mean over the seeds, a curve for each number
+    of groups, the practical one in black."""
+    curves = {}
+    for row in rows:
+        curves.setdefault(row.num_groups, []).append(row)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["viridis_r"](np.linspace(0.05, 1, len(curves)))
+    for color, (groups, runs) in zip(colors, sorted(curves.items())):
+        practical = groups == PRACTICAL
+        style = {"color": "k", "lw": 2, "zorder": 3} if practical else {"color": color, "lw": 1.2}
+        loss = np.mean([run.train_loss for run in runs], axis=0)
+        axes.plot(runs[0].iteration, loss, label=f"G = {groups}" + ", practical" * practical, **style)
+    axes.set(xlabel="iteration", ylabel="train loss", yscale="log")
+    axes.legend(loc="center right", fontsize=8, ncols=2)
+    save_figure(figure, path, dpi=120)
+
+
+def add_arguments(parser) -> None:
+    add_outputs(
+        parser,
+        json="write a row for each run, with its learning curve",
+        plot="draw the learning curves, the mean over the seeds",
+    )
+    parser.add_argument(
+        "--data",
+        default="datasets",
+        metavar="ROOT",
+        help="folder that has MNIST/raw, or that it is downloaded to; default: %(default)s",
+    )
+    parser.add_argument(
+        "--groups",
+        type=int,
+        nargs="+",
+        default=list(TABLE_3),
+        choices=list(TABLE_3),
+        metavar="G",
+        help="numbers of groups, powers of 2; default: 1 2 4 ... 512",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, each on one CPU thread; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/mlp_mnist",
+        metavar="DIR",
+        help="a folder for each run goes here; default: %(default)s",
+    )
+
+
+def main(args) -> None:
+    prepare_outputs(args.json, args.plot)
+    runs = [MLPRun.of(groups, seed, args.epochs) for seed in args.seeds for groups in args.groups]
+    rows = train_all(runs, args.data, args.output, args.processes)
+    if args.json:
+        write_rows(args.json, rows)
+    if args.plot:
+        plot(rows, args.plot)
+    print(table(rows))

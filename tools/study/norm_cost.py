@@ -1,12 +1,27 @@
-"""What a norm costs: the norms of a model, their implementations, and how long each takes."""
+"""What a norm costs: each distinct norm of Faster R-CNN R-50-FPN GN+WS and of Panoptic FPN's semantic head, under PGN.
 
-import ctypes
+All implementations run in turn, in one run: times are medians, to be read as ratios. Each norm has the groups that
+PGN gives it; `native` is PyTorch's op at the same groups, `native_gn32` at 32. `frozen_bn` is the affine map of each
+channel alone. On CUDA the cache is flushed before each call, and the compiled forms of PyTorch's op are timed too, and
+`our_kernels`, which never picks PyTorch's op as `ours` does; on a CPU each call follows one of itself. Other packages
+(Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
+
+A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write
+the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2,
+gradient: 3).
+
+On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep
+memory that is freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs,
+whatever the norm.
+"""
+
 import importlib
-import time
+import os
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from statistics import median
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from statistics import geometric_mean, quantiles
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -14,16 +29,42 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from command_line import add_outputs
 from gng_d2.analysis import build_on_meta
+from gng_d2.config import load_config
+from gng_d2.files import prepare_outputs
+from gng_d2.ops import cpu_kernels
 from gng_d2.ops.group_norm import _GroupNorm, group_norm
 
-__all__ = ["norm_inputs", "implementations", "norm_rows", "milliseconds", "copy_bandwidth", "keep_freed_memory"]
+from . import ROOT
+from .rows import machine, markdown, write_rows
+from .timing import add_timing, copy_bandwidth, keep_freed_memory, milliseconds
+
+__all__ = ["NormCostRow", "norm_inputs", "implementations", "norm_rows", "table"]
+
+CONFIGS = ("faster_rcnn_pgn_ws.yaml", "pfpn_pgn.yaml")
 
 NormInput = Tuple[Tuple[int, ...], int]  # shape, num_groups
 
 
+@dataclass(frozen=True)
+class NormCostRow:
+    """The time of one implementation on one input."""
+
+    shape: List[int]
+    num_groups: int
+    dtype: str
+    layout: str  # "contiguous" or "channels_last"
+    direction: str  # "forward" or "forward+backward"
+    implementation: str
+    milliseconds: float  # the median
+    ratio_to_native_gn32: float
+    fraction_of_copy_bandwidth: float
+    machine: str
+
+
 def norm_inputs(cfg: CfgNode, images: int, height: int, width: int) -> List[NormInput]:
-    """Shape of the input and number of groups of each distinct group norm of a detector, in their order.
+    """The shape of the input and the number of groups of each distinct group norm of a detector, in their order.
 
     Backbone, box head (with as many proposals as in training) and semantic head are run on the meta device: no
     memory, no arithmetic.
@@ -89,26 +130,26 @@ _OTHERS = {
 def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
     """By name, ``f(x, num_groups, weight, bias)`` and whether it has a backward.
 
-    ``ours`` is the op, which picks; ``ours_always`` never picks PyTorch's. The compiled ones and ``ours_always`` are
+    ``ours`` is the op, which picks; ``our_kernels`` never picks PyTorch's. The compiled ones and ``our_kernels`` are
     there on CUDA, those of other packages where they are installed.
     """
-    all_of_them = {
+    known = {
         "native": (F.group_norm, True),
         "ours": (group_norm, True),
         "frozen_bn": (_frozen_batch_norm, True),
         "var_mean": (_var_mean, True),
     }
     if device == "cuda":
-        all_of_them["ours_always"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, 1e-5), True)
+        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, 1e-5), True)
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
-            all_of_them[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
+            known[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
     for name, (adapter, module, attribute, has_backward) in _OTHERS.items():
         with suppress(ImportError, AttributeError):
             op = importlib.import_module(module)
             for part in attribute.split("."):
                 op = getattr(op, part)
-            all_of_them[name] = (partial(adapter, op=op), has_backward)
-    return all_of_them
+            known[name] = (partial(adapter, op=op), has_backward)
+    return known
 
 
 # passes over a tensor that does not fit into a cache: moments, read, write; then two sums, and read, read, write
@@ -123,8 +164,8 @@ def norm_rows(
     device: str,
     bandwidth: float,
     seconds: float,
-) -> Iterator[Dict]:
-    """One row for each direction and implementation. ``bandwidth`` of a copy in bytes a second.
+) -> Iterator[NormCostRow]:
+    """Time each implementation in each direction. ``bandwidth`` of a copy in bytes a second.
 
     ``native_gn32`` is timed twice, as ``native_gn32_again`` too: the difference is the run's noise.
     """
@@ -156,17 +197,18 @@ def norm_rows(
         times = dict(zip(calls, milliseconds(list(calls.values()), device, seconds)))
         least = _PASSES[direction] * x.numel() * x.element_size() / bandwidth * 1e3
         for name, time_of_call in times.items():
-            yield {
-                "shape": list(shape),
-                "num_groups": 32 if name.startswith("native_gn32") else num_groups,
-                "dtype": str(dtype).removeprefix("torch."),
-                "layout": "channels_last" if channels_last else "contiguous",
-                "direction": direction,
-                "implementation": name,
-                "milliseconds": time_of_call,
-                "ratio_to_native_gn32": time_of_call / times["native_gn32"],
-                "fraction_of_copy_bandwidth": least / time_of_call,
-            }
+            yield NormCostRow(
+                shape=list(shape),
+                num_groups=32 if name.startswith("native_gn32") else num_groups,
+                dtype=str(dtype).removeprefix("torch."),
+                layout="channels_last" if channels_last else "contiguous",
+                direction=direction,
+                implementation=name,
+                milliseconds=time_of_call,
+                ratio_to_native_gn32=time_of_call / times["native_gn32"],
+                fraction_of_copy_bandwidth=least / time_of_call,
+                machine=machine(device),
+            )
 
 
 def _runs(name, call, shape):
@@ -179,50 +221,69 @@ def _runs(name, call, shape):
     return True
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[float]:
-    """Median time of each of ``calls``, run in turn for about ``seconds`` each.
-
-    On CUDA with an empty cache, on a CPU right after the same call.
-    """
-    timed, fewest = (_timer_on_cuda(), 20) if device == "cuda" else (_timed_on_cpu, 3)
-    rounds = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
-    times = [[timed(call) for call in calls] for _ in range(rounds)]
-    return [median(of_call) for of_call in zip(*times)]
-
-
-def _timed_on_cpu(call):
-    call()
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _timer_on_cuda():
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-
-    def timed(call):
-        cache.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return timed
+def table(rows: List[NormCostRow]) -> str:
+    """Ratios of time over all inputs, the noise of the run, and the slowest inputs of ours."""
+    lines, noise = [], []
+    for key in dict.fromkeys((*_kind(row), row.implementation) for row in rows):
+        ratios = [row.ratio_to_native_gn32 for row in rows if (*_kind(row), row.implementation) == key]
+        if key[-1] == "native_gn32_again":
+            noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({', '.join(key[:-1])})")
+        else:
+            lines.append([*key, geometric_mean(ratios), min(ratios), max(ratios)])
+    headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
+    forward = [row for row in rows if row.direction == "forward"]
+    native = {_input(row): row.ratio_to_native_gn32 for row in forward if row.implementation == "native"}
+    ours = sorted((row for row in forward if row.implementation == "ours"), key=lambda row: -row.ratio_to_native_gn32)
+    slowest = [[*_input(row), row.milliseconds, row.ratio_to_native_gn32, native[_input(row)]] for row in ours[:8]]
+    inputs = len({_input(row)[:2] for row in ours})
+    ratios = [row.ratio_to_native_gn32 for row in ours]
+    return "\n\n".join(
+        [
+            f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {inputs} inputs:",
+            markdown(lines, headers, ".2f"),
+            f"Ours, forward: geometric mean {geometric_mean(ratios):.2f}, highest {max(ratios):.2f}.",
+            f"The same call a second time differs by less than this in 95 % of the inputs: {'; '.join(noise)}.",
+            "The slowest of ours, forward:",
+            markdown(
+                slowest, ["input", "G", "dtype", "layout", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f"
+            ),
+        ]
+    )
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by a copy of a tensor of 256 MiB."""
-    source = torch.empty(2**26, device=device).normal_()
-    target = torch.empty_like(source)
-    (time_of_copy,) = milliseconds([lambda: target.copy_(source)], device, 1.0)
-    return 2 * source.numel() * source.element_size() / (time_of_copy / 1e3)
+def _kind(row):
+    return row.dtype, row.layout, row.direction
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, as CUDA's allocator does: else page faults are timed, not arithmetic."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+def _input(row):
+    return "x".join(map(str, row.shape)), row.num_groups, row.dtype, row.layout
+
+
+def add_arguments(parser) -> None:
+    add_outputs(parser, json="write a row for each input, direction and implementation")
+    add_timing(parser, seconds=0.3, images=[1], each="implementation and input")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=["contiguous", "channels_last"])
+
+
+def main(args) -> None:
+    prepare_outputs(args.json)
+    torch.manual_seed(0)
+    keep_freed_memory()
+    if args.device == "cpu" and not cpu_kernels.is_compiled():
+        print("gng_d2 was installed without a C compiler: on the CPU ours is PyTorch's own op")
+    bandwidth = copy_bandwidth(args.device)
+    print(f"{machine(args.device)}; a copy moves {bandwidth / 1e9:.1f} GB/s")
+    inputs = {}  # each once, in their order
+    for images in args.images:
+        for config in CONFIGS:
+            cfg = load_config(os.path.join(ROOT, "configs", config))
+            inputs.update(dict.fromkeys(norm_inputs(cfg, images, *args.size)))
+    settings = [(getattr(torch, dtype), layout == "channels_last") for dtype in args.dtype for layout in args.layout]
+    rows = []
+    for setting in settings:
+        for shape, num_groups in tqdm(inputs, unit="input"):
+            rows += norm_rows(shape, num_groups, *setting, args.device, bandwidth, args.seconds)
+    if args.json:
+        write_rows(args.json, rows)
+    print(table(rows))

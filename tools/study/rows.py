@@ -1,40 +1,139 @@
-"""A folder for each training run, so that a job of many runs that was stopped goes on where it was."""
+"""What the experiments have in common: rows, where they were measured, runs that can be stopped, tables.
 
+A row is a frozen dataclass of its experiment. In a JSON file, a list with one row a line, its keys are the fields.
+"""
+
+import dataclasses
+import json
 import os
+import platform
 import statistics
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar
+
+import torch
+from tabulate import tabulate
 
 from gng_d2.errors import InputError
-from gng_d2.files import check_outputs, read_rows, write_rows
+from gng_d2.files import atomic_open, prepare_outputs
 
-__all__ = ["open_run", "finish_run", "mean_and_std"]
+__all__ = [
+    "machine",
+    "read_rows",
+    "write_rows",
+    "open_run",
+    "finish_run",
+    "differences",
+    "mean_and_std",
+    "markdown",
+]
+
+Row = TypeVar("Row")
+
+
+def machine(device: str = "cpu") -> str:
+    """What a measurement ran on, for instance "2 threads of an AMD EPYC (AVX512), PyTorch 2.14.1"."""
+    pytorch = f"PyTorch {torch.__version__.partition('+')[0]}"
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {pytorch}"
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{threads} thread{'s' * (threads > 1)} of {_processor()} ({capability}), {pytorch}"
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_rows(path: str, row_type: Type[Row]) -> List[Row]:
+    """The rows in a file of :func:`write_rows`.
+
+    Raises:
+        InputError: the file is damaged, or its rows are of another experiment.
+        OSError: it cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            return [row_type(**row) for row in json.load(file)]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} holds no rows of {row_type.__module__}: {error}") from error
+
+
+def write_rows(path: str, rows: Iterable[Row]) -> None:
+    """Write ``rows`` as a JSON list, one row a line, whole or not at all."""
+    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
+    with atomic_open(path) as file:
+        file.write(f"[\n{lines}\n]\n")
+
 
 _SETTINGS, _ROW = "settings.json", "row.json"
 
 
-def open_run(folder: str, settings: Dict) -> Optional[Dict]:
+def open_run(folder: str, settings, row_type: Type[Row]) -> Optional[Row]:
     """The row of the run in ``folder`` if it is finished; None if it is new or was stopped.
 
+    So a job of many runs that was stopped goes on where it was.
+
+    Args:
+        settings: a dataclass of what makes the run, kept in its folder.
+
     Raises:
-        InputError: the folder cannot be written, or holds a run of other settings.
+        InputError: the folder cannot be written, is damaged, or holds a run of other settings.
     """
     path = os.path.join(folder, _SETTINGS)
-    check_outputs(path)
+    prepare_outputs(path)
     if not os.path.exists(path):
         write_rows(path, [settings])
-    (before,) = read_rows(path)
-    if before != settings:
-        keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        differ = ", ".join(f"{key} {before.get(key)} (now {settings.get(key)})" for key in keys)
-        raise InputError(f"{folder} holds a run with {differ}. Choose another --output, or delete that folder")
+    (before,) = read_rows(path, type(settings))
+    differ = differences(dataclasses.asdict(before), dataclasses.asdict(settings))
+    if differ:
+        listed = ", ".join(f"{key} {there} (now {here})" for key, (there, here) in differ.items())
+        raise InputError(f"{folder} holds a run with {listed}. Choose another --output, or delete that folder")
     row = os.path.join(folder, _ROW)
-    return read_rows(row)[0] if os.path.exists(row) else None
+    return read_rows(row, row_type)[0] if os.path.exists(row) else None
 
 
-def finish_run(folder: str, row: Dict) -> None:
+def finish_run(folder: str, row) -> None:
+    """Keep the row of a run that :func:`open_run` opened."""
     write_rows(os.path.join(folder, _ROW), [row])
 
 
-def mean_and_std(values: Sequence[float]) -> Tuple[float, Optional[float]]:
-    """The mean over seeds and the sample standard deviation, None for a single seed."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+def differences(there: Dict, here: Dict) -> Dict[str, Tuple]:
+    """What two nested dicts (configs, say) have differently: both values by dotted key."""
+    there, here = dict(_leaves(there)), dict(_leaves(here))
+    return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
+
+
+def _leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def mean_and_std(values: Sequence[Optional[float]]) -> Tuple[Optional[float], Optional[float]]:
+    """The mean over seeds and the sample standard deviation; None for what there are too few values for, and for
+    both where one of them is None."""
+    if not values or None in values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown(lines: Sequence[Sequence], headers: Sequence[str], digits: str = ".3f") -> str:
+    """A table. Floats are written with ``digits``, None as a dash; columns of numbers stand on the right."""
+    columns = list(zip(*lines))
+    numbers = [all(value is None or isinstance(value, (int, float)) for value in column) for column in columns]
+    cells = [[_cell(value, digits) for value in line] for line in lines]
+    alignment = ["right" if number else "left" for number in numbers]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True, colalign=alignment or None)
+
+
+def _cell(value, digits):
+    if value is None:
+        return "-"
+    return f"{value:{digits}}" if isinstance(value, float) else str(value)

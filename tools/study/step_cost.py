@@ -1,9 +1,14 @@
-"""What a whole training step costs under one norm or another."""
+"""What a whole training step costs under FrozenBN, GN, GN+WS, PGN and PGN+WS: Faster R-CNN and Panoptic FPN.
+
+Forward, backward and optimizer, on noise with eight objects an image; the norm is in backbone, FPN and semantic head,
+all layers are trained. The five models of a table run in turn, in one run: medians, to be read as ratios. Peak memory
+is a model's own, on CUDA alone. The share of weight standardization is its time, alone, over that of the step.
+"""
 
 import gc
 import itertools
-from functools import partial
-from typing import Dict, Iterator, List
+from dataclasses import asdict, dataclass
+from typing import Dict, Iterator, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -11,13 +16,18 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from tqdm import tqdm
 
+from command_line import add_outputs, add_overrides
 from gng_d2.config import load_config
+from gng_d2.errors import InputError
+from gng_d2.files import prepare_outputs
 from gng_d2.layers import WSConv2d, standardize_weight
 
-from .norm_cost import milliseconds
+from .rows import machine, markdown, write_rows
+from .timing import add_timing, keep_freed_memory, milliseconds
 
-__all__ = ["MODELS", "NORMS", "config_of", "random_batch", "step_rows"]
+__all__ = ["MODELS", "NORMS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
 
 MODELS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
@@ -26,8 +36,26 @@ MODELS = {
 NORMS = ("FrozenBN", "GN", "GN+WS", "PGN", "PGN+WS")
 
 
+@dataclass(frozen=True)
+class StepCostRow:
+    """A model's training step under one norm."""
+
+    model: str  # one of MODELS
+    norm: str
+    amp: bool  # in mixed precision
+    images: int
+    size: List[int]  # height and width, pixels
+    step_milliseconds: float  # the median
+    ratio_to_frozen_bn: float
+    ratio_to_gn: float
+    peak_memory_bytes: Optional[int]  # what model and optimizer hold, and what a step adds; None on a CPU
+    memory_ratio_to_gn: Optional[float]
+    share_of_weight_standardization: float
+    machine: str
+
+
 def config_of(model: str, norm: str, device: str, overrides=()) -> CfgNode:
-    """Detectron2's own R-50-FPN config from scratch, all layers trained, ``norm`` in backbone, FPN and semantic head.
+    """Detectron2's own R-50-FPN config, from scratch, all layers trained, ``norm`` in backbone, FPN, semantic head.
 
     With FrozenBN the FPN has no norm and the semantic head GN, as in Detectron2's configs.
     """
@@ -64,33 +92,29 @@ def random_batch(cfg: CfgNode, images: int, height: int, width: int, seed: int =
 
 def step_rows(
     model: str, amp: bool, images: int, height: int, width: int, device: str, seconds: float, overrides=()
-) -> Iterator[Dict]:
-    """One row for each norm; their steps run in turn.
-
-    Peak memory is that of a model alone: what it and its optimizer hold, and what a step adds. CUDA only.
-    """
-    if device == "cuda":
-        _Job(
-            config_of(model, "GN", device, overrides), amp, images, height, width
-        )  # makes what all share, workspaces say
+) -> Iterator[StepCostRow]:
+    """Time the steps under each norm in turn."""
+    if device == "cuda":  # makes what all share, workspaces say
+        _Job(config_of(model, "GN", device, overrides), amp, images, height, width)
     jobs = {norm: _Job(config_of(model, norm, device, overrides), amp, images, height, width) for norm in NORMS}
     times = milliseconds([job.step for job in jobs.values()], device, seconds)
     step = dict(zip(jobs, times))
     peak = {norm: job.peak_memory() for norm, job in jobs.items()}
     for norm, job in jobs.items():
-        yield {
-            "model": model,
-            "norm": norm,
-            "amp": amp,
-            "images": images,
-            "size": [height, width],
-            "step_milliseconds": step[norm],
-            "ratio_to_frozen_bn": step[norm] / step["FrozenBN"],
-            "ratio_to_gn": step[norm] / step["GN"],
-            "peak_memory_bytes": peak[norm],
-            "memory_ratio_to_gn": peak[norm] / peak["GN"] if peak["GN"] else None,
-            "share_of_weight_standardization": job.weight_standardization_milliseconds(device, seconds) / step[norm],
-        }
+        yield StepCostRow(
+            model=model,
+            norm=norm,
+            amp=amp,
+            images=images,
+            size=[height, width],
+            step_milliseconds=step[norm],
+            ratio_to_frozen_bn=step[norm] / step["FrozenBN"],
+            ratio_to_gn=step[norm] / step["GN"],
+            peak_memory_bytes=peak[norm],
+            memory_ratio_to_gn=peak[norm] / peak["GN"] if peak["GN"] else None,
+            share_of_weight_standardization=job.weight_standardization_milliseconds(device, seconds) / step[norm],
+            machine=machine(device),
+        )
 
 
 class _Job:
@@ -105,13 +129,12 @@ class _Job:
         optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        batch = random_batch(cfg, images, height, width)
-        # a scale of 1: where gradients overflow, the optimizer would skip its step
-        kinds = {
-            False: SimpleTrainer,
-            True: partial(AMPTrainer, grad_scaler=torch.amp.GradScaler("cuda", init_scale=1.0)),
-        }
-        self.trainer = kinds[amp](self.model, itertools.repeat(batch), optimizer)
+        batch = itertools.repeat(random_batch(cfg, images, height, width))
+        if amp:  # a scale of 1: where gradients overflow, the optimizer would skip its step
+            scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
+            self.trainer = AMPTrainer(self.model, batch, optimizer, grad_scaler=scaler)
+        else:
+            self.trainer = SimpleTrainer(self.model, batch, optimizer)
         self.trainer.iter = 0
         self.step()
         self.held = _allocated(cfg) - before
@@ -141,3 +164,36 @@ class _Job:
 def _allocated(cfg):
     gc.collect()
     return torch.cuda.memory_allocated() if cfg.MODEL.DEVICE == "cuda" else 0
+
+
+def table(rows: List[StepCostRow]) -> str:
+    """A line for each row; what was not measured has no column."""
+    lines = [{**asdict(row), "size": f"{row.size[0]} x {row.size[1]}"} for row in rows]
+    headers = [key for key in lines[0] if key != "machine" and any(line[key] is not None for line in lines)]
+    return markdown([[line[key] for key in headers] for line in lines], headers)
+
+
+def add_arguments(parser) -> None:
+    cuda = torch.cuda.is_available()
+    add_outputs(parser, json="write a row for each model, precision, number of images and norm")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: both")
+    add_timing(parser, seconds=10.0, images=[1, 2] if cuda else [1], each="model, at least three steps")
+    parser.add_argument(
+        "--precision", nargs="+", default=["float32", "amp"] if cuda else ["float32"], choices=["float32", "amp"],
+        help="amp is float16 under autocast, on CUDA; default: both on CUDA",
+    )  # fmt: skip
+    add_overrides(parser)
+
+
+def main(args) -> None:
+    prepare_outputs(args.json)
+    if args.device == "cpu" and "amp" in args.precision:
+        raise InputError("--precision amp: Detectron2's AMP needs CUDA")
+    keep_freed_memory()
+    jobs = [(m, p == "amp", i) for m in args.models for p in args.precision for i in args.images]
+    rows = []
+    for job in tqdm(jobs, unit="table"):
+        rows += step_rows(*job, *args.size, args.device, args.seconds, args.opts)
+    if args.json:
+        write_rows(args.json, rows)
+    print(table(rows))

@@ -25,9 +25,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gng_d2.errors import InputError
 from gng_d2.groups import isometry_ratio
 
-__all__ = ["REPEATS", "UnitBlock", "estimate", "exact_ratios", "has_finite_variance", "measure_ratios", "paper_ratios"]
+__all__ = [
+    "REPEATS",
+    "UnitBlock",
+    "add_experiments",
+    "estimate",
+    "exact_ratios",
+    "has_finite_variance",
+    "measure_ratios",
+    "paper_ratios",
+    "standard_error",
+]
 
 REPEATS = 20
 
@@ -96,7 +107,7 @@ def measure_ratios(
     generator: Optional[torch.Generator] = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Dict[str, Tensor]:
-    """A to D of each of ``REPEATS`` repeats, float64, shape (REPEATS,): ratios of averages over experiments.
+    """Measure A to D in each of ``REPEATS`` repeats: float64, shape (REPEATS,), ratios of averages over experiments.
 
     An experiment draws the weights of both blocks, and ``inputs`` inputs that share them, each with loss
     weights of its own. The repeats share nothing, so their spread is the error of a ratio, for any
@@ -105,7 +116,12 @@ def measure_ratios(
     Args:
         experiments: at least ``REPEATS``; split evenly among the repeats.
         progress: called after each experiment.
+
+    Raises:
+        InputError: there are fewer experiments than repeats.
     """
+    if experiments < REPEATS:
+        raise InputError(f"--experiments {experiments}: at least {REPEATS}, one for each repeat")
     moments = []
     for _ in range(experiments):
         moments.append(_mean_squares(block, inputs, generator))
@@ -125,6 +141,18 @@ def estimate(ratios: Tensor, finite_variance: bool) -> Tuple[float, float, float
         return tuple(ratios.quantile(torch.tensor([0.5, 0.05, 0.95], dtype=ratios.dtype)).tolist())
     value, error = ratios.mean().item(), standard_error(ratios)
     return value, value - 1.96 * error, value + 1.96 * error
+
+
+def add_experiments(parser, default: int) -> None:
+    """Give ``parser`` the flags ``--experiments`` and ``--seed``."""
+    parser.add_argument(
+        "--experiments",
+        type=int,
+        default=default,
+        metavar="N",
+        help=f"draws of the weights for each block, at least {REPEATS}; default: %(default)s, a few minutes",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
 def standard_error(ratios: Tensor) -> float:

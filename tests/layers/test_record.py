@@ -1,0 +1,188 @@
+"""The record of the norms in a state_dict, in programs that know nothing of it."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+
+from gng_d2.layers import GroupNorm, PracticalGroupNorm
+from gng_d2.layers.record import norm_record, records_of
+
+
+def net(norm):
+    layers = [nn.Conv2d(64, 64, 1), norm(), nn.ReLU(), nn.Conv2d(64, 64, 1), norm()]
+    return nn.ModuleDict({"body": nn.Sequential(*layers), "head": nn.Linear(2, 2)})
+
+
+def pgn():
+    return PracticalGroupNorm(64)  # 1 group after 64 -> 64
+
+
+def gn16():
+    return GroupNorm(16, 64)
+
+
+def messages(caplog, level):
+    return [r.message for r in caplog.records if r.name.startswith("gng_d2") and r.levelno == level]
+
+
+def load_state_dict(model, path):
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+
+
+def fvcores(model, path):
+    Checkpointer(model).load(str(path))
+
+
+def detectron2s(model, path):
+    DetectionCheckpointer(model).load(str(path))
+
+
+LOADERS = [load_state_dict, fvcores, detectron2s]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """As Detectron2's own train_net writes a checkpoint."""
+    Checkpointer(net(pgn), str(tmp_path)).save("model_final")
+    return tmp_path / "model_final.pth"
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_other_groups_are_one_warning_in_any_loader(load, saved, caplog):
+    with caplog.at_level(logging.INFO):
+        load(net(gn16), saved)
+    assert messages(caplog, logging.INFO) == []
+    (warning,) = messages(caplog, logging.WARNING)
+    assert warning.startswith("2 of 2 norms") and "body.1: 1 group there, 16 groups here" in warning
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_the_same_groups_are_silent(load, saved, caplog):
+    with caplog.at_level(logging.INFO):
+        load(net(pgn), saved)
+        load(net(lambda: GroupNorm(1, 64)), saved)
+    assert messages(caplog, logging.WARNING) == messages(caplog, logging.INFO) == []
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_weights_without_a_record_are_one_line_unless_all_norms_are_gn(load, saved, caplog):
+    data = torch.load(saved)
+    torch.save({"model": dict(data["model"])}, saved)
+    with caplog.at_level(logging.INFO):
+        load(net(gn16), saved)
+        load(net(lambda: GroupNorm(32, 64)), saved)
+    (line,) = messages(caplog, logging.INFO)
+    assert line.startswith("the groups of 2 of 2 norms were not checked, for instance body.1")
+    assert messages(caplog, logging.WARNING) == []
+
+
+def test_no_key_is_added():
+    assert list(net(pgn).state_dict()) == list(net(lambda: nn.GroupNorm(8, 64)).state_dict())
+
+
+def test_what_keeps_the_record(saved, caplog):
+    state = net(pgn).state_dict()
+    ddp = nn.DataParallel(net(pgn)).state_dict()  # module. before each name
+    averaged = copy.deepcopy(net(pgn)).state_dict()
+    for weights in (state, copy.deepcopy(state), averaged):
+        caplog.clear()
+        net(gn16).load_state_dict(weights)
+        assert len(messages(caplog, logging.WARNING)) == 1
+    caplog.clear()
+    torch.save({"model": ddp}, saved)
+    fvcores(net(gn16), saved)
+    nn.DataParallel(net(gn16)).load_state_dict(ddp)
+    assert len(messages(caplog, logging.WARNING)) == 2
+
+
+def test_what_is_not_loaded_is_not_compared(caplog):
+    weights = net(pgn).state_dict()
+    for name in [name for name in weights if name.startswith("body")]:
+        del weights[name]
+    with caplog.at_level(logging.INFO):
+        net(gn16).load_state_dict(weights, strict=False)
+        net(gn16)["body"].load_state_dict(net(gn16)["body"].state_dict())
+    assert messages(caplog, logging.WARNING) == messages(caplog, logging.INFO) == []
+
+
+def test_a_part_and_a_single_norm_are_compared(caplog):
+    net(gn16)["body"].load_state_dict(net(pgn)["body"].state_dict())
+    gn16().load_state_dict(PracticalGroupNorm(64, in_channels=64).state_dict())
+    parts = messages(caplog, logging.WARNING)
+    assert parts[0].startswith("2 of 2 norms") and parts[1].startswith("1 of 1 norms")
+
+
+def test_weight_standardization_is_recorded(caplog):
+    def ws():
+        return GroupNorm(16, 64, weight_standardization=True)
+
+    net(gn16).load_state_dict(net(ws).state_dict())
+    (warning,) = messages(caplog, logging.WARNING)
+    assert "body.1: 16 groups and WS there, 16 groups here" in warning
+    caplog.clear()
+    net(ws).load_state_dict(net(ws).state_dict())
+    assert messages(caplog, logging.WARNING) == []
+
+
+def folded(model):
+    """Its norms as fold_weight_standardization leaves them."""
+    for norm in (model["body"][1], model["body"][4]):
+        norm.weight_standardization, norm.weight_standardization_folded = False, True
+    return model
+
+
+def test_the_record_of_a_folded_model_says_so(caplog):
+    def ws():
+        return GroupNorm(16, 64, weight_standardization=True)
+
+    assert records_of(folded(net(gn16)).state_dict())["body.1"]["weight_standardized"] == "folded"
+    net(gn16).load_state_dict(folded(net(gn16)).state_dict())  # the same without standardization
+    folded(net(gn16)).load_state_dict(folded(net(gn16)).state_dict())
+    assert messages(caplog, logging.WARNING) == []
+    folded(net(gn16)).load_state_dict(net(ws).state_dict())  # raw weights, which nobody standardizes any more
+    net(ws).load_state_dict(folded(net(gn16)).state_dict())
+    warnings = messages(caplog, logging.WARNING)
+    assert "16 groups and WS there, 16 groups and folded WS here" in warnings[0]
+    assert "16 groups and folded WS there, 16 groups and WS here" in warnings[1]
+
+
+def test_an_unbound_norm_takes_its_groups_from_the_record(caplog):
+    norm = PracticalGroupNorm(64)
+    assert norm.num_groups is None
+    nn.ModuleDict({"norm": norm}).load_state_dict(
+        nn.ModuleDict({"norm": PracticalGroupNorm(64, in_channels=256)}).state_dict()
+    )
+    assert (norm.num_groups, norm.in_channels) == (64, 256)
+    assert norm(torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
+    assert messages(caplog, logging.WARNING) == []
+
+
+@pytest.mark.parametrize("garbage", [3, {}, {"num_groups": "8", "weight_standardized": True}, {"num_groups": 8}])
+def test_a_record_that_nobody_wrote_is_no_record(garbage, caplog):
+    weights = net(pgn).state_dict()
+    for entry in weights._metadata.values():
+        entry["gng_d2"] = garbage
+    with caplog.at_level(logging.INFO):
+        net(gn16).load_state_dict(weights)
+    assert records_of(weights) == {} and len(messages(caplog, logging.INFO)) == 1
+
+
+def test_a_norm_in_two_places_and_one_without_weights(caplog):
+    shared = GroupNorm(16, 64)
+    model = nn.ModuleList([shared, shared, GroupNorm(4, 64, affine=False)])
+    theirs = nn.ModuleList([GroupNorm(8, 64), GroupNorm(8, 64), GroupNorm(8, 64, affine=False)])
+    model.load_state_dict(theirs.state_dict())
+    (warning,) = messages(caplog, logging.WARNING)
+    assert warning.startswith("2 of 2 norms")
+
+
+def test_the_record_says_what_the_norm_is():
+    model = net(pgn)
+    expected = {"num_groups": 1, "in_channels": 64, "weight_standardized": False}
+    assert norm_record(model["body"][1]) == expected
+    assert records_of(model.state_dict()) == {"body.1": expected, "body.4": expected}

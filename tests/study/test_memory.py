@@ -1,0 +1,69 @@
+"""The memory of training steps: what is counted, its ratios, and a measurement that goes on."""
+
+import pytest
+import torch
+
+from study import memory
+from study.memory import MemoryRow, allocated
+from study.rows import read_rows
+
+SMALL = [
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "MODEL.ROI_HEADS.NUM_CLASSES", "5"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
+]
+
+
+def test_what_is_left_and_what_was_at_most():
+    mebi = 2**20 // 4  # floats
+
+    def call():
+        kept = torch.zeros(3 * mebi)
+        torch.ones(5 * mebi)  # and freed
+        return kept
+
+    result, left, most, op = allocated(call, "cpu")
+    assert (result.numel(), left, most, op) == (3 * mebi, 3 * 2**20, 8 * 2**20, "aten::ones")
+    held = [result]
+    del result
+    _, change, most, _ = allocated(held.clear, "cpu")
+    assert (change, most) == (-3 * 2**20, 0)
+
+
+@pytest.fixture
+def few_norms(monkeypatch):
+    monkeypatch.setattr(memory, "NORMS", ("FrozenBN", "PGN+WS"))
+
+
+@pytest.mark.slow
+def test_rows_and_resuming(few_norms, reproduce, tmp_path, monkeypatch):
+    path = tmp_path / "memory.json"
+    words = "memory", "--models", "pfpn", "--size", 64, 96, "--device", "cpu", "--json", path, "--resume"
+    printed = reproduce(*words, *SMALL)
+    rows = read_rows(path, MemoryRow)
+    assert [(row.norm, row.recomputed) for row in rows] == [("FrozenBN", False), ("PGN+WS", False), ("PGN+WS", True)]
+    frozen_bn, kept, recomputed = rows
+    assert (frozen_bn.backbone_ratio, frozen_bn.forward_ratio, frozen_bn.peak_ratio) == (1, 1, 1)
+    assert kept.backbone_ratio == kept.backbone_bytes / frozen_bn.backbone_bytes
+    assert kept.peak_ratio == kept.peak_bytes / frozen_bn.peak_bytes
+    assert recomputed.backbone_bytes < kept.backbone_bytes / 2 and recomputed.forward_bytes < kept.forward_bytes
+    assert kept.forward_bytes <= kept.peak_bytes and kept.peak_in.split()[0] in ("forward", "backward", "optimizer")
+    assert "backbone_mib" in printed and "step_milliseconds" not in printed
+
+    measured = []
+    job = memory.Job
+    monkeypatch.setattr(memory, "Job", lambda cfg, *rest: measured.append(cfg.MODEL.RESNETS.NORM) or job(cfg, *rest))
+    memory.write_rows(path, rows[:2])
+    assert reproduce(*words, *SMALL).splitlines()[:2] == printed.splitlines()[:2]
+    assert measured == ["PGN+WS"]
+    assert [row.peak_bytes for row in read_rows(path, MemoryRow)[:2]] == [row.peak_bytes for row in rows[:2]]
+
+
+@pytest.mark.slow
+def test_step_times_are_ratios_of_pairs(few_norms, monkeypatch):
+    rows = list(memory.memory_rows("faster_rcnn", 1, 64, 96, "cpu", SMALL))
+    pairs = []
+    monkeypatch.setattr(memory, "milliseconds", lambda calls, *_: pairs.append(len(calls)) or [8.0, 10.0][: len(calls)])
+    times = list(memory.with_step_times(rows, "cpu", 0.0))
+    assert [(row.step_milliseconds, row.step_ratio) for row in times] == [(8, None), (8, None), (10, 1.25)]
+    assert pairs == [1, 2] and [row.peak_bytes for row in times] == [row.peak_bytes for row in rows]

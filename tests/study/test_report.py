@@ -1,0 +1,109 @@
+"""What the report of a comparison says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from study import report
+from study.comparison import Comparison, Run, train_all
+from study.report import ComparisonRow, paper_values, summarize, write_report
+from study.rows import read_rows
+
+
+def test_statistics_are_those_by_hand():
+    values = {
+        "GN": {0: {"PQ": 40.0}, 1: {"PQ": 42.0}, 2: {"PQ": 44.0}},
+        "PGN": {0: {"PQ": 41.0}, 1: {"PQ": 42.0}, 2: {"PQ": 47.0}, 3: {"PQ": 50.0}},
+        "GN1": {2: {"PQ": 40.0}},
+        "GN2": {0: {"PQ": None}, 1: {"PQ": 1.0}},
+        "GN4": {},
+    }
+    gn, pgn, gn1, gn2, gn4 = summarize(values, {"GN": {"PQ": 41.75}})
+    assert (gn.mean, gn.std, gn.seeds, gn.difference, gn.paper) == (42, 2, [0, 1, 2], None, 41.75)
+    assert (pgn.mean, pgn.values) == (45, [41, 42, 47, 50])
+    assert pgn.std == pytest.approx((54 / 3) ** 0.5)  # 16 + 9 + 4 + 25
+    # 1, 0 and 3 for the common seeds: mean 4/3, variance (1/9 + 16/9 + 25/9) / 2 = 7/3, over three
+    assert (pgn.difference, pgn.difference_seeds) == (pytest.approx(4 / 3), 3)
+    assert pgn.difference_error == pytest.approx((7 / 9) ** 0.5)
+    assert (gn1.mean, gn1.std, gn1.difference, gn1.difference_error) == (40, None, -4, None)
+    assert (gn2.mean, gn2.difference, gn4.mean, gn4.difference) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("pairs, marked", [((1.0, 1.1, 1.2), True), ((0.2, 1.1, 2.0), False), ((1.0, 2.0), False)])
+def test_a_difference_is_marked_where_the_seeds_do_not_explain_it(pairs, marked):
+    """Standard errors of 0.06 and 0.52 with 2 degrees of freedom (t 4.303), of 0.5 with 1 (t 12.706)."""
+    values = {"GN": {s: {"AP": 0.0} for s in range(len(pairs))}, "PGN": {s: {"AP": d} for s, d in enumerate(pairs)}}
+    rows = summarize(values, {})
+    (line,) = [line for line in report.table(rows).splitlines() if line.startswith("| PGN - GN ")]
+    assert line.rstrip(" |").endswith("*") == marked
+    low, high = report.difference_interval(rows[1])
+    half = {(1.0, 1.1, 1.2): 0.1 / 3**0.5 * 4.3027, (0.2, 1.1, 2.0): 0.9 / 3**0.5 * 4.3027, (1.0, 2.0): 0.5 * 12.7062}[
+        pairs
+    ]
+    assert ((high - low) / 2, (high + low) / 2) == (
+        pytest.approx(half, rel=1e-4),
+        pytest.approx(sum(pairs) / len(pairs)),
+    )
+
+
+def test_how_many_intervals_were_made_is_said():
+    values = {norm: {0: {"AP": 0.0, "AP50": 1.0}, 1: {"AP": 1.0, "AP50": 2.0}} for norm in ("GN", "GN1", "PGN")}
+    values["GN2"] = {0: {"AP": 0.0, "AP50": 1.0}}  # one seed: no interval
+    rows = summarize(values, {})
+    assert "4 comparisons were made here" in report.intervals_note(rows)
+    assert "no interval" in report.intervals_note([row for row in rows if row.norm in ("GN", "GN2")])
+
+
+def test_the_report_of_finished_runs(job, tmp_path, small):
+    comparison = small(["GN", "PGN", "GN3"], [0, 1, 2])
+    list(train_all(comparison))
+    text = write_report(comparison)
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        *(["norm", "seeds", "AP"], ["GN", "3", "41.00 ± 1.00"], ["PGN", "3", "42.00 ± 1.00"], ["GN3", "0", "-"]),
+        *(["difference", "seeds", "AP"], ["PGN - GN", "3", "+1.00 (+1.00 to +1.00) *"], ["GN3 - GN", "0", "-"]),
+    ]
+    assert "6 of 9 runs finished: 20 iterations of 2 images" in text
+    assert f"- GN3 seed 2: failed: ValueError: it does not divide ({comparison.runs[-1].path('output.txt')})" in text
+    assert (tmp_path / "out" / "channels_per_group.png").exists()
+    row = read_rows(tmp_path / "out" / "results.json", ComparisonRow)[1]
+    assert row.channels_per_group == [[4, 4], [32, 3]]  # 4 layers 64 -> 32 with 8 groups, 3 layers 32 -> 32 with 1
+    assert row.curves == {"0": [[20, 41]], "1": [[20, 42]], "2": [[20, 43]]}
+    assert (row.norm, row.metric, row.values, row.difference) == ("PGN", "AP", [41, 42, 43], 1)
+    assert row.machine == comparison.machine()
+
+
+def test_the_paper_stands_beside_its_own_training_only(tmp_path):
+    def of(name, norm, overrides=()):
+        comparison = Comparison(f"configs/{name}.yaml", [norm], [0], str(tmp_path), overrides=overrides)
+        return paper_values(comparison.norm_cfg(norm))
+
+    assert of("pfpn_gn", "GN") == {"PQ": 41.750, "PQ_th": 49.357, "PQ_st": 30.268}
+    assert of("pfpn_gn", "PGN", ["SOLVER.REFERENCE_WORLD_SIZE", "8", "DATALOADER.NUM_WORKERS", "1"])["PQ"] == 42.147
+    assert of("faster_rcnn_pgn_ws", "GN1") == {"AP": 40.4, "AP50": 60.9, "AP75": 44.3}
+    assert of("pfpn_gn", "GN16") == of("quick/pfpn_gn", "GN") == {}
+    assert of("faster_rcnn_gn_ws", "GN", ["SOLVER.MAX_ITER", "1000"]) == {}
+
+
+def test_curves_are_averaged_over_stretches_that_all_seeds_have():
+    long = [(iteration, 2.0 * iteration) for iteration in range(100)]
+    short = [(iteration, 1.0) for iteration in range(50, 100)]
+    iterations, values = report._binned([long, short], bins=4)
+    np.testing.assert_allclose(iterations, [62, 87])
+    np.testing.assert_allclose(values, [[124, 174], [1, 1]])
+
+
+def test_the_last_values_of_a_run(tmp_path):
+    run = Run("GN", 0, str(tmp_path))
+    losses = [{"iteration": i, "total_loss": float(i)} for i in (19, 39, 59, 79, 94, 99)]
+    evaluations = [{"iteration": 59, "bbox/AP": 1.0}, {"iteration": 100, "bbox/AP": 2.0, "bbox/AP50": float("nan")}]
+
+    def write(records):
+        (tmp_path / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write([*losses[:2], {**losses[2], **evaluations[0]}, *losses[3:], evaluations[1]])
+    assert report.final_values(run) == {"AP": 2.0, "AP50": None}
+    assert report.curves_of(run, 99)["AP"] == [(59, 1.0), (99, 2.0)]
+    write(losses)
+    assert report.final_values(run) == {"total_loss": 96.5}  # of iterations 94 and 99

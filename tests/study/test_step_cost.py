@@ -1,0 +1,62 @@
+import pytest
+from detectron2.modeling import build_model
+from torch import nn
+
+from gng_d2.layers import WSConv2d
+from study import step_cost
+from study.rows import read_rows
+
+SMALL = (
+    "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 "
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.SEM_SEG_HEAD.CONVS_DIM 32"
+).split()
+
+
+@pytest.mark.slow
+def test_the_five_setups():
+    def norms(norm):
+        model = build_model(step_cost.config_of("pfpn", norm, "cpu"))
+        standardized = [module for module in model.modules() if isinstance(module, WSConv2d)]
+        return model.backbone.bottom_up.stem.conv1.norm, model.backbone.fpn_output3.norm, standardized
+
+    stem, fpn, standardized = norms("FrozenBN")
+    assert not isinstance(stem, nn.GroupNorm) and fpn is None and not standardized
+    stem, fpn, standardized = norms("PGN+WS")
+    assert stem.num_groups == fpn.num_groups == 1 and len(standardized) == 53 + 8 + 7  # backbone, FPN, semantic head
+    stem, _, standardized = norms("GN")
+    assert stem.num_groups == 32 and not standardized
+
+
+@pytest.mark.slow
+def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_cost, "keep_freed_memory", lambda: None)  # for good, in this process
+    path = tmp_path / "rows.json"
+    command = [
+        "step-cost",
+        "--models",
+        "pfpn",
+        "--size",
+        64,
+        "96",
+        "--device",
+        "cpu",
+        "--seconds",
+        0.01,
+        "--json",
+        path,
+    ]
+    out = reproduce(*command, *SMALL)
+    rows = read_rows(path, step_cost.StepCostRow)
+    assert [row.norm for row in rows] == list(step_cost.NORMS)
+    times = {row.norm: row.step_milliseconds for row in rows}
+    for row in rows:
+        assert row.ratio_to_gn == pytest.approx(times[row.norm] / times["GN"])
+        assert row.peak_memory_bytes is row.memory_ratio_to_gn is None  # CUDA only
+        assert (row.share_of_weight_standardization > 0) == row.norm.endswith("+WS")
+    line = line_of(out, "pfpn    | PGN     ")
+    assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times['PGN']:.3f}"
+
+
+def test_mixed_precision_on_a_cpu_is_refused(reproduce):
+    with pytest.raises(SystemExit, match="error: --precision amp: Detectron2's AMP needs CUDA"):
+        reproduce("step-cost", "--device", "cpu", "--precision", "amp")
