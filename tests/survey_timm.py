@@ -164,16 +164,9 @@ def main():
         print(rows[-1], flush=True)
     done = [row for row in rows if "error" not in row]
     total = {key: sum(row[key] for row in done) for key in ("norms", "converted", "own_width", "left", "not_run")}
+    versions = f"timm {timm.__version__}, PyTorch {torch.__version__}"
     total["wrong"] = sum(len(row["wrong"]) for row in done)
-    rows.insert(
-        0,
-        {
-            "models": len(done),
-            "of": len(rows),
-            **total,
-            "versions": f"timm {timm.__version__}, PyTorch {torch.__version__}",
-        },
-    )
+    rows.insert(0, {"models": len(done), "of": len(rows), **total, "versions": versions})
     print(rows[0])
     if args.json:
         write_json(args.json, rows)
