@@ -1,8 +1,12 @@
+import re
+
 from setuptools import Extension, find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"', open("gng_d2/__init__.py", encoding="utf-8").read(), re.MULTILINE)[1]
 
 setup(
     name="gng_d2",
-    version="0.2.0",
+    version=VERSION,
     description="Group normalization for Detectron2 whose number of groups follows from each layer's shape",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
@@ -24,9 +28,9 @@ setup(
             optional=True,
         )
     ],
-    # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, tabulate, yacs) are
+    # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, yacs) are
     # not listed: an environment that has a Detectron2 keeps it as it is.
-    install_requires=["torch>=2.0", "numpy"],
+    install_requires=["torch>=2.0", "numpy", "tabulate"],
     extras_require={
         "panoptic": ["panopticapi-lite"],
         "study": ["scipy"],

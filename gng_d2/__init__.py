@@ -20,6 +20,7 @@ from .layers import (
 from .layers.binding import install_binding_hook
 from .layers.convert_norms import convert_norms
 from .layers.recompute import recompute_norms, recomputed_modules
+from .model_zoo import get_config_file
 from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_norm_keys",
     "convert_norms",
     "fold_weight_standardization",
+    "get_config_file",
     "ideal_num_groups",
     "isometry_ratio",
     "norm_table",
@@ -40,6 +42,8 @@ __all__ = [
     "recomputed_modules",
     "unbound_norms",
 ]
+
+__version__ = "0.2.0"
 
 install_binding_hook()
 if find_spec("detectron2") is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import List, Optional
 
 import torch
+from tabulate import tabulate
 from torch import nn
 
 from .errors import InputError
@@ -15,7 +16,7 @@ from .layers.binding import bind_norms, layer_shape, named_norms, unbound_norms
 from .layers.look import NO_LAYER
 from .norm_names import norm_name
 
-__all__ = ["NormRow", "bind_remaining_norms", "build_on_meta", "norm_summary", "norm_table", "num_groups"]
+__all__ = ["NormRow", "NormTable", "bind_remaining_norms", "build_on_meta", "norm_summary", "norm_table", "num_groups"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,29 @@ class NormRow:
         return [field.name for field in fields(self)]
 
 
-def norm_table(model: nn.Module) -> List[NormRow]:
+class NormTable(List[NormRow]):
+    """Rows of :func:`norm_table`. It prints as a table."""
+
+    _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
+
+    def __str__(self):
+        names = [field.name for field in fields(NormRow)]
+        headers = [self._HEADERS.get(name, name) for name in names]
+        return tabulate([[row[name] for name in names] for row in self], headers, missingval="-")
+
+
+def norm_table(model: nn.Module) -> NormTable:
     """One row for each norm of ``model``, in its order: norms of ours, of PyTorch and of Detectron2.
 
-    Any model will do, also on the meta device. ``dataclasses.asdict(row)`` is a row for JSON.
+    Any model will do, also on the meta device. What it returns is a list that prints as a table;
+    ``dataclasses.asdict(row)`` is a row for JSON.
 
     Examples::
         >>> (row,) = norm_table(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128)))
         >>> row.layer, row.n_in, row.num_groups, row.ideal_num_groups, row.isometry_ratio
         ('0', 64, 32, -16.0, 4.0)
     """
-    return [_row(*found) for found in named_norms(model)]
+    return NormTable(_row(*found) for found in named_norms(model))
 
 
 def _row(name, norm, layer_name, layer):

@@ -35,7 +35,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
 
     Examples::
         >>> with atomic_open("rows.json") as file:
-        ...     file.write("[]")
+        ...     _ = file.write("[]")
     """
     path = os.path.realpath(path)  # a link stays one
     encoding = None if "b" in mode else "utf-8"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert a small model of every family of timm and compare each group with the layer that fed its norm.
 
-    python tests/survey_timm.py --json docs/results/convert_timm.json
+    python tests/survey_timm.py --json docs/convert_timm.json
 
 A family is a file of timm's models. Which layer fed a norm is found here without gng_d2: by values. The input
 of a norm holds the same numbers, in any order, as the output of the layer that made it.
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import gng_d2
-from gng_d2.files import machine, write_rows
+from gng_d2.files import write_json
 
 
 def fingerprint(tensor):
@@ -164,11 +164,12 @@ def main():
         print(rows[-1], flush=True)
     done = [row for row in rows if "error" not in row]
     total = {key: sum(row[key] for row in done) for key in ("norms", "converted", "own_width", "left", "not_run")}
+    versions = f"timm {timm.__version__}, PyTorch {torch.__version__}"
     total["wrong"] = sum(len(row["wrong"]) for row in done)
-    rows.insert(0, {"models": len(done), "of": len(rows), **total, "versions": f"timm {timm.__version__}, {machine()}"})
+    rows.insert(0, {"models": len(done), "of": len(rows), **total, "versions": versions})
     print(rows[0])
     if args.json:
-        write_rows(args.json, rows)
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

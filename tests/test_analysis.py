@@ -147,3 +147,10 @@ def test_norms_that_met_no_layer_are_bound_on_a_blank_image(caplog):
 def test_a_model_that_takes_no_image_keeps_its_open_norms_and_says_so(caplog):
     model = bind_remaining_norms(nn.Sequential(PracticalGroupNorm(16)))
     assert unbound_norms(model) == ["0"] and "stay unbound" in caplog.text
+
+
+def test_the_table_prints_as_one():
+    lines = str(rows("MODEL.RESNETS.NORM", "PGN")).splitlines()
+    assert lines[0].split() == ["name", "norm", "layer", "n_in", "n_out", "groups", "ideal", "K", "WS"]
+    stem = next(line.split() for line in lines if line.startswith("backbone.bottom_up.stem.conv1.norm"))
+    assert stem[1:] == ["PGN", "backbone.bottom_up.stem.conv1", "3", "64", "1", "-15.25", "22.6667", "False"]

@@ -16,7 +16,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(gng_d2.__path__, "gng_d2.") if 
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "_cpu_kernels" not in name])
-def test_examples(name):
+def test_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write a file
     try:
         module = importlib.import_module(name)
     except ImportError as error:

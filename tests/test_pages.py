@@ -24,7 +24,7 @@ def test_block(code):
 
 
 def test_numbers_of_the_survey():
-    summary, *rows = json.loads(Path("docs/results/convert_timm.json").read_text())
+    summary, *rows = json.loads(Path("docs/convert_timm.json").read_text())
     rows = [row for row in rows if row.get("norms")]
     assert summary["wrong"] == 0 and summary["norms"] == sum(row["norms"] for row in rows)
     said = (

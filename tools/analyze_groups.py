@@ -30,7 +30,6 @@ def main():
     from dataclasses import asdict
 
     from detectron2.modeling import build_model
-    from tabulate import tabulate
 
     from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
     from gng_d2.config import check_config, load_config
@@ -50,16 +49,14 @@ def main():
     if unbound_norms(model):  # which layers they follow shows when the model runs, and that takes weights
         model = bind_remaining_norms(build_model(cfg))
     unbound = unbound_norms(model)
-    rows = [asdict(row) for row in norm_table(model)]
-    if not rows:
+    table = norm_table(model)
+    if not table:
         raise InputError(f"config file {args.config_file}: its model has no norms")
-    headers = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
-    print(tabulate([{headers.get(k, k): v for k, v in row.items()} for row in rows], headers="keys", missingval="-"))
-    print("\n" + norm_summary(model))
+    print(f"{table}\n\n{norm_summary(model)}")
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, [asdict(row) for row in table])
     if args.plot:
-        plot_groups(rows, args.plot)
+        plot_groups(table, args.plot)
     if unbound:
         raise InputError(f"{', '.join(unbound)}: met no weight layer, so the groups are not known")
 

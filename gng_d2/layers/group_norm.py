@@ -131,12 +131,11 @@ class GroupNorm(nn.GroupNorm):
         groups, channels = self.num_groups, self.num_channels
         if groups is None or (self.weight_standardization and self.weight_layer is None):
             raise self.unbound_error()
-        if torch.jit.is_tracing():
-            return
-        if input.dim() < 2 or input.size(1) != channels or channels % groups:
+        size = input.size(1) if input.dim() > 1 else 0
+        if (type(size) is int and size != channels) or channels % groups:  # while tracing it is a tensor
             raise self._shape_error(input.shape)
-        # Group norm of a single number is its bias: PyTorch refuses it for one image only. While exporting, sizes are
-        # symbols.
+        # Group norm of a single number is its bias: PyTorch refuses it for one image only. While tracing or exporting,
+        # sizes are no numbers.
         if groups == channels and not is_transformed() and all(size == 1 for size in input.shape[2:]):
             raise InputError(
                 f"{module_path(self)}: each of the {groups} groups of this norm would hold a single number (input "
