@@ -19,6 +19,7 @@ from gng_d2.errors import InputError
 from .group_norm import GroupNorm
 from .look import NO_LAYER
 from .producers import Producer, find_producers
+from .recompute import original_class
 from .ws_conv import WSConv2d, standardize, unstandardize
 
 __all__ = [
@@ -255,5 +256,5 @@ def _give_back_weights(model, layers):
     norms = {norm for norm in layers if norm.weight_standardization}
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
     for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
-        if type(layer) is WSConv2d:
+        if original_class(layer) is WSConv2d:
             unstandardize(layer)

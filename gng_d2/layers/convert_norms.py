@@ -24,6 +24,7 @@ from .fx_leaf import call_as_leaf
 from .group_norm import GroupNorm, PracticalGroupNorm
 from .look import NO_LAYER
 from .producers import Producer, find_producers
+from .recompute import original_class
 from .ws_conv import Conv2d, WSConv2d, unstandardize
 
 __all__ = ["convert_norms", "GroupNormAct", "PracticalGroupNormAct"]
@@ -225,7 +226,7 @@ def _new_norm(name, norm, old, found):
 def _can_be_standardized(found):
     if found.producers is None:  # bind_norms may find it
         return True
-    kinds = [type(producer.layer) for producer in found.producers]
+    kinds = [original_class(producer.layer) for producer in found.producers]
     return bool(kinds) and all(kind in (nn.Conv2d, Conv2d, WSConv2d) for kind in kinds)
 
 
@@ -271,7 +272,7 @@ class _Change:
         norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()
         norm.affine = affine["weight"] is not None
         if self.had_ws and not norm.weight_standardization:
-            for layer in filter(lambda layer: type(layer) is WSConv2d, layers):
+            for layer in filter(lambda layer: original_class(layer) is WSConv2d, layers):
                 unstandardize(layer)
         if self.found.producers is not None:
             bind_to_producers(norm, self.found.producers)
