@@ -135,18 +135,18 @@ def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Modul
     the place of another, the norm right after it is bound anew."""
     if isinstance(child, GroupNorm):
         child.look_again()
-        layer = None if _given(child) else weight_layer(parent, name, child)
+        layer = None if _has_given_in_channels(child) else weight_layer(parent, name, child)
         # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
             bind(child, layer)
     elif parent._modules.get(name) is not None and child is not None:
         names = list(parent._modules)
         after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
-        if isinstance(after, GroupNorm) and not _given(after) and _feeds(child, after):
+        if isinstance(after, GroupNorm) and not _has_given_in_channels(after) and _feeds(child, after):
             bind(after, child)
 
 
-def _given(norm):
+def _has_given_in_channels(norm):
     """Whether its in_channels were given, and not taken from a layer."""
     return norm.in_channels is not None and norm.weight_layer is None
 
@@ -185,7 +185,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         16
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
-    norms = [norm for norm in names if not _given(norm)]
+    norms = [norm for norm in names if not _has_given_in_channels(norm)]
     with runnable(norms):
         found = find_producers(model, norms, example_inputs)
     layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}

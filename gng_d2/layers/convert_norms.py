@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
-from gng_d2.norm_names import WS, norm_from_name, norm_name, unknown_norm
+from gng_d2.norm_names import WS, norm_from_name, norm_name, unknown_norm, without_ws
 from gng_d2.ops import group_norm
 
 from .binding import bind_to_producers, layer_shape, named_norms, num_channels, runnable
@@ -208,7 +208,7 @@ def _cannot_be_replaced(old, found):
 
 def _new_norm(name, norm, old, found):
     """What ``old`` becomes, without its affine: that of ``old`` stays."""
-    width, base = num_channels(old), norm.removesuffix(WS)
+    width, base = num_channels(old), without_ws(norm)
     options = {"eps": old.eps, "affine": False}
     if base == "PGN":
         options["gain_ratio"] = getattr(old, "gain_ratio", 1.0)

@@ -84,9 +84,11 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     if original_class(layer) is WSConv2d:
         return
     if original_class(layer) not in (Conv2d, nn.Conv2d):
+        from gng_d2.norm_names import without_ws  # which imports this file
+
         raise InputError(
             f"{norm_name} cannot follow a {type(layer).__name__}: only Conv2d can be weight-standardized. "
-            f"Use {norm_name.removesuffix('+WS')} there"
+            f"Use {without_ws(norm_name)} there"
         )
     if original_class(layer) is nn.Conv2d:
         layer.applies_norm = False
