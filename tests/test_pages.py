@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -66,7 +67,8 @@ def folder(tmp_path_factory, shapes):
 
 
 def run(root, command, check=True):
-    words = [os.path.join(root, "new") if word == "DIR" else word for word in shlex.split(command)]
+    new = tempfile.mkdtemp(dir=root)
+    words = [new if word == "DIR" else word for word in shlex.split(command)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *shortened(words[1:])],
         cwd=root,
@@ -95,7 +97,7 @@ def shortened(words):
 
 
 # ends at its check of what it was given: COCO, a GPU, weights or a dataset that is not here
-LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot be read|cannot be fetched|MNIST)"
+LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot be read|cannot read|cannot be fetched|MNIST)"
 
 
 def lacks(command):
