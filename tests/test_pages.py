@@ -97,7 +97,7 @@ def shortened(words):
 
 
 # ends at its check of what it was given: COCO, a GPU, weights or a dataset that is not here
-LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot be read|cannot read|cannot be fetched|MNIST)"
+LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot (be )?read|cannot be fetched|MNIST)"
 
 
 def lacks(command):
