@@ -1,3 +1,4 @@
+import logging
 import os
 import random
 import tempfile
@@ -25,6 +26,13 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers_propagate():
+    """A job's default_setup takes its loggers from the root, where pytest's ``caplog`` reads, for good."""
+    for name in ("detectron2", "fvcore", "gng_d2"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")

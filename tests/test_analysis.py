@@ -78,6 +78,7 @@ def test_other_norms_are_listed_too(norm, groups):
     assert {r["isometry_ratio"] for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
 
 
+@pytest.mark.slow
 def test_tool(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     done = subprocess.run(
@@ -101,6 +102,7 @@ def test_tool(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_tool_says_what_is_wrong_in_a_line():
     done = subprocess.run(
         [

@@ -69,6 +69,7 @@ def one_image_each(path):
         torch.save(gradients(ddp.module), path)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     path = str(tmp_path / "gradients.pth")
     launch(one_image_each, 2, dist_url="auto", args=(path,))
@@ -100,6 +101,7 @@ def train_net(*args, script="tools/train_net.py", check=True):
     return done
 
 
+@pytest.mark.slow
 def test_train_resume_and_evaluate(shapes, tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
     train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
@@ -118,6 +120,7 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
     assert (tmp_path / "inference" / "predictions.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
@@ -161,6 +164,7 @@ run_job(default_argument_parser().parse_args())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate(shapes, tmp_path):
     train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
     with open(tmp_path / "metrics.json") as file:
@@ -168,6 +172,7 @@ def test_two_processes_train_and_evaluate(shapes, tmp_path):
     assert "panoptic_seg/PQ" in metrics[-1] and "bbox/AP" in metrics[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -184,6 +189,7 @@ def test_bad_input_is_one_line(args, message, shapes, tmp_path):
     assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     """And a checkpoint of PGN+WS evaluated with a GN config stops, naming the layers."""
     opts = [*SMALL[:4], "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "SOLVER.IMS_PER_BATCH", "2"]
@@ -221,6 +227,7 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
     done = train_net(
@@ -367,6 +374,7 @@ def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch
     assert metrics[-1]["bbox_TTA/AP"] == 4.0 and "bbox_TTA/AP" not in metrics[0]
 
 
+@pytest.mark.slow
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)

@@ -134,6 +134,7 @@ print(resnet.BasicStem(3, 64, norm="PGN").conv1.norm)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["gng_d2 first", "detectron2 first"])
 def test_import_order_makes_no_difference(order):
     imports = ["import gng_d2", "import detectron2.modeling, detectron2.projects.deeplab"]
@@ -147,6 +148,7 @@ def test_import_order_makes_no_difference(order):
     assert "num_groups=1, in_channels=3, from Conv2d(3, 64)" in out.stdout
 
 
+@pytest.mark.slow
 def test_imports_without_detectron2():
     program = (
         "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n"

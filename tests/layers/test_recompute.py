@@ -125,6 +125,7 @@ def torchvision_fpn(norm_layer):
     return make(body, {"layer1": "0", "layer2": "1"}, [64, 128], 64, norm_layer=norm_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, modules",
     [
@@ -161,6 +162,7 @@ def test_timm(name, options, modules):
         assert_same(gradients(model, inputs), expected)
 
 
+@pytest.mark.slow
 def test_heads():
     norm = "GN16"
     box = torch.randn(3, 32, 8, 8)
@@ -197,6 +199,7 @@ def test_dropout_draws_the_same_again():
     assert_same(gradients(recompute_norms(model), inputs), expected)
 
 
+@pytest.mark.slow
 def test_a_convolution_without_norm_may_be_changed_in_place():
     """As in squeeze-excite blocks. It cannot be kept, and then is not; the random stream is the same, too."""
     layers = nn.Conv2d(3, 128, 3), nn.Dropout(0.5), nn.Conv2d(128, 128, 3), nn.SiLU(inplace=True), *chain()[1:]
