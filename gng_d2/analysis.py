@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import List, Optional
 
 import torch
@@ -33,12 +33,6 @@ class NormRow:
     isometry_ratio: Optional[float]  # K, Eq. 31: of the variance of the gradient before the block to that after it
     weight_standardized: bool
 
-    def __getitem__(self, key: str):  # with keys(), for row["name"] and {**row}
-        return getattr(self, key)
-
-    def keys(self):
-        return [field.name for field in fields(self)]
-
 
 class NormTable(List[NormRow]):
     """Rows of :func:`norm_table`. It prints as a table."""
@@ -48,7 +42,7 @@ class NormTable(List[NormRow]):
     def __str__(self):
         names = [field.name for field in fields(NormRow)]
         headers = [self._HEADERS.get(name, name) for name in names]
-        return tabulate([[row[name] for name in names] for row in self], headers, missingval="-")
+        return tabulate([astuple(row) for row in self], headers, missingval="-")
 
 
 def norm_table(model: nn.Module) -> NormTable:

@@ -54,28 +54,28 @@ def rows(*overrides):
 def test_panoptic_fpn_as_configured():
     table = rows()
     assert all(list(asdict(row)) == KEYS for row in table)
-    head = [row for row in table if row["name"].startswith("sem_seg_head")]
-    assert sorted((r["n_in"], r["n_out"], r["num_groups"]) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
-    assert all(r["norm"] == "PGN" and r["layer"] + ".norm" == r["name"] for r in head)
-    assert {r["isometry_ratio"] for r in head} == {1, 1.03125} and {r["ideal_num_groups"] for r in head} == {32, 0}
-    backbone = [row for row in table if row["name"].startswith("backbone")]
+    head = [row for row in table if row.name.startswith("sem_seg_head")]
+    assert sorted((r.n_in, r.n_out, r.num_groups) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
+    assert all(r.norm == "PGN" and r.layer + ".norm" == r.name for r in head)
+    assert {r.isometry_ratio for r in head} == {1, 1.03125} and {r.ideal_num_groups for r in head} == {32, 0}
+    backbone = [row for row in table if row.name.startswith("backbone")]
     assert len(backbone) == 53
-    assert all(r["norm"] == "FrozenBN" and r["num_groups"] is None and r["isometry_ratio"] is None for r in backbone)
+    assert all(r.norm == "FrozenBN" and r.num_groups is None and r.isometry_ratio is None for r in backbone)
 
 
 def test_panoptic_fpn_with_pgn_everywhere():
     table = rows(*EVERYWHERE)
-    lateral = {(r["n_in"], r["n_out"]): r["num_groups"] for r in table if "fpn_lateral" in r["name"]}
+    lateral = {(r.n_in, r.n_out): r.num_groups for r in table if "fpn_lateral" in r.name}
     assert lateral == FPN
-    bottom_up = {(r["n_in"], r["n_out"], r["num_groups"]) for r in table if "bottom_up" in r["name"]}
+    bottom_up = {(r.n_in, r.n_out, r.num_groups) for r in table if "bottom_up" in r.name}
     assert bottom_up == {(*shape, groups) for shape, groups in R50.items()}
 
 
 @pytest.mark.parametrize("norm, groups", [("GN", 32), ("GN1", 1), ("GN16", 16), ("LN", 1)])
 def test_other_norms_are_listed_too(norm, groups):
-    head = [r for r in rows("MODEL.SEM_SEG_HEAD.NORM", norm) if r["name"].startswith("sem_seg_head")]
-    assert {r["norm"] for r in head} == {norm} and {r["num_groups"] for r in head} == {groups}
-    assert {r["isometry_ratio"] for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
+    head = [r for r in rows("MODEL.SEM_SEG_HEAD.NORM", norm) if r.name.startswith("sem_seg_head")]
+    assert {r.norm for r in head} == {norm} and {r.num_groups for r in head} == {groups}
+    assert {r.isometry_ratio for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
 
 
 def test_tool(tmp_path):
