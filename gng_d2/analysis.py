@@ -103,23 +103,15 @@ def num_groups(norm: nn.Module) -> Optional[int]:
 
 
 def build_on_meta(cfg) -> nn.Module:
-    """The model of a Detectron2 ``cfg`` without memory for its weights: for its structure, in a second.
+    """The model of a Detectron2 ``cfg``, YAML or lazy, without memory for its weights: for its structure, in a second.
 
     Raises:
         InputError: Detectron2 cannot build it.
     """
-    from detectron2.modeling import build_model  # norm_table works without
+    from .lazy_config import build  # of Detectron2, which norm_table works without
 
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    try:
-        with torch.device("meta"):
-            return build_model(cfg)
-    except InputError:
-        raise
-    except Exception as error:  # of any kind: it runs every constructor that the config names
-        raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
+    with torch.device("meta"):
+        return build(cfg, "meta")
 
 
 def bind_remaining_norms(model: nn.Module) -> nn.Module:

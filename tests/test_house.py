@@ -103,8 +103,8 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"gng_d2"}
-    configs = {str(path.relative_to("configs")) for path in Path("configs").rglob("*.yaml")}
-    assert configs == {name.removeprefix("gng_d2/configs/") for name in names if name.endswith(".yaml")}
+    configs = {str(path) for path in Path("configs").rglob("*") if path.suffix in (".yaml", ".py")}
+    assert configs == {name.removeprefix("gng_d2/") for name in names if name.startswith("gng_d2/configs/")}
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from gng_d2.checkpoint import Checkpointer
 from gng_d2.coco_results import image_ids
 from gng_d2.config import load_config
 from gng_d2.data.coco_format import split_files
+from gng_d2.lazy_config import prediction_settings
 from gng_d2.predictions import find_images, output_names, predict
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
@@ -298,7 +299,7 @@ def test_an_image_that_the_model_cannot_take_costs_only_itself(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
         return [{"sem_seg": x["image"]} for x in inputs]
 
-    done = list(predict(cfg, model, paths, batch_size=4))
+    done = list(predict(prediction_settings(cfg), model, paths, batch_size=4))
     assert [(p.path, p.error) for p in done if p.error] == [(paths[2], "the model cannot take it: CUDA out of memory")]
     for i in (0, 1, 3):
         assert next(p for p in done if p.path == paths[i]).output["sem_seg"].max() == 60 * i
