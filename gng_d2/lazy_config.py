@@ -52,7 +52,9 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
     try:
         cfg = LazyConfig.load(config.find_config_file(config_file))
     except SyntaxError as error:
-        raise InputError(f"config file {config_file} is no Python: {error.__cause__ or error}") from error
+        if error.__cause__:  # Detectron2 says which file, and Python why
+            raise InputError(f"{error} {error.__cause__}") from error
+        raise InputError(f"config file {config_file}: {error}") from error
     for word in overrides:
         _override(cfg, word)
     if not isinstance(cfg.get("model"), DictConfig) or "_target_" not in cfg.model:
@@ -70,10 +72,11 @@ def _override(cfg, word):
             f"config override {word!r}: a lazy config takes path.key=value, such as model.backbone.norm=PGN, "
             f"not KEY VALUE pairs"
         )
-    node, parts = cfg, key.lstrip("+").split(".")  # Hydra has the + for a new key
+    node, parts = cfg, key.removeprefix("+").split(".")
     for depth, part in enumerate(parts):
-        names = _names(node, of_call=depth == len(parts) - 1)
-        if names is None:
+        last = depth == len(parts) - 1
+        names = _names(node, of_call=last)
+        if names is None or last and key.startswith("+"):  # Hydra's sign of a new key
             break
         if part not in names:
             near = difflib.get_close_matches(part, names, 1)

@@ -19,12 +19,13 @@ from pycocotools.cocoeval import COCOeval
 
 import predict as tool
 from command_line import run_tool
+from gng_d2.analysis import build_on_meta
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.coco_results import image_ids
 from gng_d2.config import load_config
 from gng_d2.data.coco_format import split_files
 from gng_d2.lazy_config import prediction_settings
-from gng_d2.predictions import find_images, output_names, predict
+from gng_d2.predictions import find_images, output_names, predict, set_threshold
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 TINY = (
@@ -218,6 +219,29 @@ def test_threshold_leaves_out_what_is_below_it(run, shapes, tmp_path):
     assert above == [r for r in everything if r["score"] >= median] and 0 < len(above) < len(everything)
     assert run(image, flags=["--threshold", "50"])[0].startswith("error: --threshold 50.0: a score is from 0 to 1")
     assert run(image, flags=["--batch-size", "0"])[0].startswith("error: --batch-size 0")
+
+
+@pytest.mark.parametrize(
+    "config, keys",
+    [
+        (CONFIG, ["ROI_HEADS.SCORE_THRESH_TEST", "PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH"]),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", ["RETINANET.SCORE_THRESH_TEST"]),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", ["ROI_HEADS.SCORE_THRESH_TEST"]),
+    ],
+)
+def test_the_threshold_is_the_models_too(config, keys):
+    """As the config's keys set it: a lower one than theirs lets more through."""
+
+    def numbers(model):
+        own = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
+        return {(name, key): value for name, key, value in own if isinstance(value, float)}
+
+    words = [word for key in keys for word in (f"MODEL.{key}", "0.011")]
+    expected = numbers(build_on_meta(load_config(config, words)))
+    model = build_on_meta(load_config(config))
+    assert numbers(model) != expected and 0.011 in expected.values()
+    set_threshold(model, 0.011)
+    assert numbers(model) == expected
 
 
 def test_a_semantic_model_gives_a_mask_for_each_class(run, weights, shapes, tmp_path):
