@@ -19,7 +19,7 @@ from omegaconf import ListConfig
 import analyze_groups
 import predict
 from command_line import run_tool
-from gng_d2 import check_norm_keys, norm_table
+from gng_d2 import check_norm_keys, norm_table, practical_num_groups
 from gng_d2.analysis import build_on_meta
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import load_config
@@ -240,6 +240,34 @@ def test_the_table_of_norms_of_ours(kind, monkeypatch, tmp_path, capsys):
     override = ["model.sem_seg_head.norm=BN"] if kind == "py" else ["MODEL.SEM_SEG_HEAD.NORM", "BN"]
     status = analyze(monkeypatch, "--config-file", config, "--ours", *override)
     assert status.startswith("error: --ours: none of the model's norms is one of ours. It has 60 norms: 53 x FrozenBN")
+
+
+REORDERED = """
+from detectron2.config import LazyCall as L
+from gng_d2 import PracticalGroupNorm
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = PracticalGroupNorm(16)
+        self.conv = nn.Conv2d(3, width, 1)
+        self.neck = nn.Conv2d(width, 16, 1)
+
+    def forward(self, batch):
+        return self.norm(self.neck(self.conv(batch[0]["image"][None])))
+
+model = L(Net)(width=64)
+train = dict(device="cpu")
+"""
+
+
+def test_norms_that_met_no_layer_are_found_by_running_the_model(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(REORDERED)
+    words = ["--config-file", tmp_path / "mine.py", "--json", tmp_path / "o.json", "model.width=128"]
+    assert analyze(monkeypatch, *words) is None
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    assert (row["layer"], row["n_in"], row["num_groups"]) == ("neck", 128, practical_num_groups(128, 16))
 
 
 def test_overrides_of_the_other_kind_are_named(monkeypatch):
