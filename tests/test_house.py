@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def test_the_wheel_holds_the_package_alone(wheel):
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"gng_d2"}
     configs = {str(path) for path in Path("configs").rglob("*") if path.suffix in (".yaml", ".py")}
     assert configs == {name.removeprefix("gng_d2/") for name in names if name.startswith("gng_d2/configs/")}
+
+
+@pytest.mark.slow
+def test_the_wheel_is_for_every_python_3_and_says_what_it_is(wheel):
+    archive = zipfile.ZipFile(wheel)
+    library = [name for name in archive.namelist() if name.endswith(".so")]
+    assert library in ([], ["gng_d2/ops/_cpu_kernels.so"])
+    assert re.match(r"gng_d2-[\d.]+-py3-none-" + ("linux_" if library else "any"), wheel.name)
+    metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+    assert Path("README.md").read_text() in metadata and "Project-URL: Paper" in metadata
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, last_iteration, prepare_outputs, read_metrics
 from gng_d2.imports import import_modules
 from gng_d2.layers.recompute import recompute_norms
-from gng_d2.norm_names import norm_from_name, norm_in_path
+from gng_d2.norm_names import WS, norm_from_name, norm_in_path
 
 from . import ROOT
 from .rows import differences, machine
@@ -41,7 +41,6 @@ from .rows import differences, machine
 __all__ = ["RunState", "Run", "Comparison", "default_norm_keys", "train_all", "time_iteration"]
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
-WS = "+WS"
 
 
 @dataclass(frozen=True)
