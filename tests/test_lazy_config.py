@@ -267,7 +267,7 @@ def test_norms_that_met_no_layer_are_found_by_running_the_model(monkeypatch, tmp
     words = ["--config-file", tmp_path / "mine.py", "--json", tmp_path / "o.json", "model.width=128"]
     assert analyze(monkeypatch, *words) is None
     (row,) = json.loads((tmp_path / "o.json").read_text())
-    assert (row["layer"], row["n_in"], row["num_groups"]) == ("neck", 128, practical_num_groups(128, 16))
+    assert (row["n_in"], row["num_groups"]) == (128, practical_num_groups(128, 16))
 
 
 def test_overrides_of_the_other_kind_are_named(monkeypatch):
