@@ -14,7 +14,9 @@ from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gng_d2.analysis import build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 
@@ -101,16 +103,29 @@ def train_net(*args, script="tools/train_net.py", check=True):
     return done
 
 
+def norm_texts(folder):
+    """What TensorBoard shows under Text, in the event files that a job left in its folder."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "total_loss" in events.Tags()["scalars"], "Detectron2's own are there too"
+    return [event.tensor_proto.string_val[0].decode() for event in events.Tensors("norms/text_summary")]
+
+
 @pytest.mark.slow
 def test_train_resume_and_evaluate(shapes, tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
     train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
     first = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert first["iteration"] == 1
+    model = build_on_meta(load_config(CONFIG, SMALL))
+    assert norm_summary(model) in (tmp_path / "log.txt").read_text()
+    (text,) = norm_texts(tmp_path)
+    assert norm_summary(model) in text and all(line in text for line in str(norm_table(model)).splitlines())
 
     train_net("--config-file", CONFIG, "--resume", *opts, "SOLVER.MAX_ITER", "3")
     second = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert second["iteration"] == 2
+    assert len(norm_texts(tmp_path)) == 2
     name = "backbone.bottom_up.stem.conv1.weight"
     assert not torch.equal(first["model"][name], second["model"][name])
 

@@ -39,7 +39,7 @@ def test_channels_per_group_keep_their_name():
     for name in ("GN/4", "GN/4+WS"):  # with 32 groups, as GN has
         conv = Conv2d(64, 128, 3, norm=get_norm(name, 128))
         model = nn.ModuleDict({"conv": conv})
-        assert [(row["norm"], row["num_groups"]) for row in norm_table(model)] == [(name, 32)]
+        assert [(row.norm, row.num_groups) for row in norm_table(model)] == [(name, 32)]
         assert f"num_groups=32 ({name})" in repr(model)
         assert isinstance(conv, gng_d2.WSConv2d) == name.endswith("+WS")
         assert copy.deepcopy(conv).norm.norm_name() == name

@@ -197,9 +197,9 @@ class Comparison:
             words = [word for key in self.keys for word in (key, name)]
             return norm_table(build_on_meta(load_config(self.config_file, [*self.overrides, *words])))
 
-        under_test = {a["name"] for a, b in zip(norms("LN"), norms("BN")) if a["norm"] != b["norm"]}
-        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row["name"] in under_test]
-        known = [row["n_out"] // row["num_groups"] for row in rows if row["num_groups"] and row["n_out"]]
+        under_test = {a.name for a, b in zip(norms("LN"), norms("BN")) if a.norm != b.norm}
+        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row.name in under_test]
+        known = [row.n_out // row.num_groups for row in rows if row.num_groups and row.n_out]
         return dict(sorted(Counter(known).items()))
 
     def machine(self) -> str:

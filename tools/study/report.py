@@ -371,5 +371,5 @@ def plan(comparison: Comparison) -> str:
 
 def _groups(cfg):
     """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
-    counts = Counter(row["num_groups"] or row["norm"] for row in norm_table(build_on_meta(cfg)))
+    counts = Counter(row.num_groups or row.norm for row in norm_table(build_on_meta(cfg)))
     return ", ".join(f"{count} x {groups}" for groups, count in counts.items())
