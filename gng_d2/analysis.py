@@ -12,7 +12,7 @@ from torch import nn
 from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
-from .layers.binding import bind_norms, layer_shape, named_norms, unbound_norms
+from .layers.binding import bind_norms, build_naming_norms, layer_shape, named_norms, unbound_norms
 from .layers.look import NO_LAYER
 from .norm_names import norm_name
 
@@ -121,7 +121,7 @@ def build_on_meta(cfg) -> nn.Module:
     cfg.MODEL.DEVICE = "meta"
     try:
         with torch.device("meta"):
-            return build_model(cfg)
+            return build_naming_norms(build_model, cfg)
     except InputError:
         raise
     except Exception as error:  # of any kind: it runs every constructor that the config names

@@ -48,6 +48,7 @@ from .data.loader import build_train_loader, seed_step, start_at
 from .errors import InputError
 from .imports import import_modules
 from .layers import fold_weight_standardization
+from .layers.binding import build_naming_norms
 from .layers.recompute import recompute_norms
 from .norm_keys import check_norm_keys
 
@@ -135,7 +136,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = bind_remaining_norms(super().build_model(cfg))
+        model = bind_remaining_norms(build_naming_norms(super().build_model, cfg))
         logging.getLogger(__name__).info(norm_summary(model))
         return model
 

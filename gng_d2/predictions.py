@@ -18,6 +18,7 @@ from .checkpoint import Checkpointer
 from .errors import InputError
 from .files import atomic_open
 from .layers import fold_weight_standardization
+from .layers.binding import build_naming_norms
 
 __all__ = ["Prediction", "find_images", "load_model", "model_input", "output_names", "predict", "save_png"]
 
@@ -33,7 +34,7 @@ class Prediction(NamedTuple):
 
 def load_model(cfg: CfgNode) -> nn.Module:
     """The model of ``cfg`` with MODEL.WEIGHTS, ready for inference: in eval mode, weight standardization folded."""
-    model = bind_remaining_norms(build_model(cfg)).eval()
+    model = bind_remaining_norms(build_naming_norms(build_model, cfg)).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     return fold_weight_standardization(model)
 
