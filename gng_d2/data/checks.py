@@ -32,6 +32,8 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         InputError: names the key and the dataset, and how to mend it.
     """
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name what to train on")
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             _prepare_dataset(f"DATASETS.{key}", name)

@@ -57,6 +57,9 @@ def test_datasets_that_are_not_there(shapes):
     with pytest.raises(InputError, match=rf"DATASETS.TRAIN.*coco_2017_train.*{shapes}.*DETECTRON2_DATASETS"):
         prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"))
     prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"), eval_only=True)
+    with pytest.raises(InputError, match="^DATASETS.TRAIN is empty"):
+        prepare_datasets(quick("DATASETS.TRAIN", "()"))
+    prepare_datasets(quick("DATASETS.TRAIN", "()"), eval_only=True)
 
 
 def test_a_dataset_that_is_not_registered_says_how_to_register_it():
