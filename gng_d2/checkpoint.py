@@ -98,10 +98,13 @@ class Checkpointer(DetectionCheckpointer):
         elif os.path.isdir(named):
             trouble = f"{last} names no file"
         elif not os.path.isfile(named):
-            trouble = f"{last} names {named}, which is not there"
+            trouble = f"{last} names {named!r}, which is not there"
         else:
             try:
-                return named, self.read(named)
+                checkpoint = self.read(named)
+                if self._can_go_on_from(checkpoint):
+                    return named, checkpoint
+                trouble = f"{last} names {named}, which holds weights alone and not what a run goes on from"
             except InputError as error:
                 trouble = str(error)
         newest = self._newest_whole()
@@ -118,10 +121,15 @@ class Checkpointer(DetectionCheckpointer):
                     checkpoint = self.read(path)
                 except InputError:
                     continue
-                if type(checkpoint.get("iteration")) is int:  # otherwise it is no trainer's
+                if self._can_go_on_from(checkpoint):
                     if newest is None or checkpoint["iteration"] >= newest[1]["iteration"]:
                         newest = path, checkpoint
         return newest
+
+    def _can_go_on_from(self, checkpoint):
+        """Whether a trainer saved it. Detectron2 would go on from any other at iteration 1."""
+        parts = (checkpoint.get(key) for key in self.checkpointables)
+        return type(checkpoint.get("iteration")) is int and all(isinstance(part, Mapping) for part in parts)
 
     def _remove_partial_files(self):
         """What a run leaves that is killed while it writes a checkpoint."""
@@ -158,6 +166,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"{filename} holds no weights by name under 'model', as Detectron2's checkpoints do. "
                 f"tools/convert_weights.py converts ResNets of torchvision, timm and mmdetection"
             )
+        metadata = getattr(weights, "_metadata", {})
+        if not isinstance(metadata, Mapping) or not all(isinstance(entry, Mapping) for entry in metadata.values()):
+            raise InputError(f"{filename}: the metadata of its state_dict is damaged")
         _take_old_record(filename, checkpoint)
         return checkpoint
 

@@ -46,7 +46,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     except RecursionError as error:
         raise InputError(f"config file {config_file}: its _BASE_ leads back to itself") from error
     except OSError as error:
-        raise InputError(f"config file {config_file} cannot be read: {error.strerror}") from error
+        raise InputError(f"config file {config_file} cannot be read: {error.strerror or _message(error)}") from error
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"config file {config_file} is no YAML config: {_message(error)}") from error
     except (KeyError, ValueError, AssertionError) as error:
@@ -117,7 +117,7 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[Tuple[str, str]]:
 
 
 def check_config(cfg: CfgNode, world_size: int = 1) -> None:
-    """See that each NORM is a norm's name, and that a batch divides among ``world_size`` processes.
+    """See that each NORM is a norm's name, the device one, and that a batch divides among ``world_size`` processes.
 
     Raises:
         InputError: names the key.
@@ -127,6 +127,13 @@ def check_config(cfg: CfgNode, world_size: int = 1) -> None:
             get_norm(value, 32)
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise InputError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cpu, cuda, cuda:1 are") from None
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):  # without images Detectron2 waits for good
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key} {cfg.SOLVER[key]}: at least 1")
     images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if images % (reference or max(world_size, 1)):
         raise InputError(

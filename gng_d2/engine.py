@@ -43,12 +43,13 @@ from torch.multiprocessing import ProcessRaisedException
 from .analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
 from .checkpoint import Checkpointer, check_norms
 from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
-from .data.checks import prepare_datasets
+from .data.checks import naming_datasets, prepare_datasets
 from .data.images import NamingMapper, read_labels
 from .data.loader import build_train_loader, seed_step, start_at
 from .errors import InputError
 from .imports import import_modules
 from .layers import fold_weight_standardization
+from .layers.binding import build_naming_norms
 from .layers.recompute import recompute_norms
 from .norm_keys import check_norm_keys
 
@@ -136,7 +137,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = bind_remaining_norms(super().build_model(cfg))
+        model = bind_remaining_norms(build_naming_norms(super().build_model, cfg))
         logging.getLogger(__name__).info(norm_summary(model))
         return model
 
@@ -146,7 +147,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, is_train=False)))
+        with naming_datasets("DATASETS.TEST", [dataset_name]):
+            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self):
         """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step."""

@@ -21,6 +21,7 @@ from torch import nn
 from . import config
 from .data import checks
 from .errors import InputError
+from .layers.binding import build_naming_norms
 
 __all__ = ["PredictionSettings", "build", "check_test_classes", "load_any_config", "norm_keys", "prediction_settings"]
 __all__ += ["with_value"]
@@ -147,8 +148,8 @@ def build(cfg: Config, device: Optional[str] = None) -> nn.Module:
     """
     try:
         if isinstance(cfg, CfgNode):
-            return build_model(with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
-        return instantiate(cfg.model).to(device or _device(cfg))
+            return build_naming_norms(build_model, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
+        return build_naming_norms(instantiate, cfg.model).to(device or _device(cfg))
     except InputError as error:
         unknown = [key for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
         raise InputError(f"{unknown[0]}: {error}" if unknown else str(error)) from error

@@ -9,6 +9,7 @@ from torch import nn
 from gng_d2 import PracticalGroupNorm, practical_num_groups, unbound_norms
 from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
+from gng_d2.errors import InputError
 from gng_d2.visualize import plot_groups
 
 KEYS = [
@@ -172,3 +173,9 @@ def test_the_table_prints_as_one():
     assert lines[0].split() == ["name", "norm", "layer", "n_in", "n_out", "groups", "ideal", "K", "WS"]
     stem = next(line.split() for line in lines if line.startswith("backbone.bottom_up.stem.conv1.norm"))
     assert stem[1:] == ["PGN", "backbone.bottom_up.stem.conv1", "3", "64", "1", "-15.25", "22.6667", "False"]
+
+
+def test_a_norm_that_cannot_follow_its_layer_has_its_path_in_the_message():
+    cfg = load_config("configs/quick/pfpn_pgn.yaml", ["MODEL.RESNETS.NORM", "GN3"])
+    with pytest.raises(InputError, match=r"^backbone.bottom_up.stem.conv1.norm and \d+ more: GN3 cannot follow Conv2d"):
+        build_on_meta(cfg)

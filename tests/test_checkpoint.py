@@ -263,6 +263,43 @@ def test_weights_beside_the_checkpoints_are_not_resumed_from(tmp_path):
     assert not Checkpointer(torch.nn.Linear(3, 1), str(tmp_path)).has_checkpoint()
 
 
+class State:
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+@pytest.mark.parametrize("lacks", ["iteration", "trainer"])
+def test_weights_that_last_checkpoint_names_are_not_resumed_from(lacks, tmp_path, caplog):
+    """Detectron2 resumes from them at iteration 1, with a fresh optimizer."""
+    Checkpointer(torch.nn.Linear(3, 1), str(tmp_path), trainer=State(5)).save("model_0000005", iteration=5)
+    content = torch.load(tmp_path / "model_0000005.pth")
+    del content[lacks]
+    torch.save(content, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    state = State()
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path), trainer=state)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == state.steps == 5
+    assert f"{tmp_path}/model_final.pth, which holds weights alone" in caplog.text
+    (tmp_path / "model_0000005.pth").unlink()
+    with pytest.raises(InputError, match="holds weights alone.*no other checkpoint"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("metadata", [[1], {"": "GN"}])
+def test_damaged_metadata_is_one_line(metadata, tmp_path):
+    weights = torch.nn.Linear(3, 1).state_dict()
+    weights._metadata = metadata
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"^{tmp_path}/a.pth: the metadata of its state_dict is damaged$"):
+        Checkpointer(torch.nn.Linear(3, 1)).load(str(tmp_path / "a.pth"))
+
+
 def test_a_checkpoint_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch):
     checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
     checkpointer.save("model_final", iteration=1)

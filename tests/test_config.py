@@ -162,6 +162,19 @@ def test_images_that_do_not_divide_among_processes():
         check_config(quick("SOLVER.REFERENCE_WORLD_SIZE", "8"))
 
 
+@pytest.mark.parametrize("key", ["IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_of_steps_and_images_are_positive(key, value):
+    """With IMS_PER_BATCH 0 Detectron2 waits for its first batch for ever."""
+    with pytest.raises(InputError, match=f"SOLVER.{key} {value}: at least 1"):
+        check_config(quick(f"SOLVER.{key}", value))
+
+
+def test_an_unknown_device():
+    with pytest.raises(InputError, match="MODEL.DEVICE 'gpu' is no device"):
+        check_config(quick("MODEL.DEVICE", "gpu"))
+
+
 def test_missing_weights(tmp_path):
     with pytest.raises(InputError, match=r"MODEL.WEIGHTS: the file .*nothing.pth does not exist"):
         check_weights(quick("MODEL.WEIGHTS", str(tmp_path / "nothing.pth")))

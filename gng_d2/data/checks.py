@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import itertools
-import json
 import logging
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Sequence, Tuple
@@ -40,6 +39,8 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
                 read_pickle(PathManager.get_local_path(path))  # Detectron2 unpickles it
             except InputError as error:
                 raise InputError(f"DATASETS.PROPOSAL_FILES_{key}: {error}") from None
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name what to train on")
     check_classes(cfg, eval_only)
 
 
@@ -152,12 +153,23 @@ def _first_difference(a, b):
 
 
 @contextmanager
-def naming_datasets(names: Sequence[str]) -> Iterator[None]:
-    """Turns what Detectron2 asserts of a dataset while it loads it into an :class:`InputError` that names it."""
+def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
+    """Turns what goes wrong with a dataset's files while Detectron2 loads it into an :class:`InputError` that names it.
+
+    Args:
+        key: of the config, such as "DATASETS.TRAIN".
+    """
     try:
         yield
-    except (AssertionError, json.JSONDecodeError) as error:
-        raise InputError(f"DATASETS.TRAIN {', '.join(names)}: {str(error) or type(error).__name__}") from error
+    except InputError:
+        raise
+    except (AssertionError, ValueError, LookupError) as error:  # LookupError: what a JSON lacks
+        files = [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
+        kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"{key} {', '.join(names)}: {kind}{message}{' in ' * bool(files)}{', '.join(files)}"
+        ) from error
 
 
 def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
@@ -178,6 +190,13 @@ def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
+        if "thing_classes" in learned:
+            for annotation, record in annotations:
+                box = annotation.get("bbox")
+                if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
+                    raise InputError(
+                        f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
+                    )
     if annotations and not any(_has_area(a) for a, _ in annotations):
         raise InputError(
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "

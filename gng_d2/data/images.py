@@ -1,8 +1,9 @@
-"""Image files that cannot be read, named."""
+"""Image files and annotations that cannot be read, named."""
 
 from typing import Any, Callable, Dict
 
 import numpy as np
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 from PIL import Image
@@ -25,10 +26,15 @@ class NamingMapper:
             return self.mapper(record)
         except SizeMismatchError as error:  # names its file
             raise InputError(" ".join(str(error).split())) from error
-        except Exception:
+        except Exception as error:
             for path in (record[key] for key in _FILES if key in record):
                 read_labels(path)
-            raise
+            if not isinstance(self.mapper, DatasetMapper) or "annotations" not in record:
+                raise
+            raise InputError(
+                f"the annotations of the image {record.get('file_name')} cannot be used: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
 
 def read_labels(path: str, dtype=None) -> np.ndarray:

@@ -112,7 +112,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     """
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
-    with naming_datasets(cfg.DATASETS.TRAIN):
+    with naming_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
         parts = _train_loader_from_config(cfg)
     check_records(cfg, parts["dataset"], parts["mapper"])
     _take_rle_masks(parts["dataset"], parts["mapper"])

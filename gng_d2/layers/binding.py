@@ -7,8 +7,9 @@ does not tell, :func:`bind_norms` looks what the model does.
 
 import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,6 +27,7 @@ __all__ = [
     "bind",
     "bind_norms",
     "bind_to_producers",
+    "build_naming_norms",
     "describe",
     "install_binding_hook",
     "layer_shape",
@@ -125,9 +127,10 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     Raises:
         InputError: the groups do not divide its output channels, or it cannot be standardized.
     """
-    norm.bind(_sizes(layer)[0], describe(layer))
+    description = describe(layer)
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
+    norm.bind(_sizes(layer)[0], description)
 
 
 def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
@@ -138,17 +141,53 @@ def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Modul
         layer = None if _has_given_in_channels(child) else weight_layer(parent, name, child)
         # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
-            bind(child, layer)
+            _bind_or_defer(child, layer)
     elif parent._modules.get(name) is not None and child is not None:
         names = list(parent._modules)
         after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
         if isinstance(after, GroupNorm) and not _has_given_in_channels(after) and _feeds(child, after):
-            bind(after, child)
+            _bind_or_defer(after, child)
 
 
 def _has_given_in_channels(norm):
     """Whether its in_channels were given, and not taken from a layer."""
     return norm.in_channels is not None and norm.weight_layer is None
+
+
+# norm -> why it cannot follow its layer, while a model is built that will tell its path
+_deferred: ContextVar[Optional[Dict[GroupNorm, InputError]]] = ContextVar("deferred", default=None)
+
+
+def _bind_or_defer(norm, layer):
+    deferred = _deferred.get()
+    try:
+        bind(norm, layer)
+    except InputError as error:
+        if deferred is None:
+            raise
+        deferred[norm] = error
+    else:
+        (deferred or {}).pop(norm, None)
+
+
+def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """``build(*args)``, a model. While it is being built a norm has no path, so errors of binding wait for the end.
+
+    Raises:
+        InputError: a norm cannot follow its layer; names it by its path.
+    """
+    deferred: Dict[GroupNorm, InputError] = {}
+    token = _deferred.set(deferred)
+    try:
+        model = build(*args)
+    finally:
+        _deferred.reset(token)
+    failed = [(path, deferred[module]) for path, module in model.named_modules() if module in deferred]
+    if failed:
+        path, error = failed[0]
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise InputError(f"{path}{more}: {error}") from error
+    return model
 
 
 @cache

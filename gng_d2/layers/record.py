@@ -102,7 +102,7 @@ def _log_differences(model, state_dict):
         if (f"{name}.weight".lstrip(".") in state_dict if norm.affine else name in records)
     }
     differ = [
-        f"{name}: {describe_record(records[name])} there, {describe_record(norm_record(norm))} here"
+        f"{name or 'the norm'}: {describe_record(records[name])} there, {describe_record(norm_record(norm))} here"
         for name, norm in loaded.items()
         if name in records and norm.num_groups is not None and not fits(records[name], norm_record(norm))
     ]
@@ -114,8 +114,8 @@ def _log_differences(model, state_dict):
     unknown = [name for name, norm in loaded.items() if name not in records and norm.norm_name() != "GN"]
     if unknown:
         logging.getLogger(__name__).info(
-            f"the groups of {len(unknown)} of {len(loaded)} norms were not checked, for instance {unknown[0]}: the "
-            f"weights came without a record of the groups that they were trained with"
+            f"the groups of {len(unknown)} of {len(loaded)} norms were not checked, for instance "
+            f"{unknown[0] or 'the norm'}: the weights came without a record of the groups that they were trained with"
         )
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2 import model_zoo
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from gng_d2.config import load_config
 from gng_d2.data.checks import check_classes, prepare_datasets
+from gng_d2.data.images import NamingMapper
 from gng_d2.data.loader import build_train_loader
+from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
 
 ZOO = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
@@ -57,6 +59,9 @@ def test_datasets_that_are_not_there(shapes):
     with pytest.raises(InputError, match=rf"DATASETS.TRAIN.*coco_2017_train.*{shapes}.*DETECTRON2_DATASETS"):
         prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"))
     prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"), eval_only=True)
+    with pytest.raises(InputError, match="^DATASETS.TRAIN is empty"):
+        prepare_datasets(quick("DATASETS.TRAIN", "()"))
+    prepare_datasets(quick("DATASETS.TRAIN", "()"), eval_only=True)
 
 
 def test_a_dataset_that_is_not_registered_says_how_to_register_it():
@@ -189,13 +194,46 @@ def test_a_label_beyond_the_models_is_named_by_its_image(register, tmp_path):
         build_train_loader(detector("wrong"))
 
 
-def test_a_broken_json_is_named_by_its_dataset(tmp_path):
-    (tmp_path / "cut.json").write_text('{"images": [')
-    register_coco_instances("cut", {}, str(tmp_path / "cut.json"), str(tmp_path))
-    with pytest.raises(InputError, match="DATASETS.TRAIN cut: "):
-        build_train_loader(detector("cut"))
-    DatasetCatalog.remove("cut")
-    MetadataCatalog.remove("cut")
+BROKEN = {
+    "cut": b'{"images": [',
+    "nothing": b"",
+    "no images": b'{"annotations": [], "categories": []}',
+    "no categories": b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1}]}',
+    "a list": b"[1, 2]",
+    "not utf-8": b'{"info": "\xe9"}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_json_is_named_by_its_dataset_and_file(content, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    register_coco_instances("broken", {}, str(path), str(tmp_path))
+    try:
+        with pytest.raises(InputError, match=f"^DATASETS.TRAIN broken: .* in {path}$"):
+            build_train_loader(detector("broken"))
+        with pytest.raises(InputError, match=f"^DATASETS.TEST broken: .* in {path}$"):
+            Trainer.build_test_loader(quick(), "broken")
+    finally:
+        DatasetCatalog.remove("broken")
+        MetadataCatalog.remove("broken")
+
+
+@pytest.mark.parametrize("bbox", [[5, 5], None, 3])
+def test_a_box_that_is_none_is_named_by_its_image(bbox, register, tmp_path):
+    wrong = record(tmp_path, (1, 1, 9, 9))
+    wrong["annotations"][0]["bbox"] = bbox
+    register("wrong", [wrong])
+    with pytest.raises(InputError, match=r"^DATASETS.TRAIN wrong: .*0.png has the bbox "):
+        build_train_loader(detector("wrong"))
+
+
+def test_an_annotation_that_cannot_be_used_is_named_by_its_image(tmp_path):
+    wrong = record(tmp_path, (1, 1, 9, 9))
+    wrong["annotations"][0]["segmentation"] = {"counts": "zz", "size": [1, 1]}
+    mapper = DatasetMapper(quick(), is_train=True)
+    with pytest.raises(InputError, match=r"^the annotations of the image .*0.png cannot be used: ValueError: .*RLE"):
+        NamingMapper(mapper)(wrong)
 
 
 @pytest.mark.parametrize("seed", ["1", "-1"])
@@ -224,15 +262,9 @@ def test_a_broken_semantic_map_is_named_and_not_its_image(register, tmp_path):
         next(iter(build_train_loader(cfg)))
 
 
-def test_another_fault_while_mapping_is_not_taken_for_a_broken_image(register, tmp_path):
-    wrong = record(tmp_path, (1, 1, 9, 9))
-    wrong["annotations"][0]["bbox"] = [1, 1, 9]
-    register("short", [record(tmp_path, (1, 1, 9, 9), number=1), wrong])
-    with pytest.raises(Exception) as error:
-        loader = iter(build_train_loader(detector("short", "SOLVER.IMS_PER_BATCH", "1")))
-        for _ in range(4):
-            next(loader)
-    assert not isinstance(error.value, InputError)
+def test_a_fault_of_the_users_own_mapper_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        NamingMapper(lambda record: 1 / 0)(record(tmp_path, (1, 1, 9, 9)))
 
 
 def test_a_broken_image_is_named_where_a_semantic_dataset_is_grouped_by_shape(register, tmp_path):

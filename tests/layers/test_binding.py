@@ -1,10 +1,11 @@
 import pytest
 import torchvision
-from detectron2.layers import Conv2d
+from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
-from gng_d2 import GroupNorm, PracticalGroupNorm, unbound_norms
-from gng_d2.layers.binding import named_norms
+from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
+from gng_d2.errors import InputError
+from gng_d2.layers.binding import build_naming_norms, named_norms
 
 
 def pgn(channels=8):
@@ -146,3 +147,26 @@ def test_the_call_that_gives_torchvisions_detectors_our_norms():
     norms = [m for m in model.modules() if isinstance(m, (PracticalGroupNorm, nn.BatchNorm2d))]
     assert len(norms) == 20 and all(isinstance(m, PracticalGroupNorm) and m.num_groups for m in norms)
     assert not unbound_norms(model)
+
+
+def test_a_norm_that_cannot_follow_its_layer_is_named_by_its_path():
+    def build(norm):
+        stem = nn.Sequential(nn.Conv2d(3, 64, 1), get_norm(norm, 64))
+        return nn.ModuleDict({"stem": stem, "head": nn.Sequential(nn.Linear(4, 64), get_norm(norm, 64))})
+
+    with pytest.raises(InputError, match=r"^stem.1 and 1 more: GN3 cannot follow Conv2d\(3, 64\): "):
+        build_naming_norms(build, "GN3")
+    with pytest.raises(InputError, match=r"^head.1: GN\+WS cannot follow a Linear"):
+        build_naming_norms(build, "GN+WS")
+    assert isinstance(build_naming_norms(build, "GN")["stem"][0], nn.Conv2d)
+    with pytest.raises(InputError, match="^GN3 cannot follow"):  # of its own build, at once
+        build("GN3")
+
+
+def test_a_norm_that_was_bound_to_another_layer_in_the_end_is_no_error():
+    def build():
+        norm = GroupNorm(8, 64, weight_standardization=True)
+        nn.Sequential(nn.Linear(4, 64), norm)
+        return nn.Sequential(nn.Conv2d(4, 64, 1), norm)
+
+    assert isinstance(build_naming_norms(build)[0], WSConv2d)
