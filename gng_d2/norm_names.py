@@ -47,8 +47,10 @@ def norm_from_name(name: str) -> Optional[Callable]:
         make = PracticalGroupNorm
     elif channels:
         make = partial(_with_channels_per_group, int(channels))
-    else:
+    elif groups or standardized:
         make = partial(_with_groups, int(groups or 32))
+    else:
+        make = _with_pytorchs_bits
     return partial(make, weight_standardization=True) if standardized else make
 
 
@@ -56,6 +58,12 @@ def _with_groups(num_groups, num_channels, **options):
     """Whether the groups divide the channels is checked when the norm meets its layer, which the error then names."""
     norm = GroupNorm(1, num_channels, **options)
     norm.num_groups = num_groups
+    return norm
+
+
+def _with_pytorchs_bits(num_channels, **options):
+    norm = _with_groups(32, num_channels, **options)
+    norm.uses_kernels = False
     return norm
 
 

@@ -331,6 +331,7 @@ def predicted(shapes, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_yaml_config(predicted, tmp_path):
     lazy = tmp_path / "tiny.py"
     status, results = predicted(lazy)

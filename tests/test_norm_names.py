@@ -5,6 +5,7 @@ import sys
 
 import detectron2.layers
 import pytest
+import torch
 from detectron2.layers import Conv2d, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d
 from torch import nn
@@ -164,3 +165,13 @@ def test_imports_without_detectron2():
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert out.stdout.strip() == "16", out.stderr
+
+
+def test_gn_computes_the_same_bits_as_without_this_package():
+    x = torch.randn(1, 64, 128, 128)
+    ours, theirs = get_norm("GN", 64), torch.nn.GroupNorm(32, 64)
+    assert isinstance(ours, gng_d2.GroupNorm) and torch.equal(ours(x), theirs(x))
+    x.requires_grad_()
+    same = [torch.autograd.grad(norm(x).cos().sum(), (x, norm.weight)) for norm in (ours, theirs)]
+    assert all(map(torch.equal, *same))
+    assert get_norm("GN16", 64).uses_kernels and get_norm("GN+WS", 64).uses_kernels

@@ -194,6 +194,7 @@ def test_images_are_turned_as_their_exif_says(run, shapes, tmp_path):
     assert Image.open(tmp_path / "out" / "turned.png").size == (128, 80)
 
 
+@pytest.mark.slow
 def test_a_batch_changes_no_result(run, shapes, tmp_path):
     paths = []
     for index, path in enumerate(validation(shapes)[:5]):

@@ -548,6 +548,7 @@ def test_autocast(model):
     y.sum().backward()
 
 
+@pytest.mark.slow
 def test_compile(model):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X))

@@ -342,6 +342,7 @@ def test_an_unbound_norm_takes_its_groups_in_the_first_training_step():
         nn.Sequential(conv(64), nn.Identity(), GroupNorm(2, 8, weight_standardization=True))(image(64))
 
 
+@pytest.mark.slow
 def test_looks_end_and_begin_again_when_the_model_is_edited_or_trained_again():
     model = nn.Sequential(conv(64), pgn(8))
     for _ in range(LOOKS):

@@ -102,6 +102,7 @@ def batch_of(cfg, height=96, width=128):
     return [{"image": image, "instances": instances, "sem_seg": semantic, "height": height, "width": width}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config_file",
     [
@@ -144,6 +145,7 @@ def test_torchvision(make, modules):
         assert_same(gradients(model, inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options, modules",
     [
@@ -433,6 +435,7 @@ def test_frozen_layers(frozen):
     assert_same(gradients(recompute_norms(model), inputs), expected)
 
 
+@pytest.mark.slow
 def test_the_switch_stands_as_it_stood_when_the_module_first_ran():
     model, inputs = chain(nn.Conv2d(128, 8, 1), GroupNorm(1, 8)), torch.randn(1, 3, 192, 192)
     expected, loss = {}, {}

@@ -238,6 +238,7 @@ def test_fake_tensors_are_refused_where_real_ones_are(backend, call, tensor):
         faked(op, args)
 
 
+@pytest.mark.slow
 def test_a_graph_runs_on_another_layout_than_it_was_traced_with(backend):
     x = torch.randn(2, 6, 5, 7)
     graph = make_fx(lambda x: ops.group_norm.default(x, None, None, 3, 1e-5)[0] * 2)(x)

@@ -91,6 +91,7 @@ def test_a_seed_means_the_same_images_whatever_the_norm(small_resnet, root, tmp_
     assert not any(map(torch.equal, gn[::2], other[::2]))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_as_never_stopped(small_resnet, root, tmp_path):
     """Stopped after step 5 of 13, resumed from the checkpoint after step 4, with other numbers of workers."""
     images, whole, cut = load_images("colors", root), str(tmp_path / "whole"), str(tmp_path / "cut")

@@ -154,4 +154,4 @@ def test_the_tool(shapes, reproduce, tmp_path):
 
 def test_outputs_are_refused_before_the_work(reproduce, tmp_path):
     with pytest.raises(SystemExit, match="error: cannot write .*: it is a folder"):
-        reproduce("gradients", *CONFIG, "--json", tmp_path, "DATASETS.TRAIN", "()")
+        reproduce("gradients", *CONFIG, "--json", tmp_path)
