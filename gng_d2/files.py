@@ -92,8 +92,8 @@ def prepare_folder(folder: str) -> None:
         OSError: they cannot; says why.
     """
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder) as file:  # on a full disk an empty one can be made
+        file.write(bytes(2**16))
 
 
 def prepare_outputs(*paths: Optional[str]) -> None:

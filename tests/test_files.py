@@ -55,6 +55,11 @@ def test_a_full_device_is_named():
     assert not os.path.isfile("/dev/null")
 
 
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, limited_file_size):
+    with limited_file_size(1000), pytest.raises(InputError, match=f"cannot write {tmp_path}/a.json: File too large"):
+        prepare_outputs(str(tmp_path / "a.json"))
+
+
 def test_what_stands_in_the_way_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
