@@ -145,7 +145,8 @@ def last_iteration(path: str) -> int:
 
 def _records(lines: Iterable[bytes]) -> Iterator[Dict]:
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-                yield record
+            if isinstance(record, dict) and all(type(value) in (int, float) for value in record.values()):
+                if type(record.get("iteration")) is int and record["iteration"] < 2**63:
+                    yield record

@@ -123,13 +123,26 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     assert last_iteration(path) == 60
 
 
-@pytest.mark.parametrize("line", [b"", b"\xff\xfe", b"[]", b"3", b"null", b"{}", b'{"iteration": "x"}', b"{"])
+NO_RECORDS = [
+    *(b"", b"\xff\xfe", b"[]", b"3", b"null", b"{}", b"{", b"[" * 10**5),
+    *(b'{"iteration": "x"}', b'{"iteration": true}', b'{"iteration": %s}' % (b"9" * 400)),
+    *(b'{"iteration": 7, "total_loss": "1"}', b'{"iteration": 7, "bbox/AP": [1]}'),
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS, ids=lambda line: line[:40])
 def test_lines_that_are_no_records_are_left_out(line, tmp_path):
     path = tmp_path / "metrics.json"
     path.write_bytes(line + b'\n{"iteration": 5, "total_loss": 1.0}\n' + line)
     assert read_metrics(path) == [{"iteration": 5, "total_loss": 1.0}] and last_iteration(path) == 5
     path.write_bytes(line)
     assert read_metrics(path) == [] and last_iteration(path) == -1
+
+
+def test_records_of_a_run_that_diverged_are_records(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1, "total_loss": 1e40}\n{"iteration": 2, "total_loss": NaN}\n')
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 2]
 
 
 def test_the_last_iteration_of_a_long_file_is_in_its_end(tmp_path):

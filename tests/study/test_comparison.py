@@ -289,14 +289,29 @@ def other_json(path):
     path.write_text("[1]\n")
 
 
+def no_status(path):
+    path.write_text('{"status": 5, "reason": [2]}')
+
+
+def too_deep(path):
+    path.write_text("[" * 10**5)
+
+
+def of_texts(path):
+    path.write_text('{"iteration": 20, "total_loss": "1"}')
+
+
 def folder(path):
     path.unlink()
     path.mkdir()
 
 
 DAMAGE = [
-    *(("run.json", damage) for damage in (truncate, empty, garbage, other_json, folder)),
-    *(("metrics.json", damage) for damage in (remove, truncate, empty, garbage, other_json, folder)),
+    *(("run.json", damage) for damage in (truncate, empty, garbage, other_json, no_status, too_deep, folder)),
+    *(
+        ("metrics.json", damage)
+        for damage in (remove, truncate, empty, garbage, other_json, of_texts, too_deep, folder)
+    ),
 ]
 
 
