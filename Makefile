@@ -2,13 +2,14 @@
 # make test    runs all tests
 # make quick   runs the tests that are not slow, in less than 90 s
 # make lint    checks the format and the code, changing nothing
+# make docs    makes the pages of docs/ a site, in docs/_build
 # make results writes docs/results.md from the measurements in docs/results
 # Each makes .venv first if it is not there; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick lint results
+.PHONY: demo test quick lint docs results
 demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
@@ -21,6 +22,9 @@ quick: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+docs: $(INSTALLED)
+	$(VENV)/bin/python -W ignore -m sphinx -q -W --keep-going -b html docs docs/_build
 
 results: $(INSTALLED)
 	$(VENV)/bin/python tools/reproduce.py page

@@ -1,8 +1,30 @@
+import glob
+import os
 import re
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 VERSION = re.search(r'^__version__ = "(.+)"', open("gng_d2/__init__.py", encoding="utf-8").read(), re.MULTILINE)[1]
+
+LIBRARY = "gng_d2/ops/_cpu_kernels"
+
+
+class BuildLibrary(build_ext):
+    """Names the library without a version of Python: it is loaded through ctypes, by any of them."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+class WheelForAnyPython3(bdist_wheel):
+    """One wheel for every Python 3: of this platform if it holds the library, of any if there was no compiler."""
+
+    def get_tag(self):
+        build = self.get_finalized_command("build").build_lib
+        return "py3", "none", super().get_tag()[2] if glob.glob(os.path.join(build, LIBRARY + "*")) else "any"
+
 
 setup(
     name="gng_d2",
@@ -11,13 +33,18 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2302.03193",
+        "Detectron2": "https://github.com/facebookresearch/detectron2",
+    },
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # The configs stand at the root of a checkout, where people look for them, and in the package once installed.
     packages=[*find_packages(include=["gng_d2", "gng_d2.*"]), "gng_d2.configs"],
     package_dir={"gng_d2.configs": "configs"},
-    package_data={"gng_d2.configs": ["*.yaml", "*/*.yaml", "*/*.py"]},
+    package_data={"gng_d2.configs": ["*.yaml", "*.py", "*/*.yaml", "*/*.py"]},
     # No module of Python's, but a library that gng_d2/ops/cpu_kernels.py loads, and can do without.
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelForAnyPython3},
     ext_modules=[
         Extension(
             "gng_d2.ops._cpu_kernels",

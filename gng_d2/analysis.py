@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import List, Optional
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from .errors import InputError
 from .groups import ideal_num_groups, isometry_ratio
 from .layers import GroupNorm, WSConv2d
-from .layers.binding import bind_norms, build_naming_norms, layer_shape, named_norms, unbound_norms
+from .layers.binding import bind_norms, layer_shape, named_norms, unbound_norms
 from .layers.look import NO_LAYER
 from .norm_names import norm_name
 
@@ -33,12 +33,6 @@ class NormRow:
     isometry_ratio: Optional[float]  # K, Eq. 31: of the variance of the gradient before the block to that after it
     weight_standardized: bool
 
-    def __getitem__(self, key: str):  # with keys(), for row["name"] and {**row}
-        return getattr(self, key)
-
-    def keys(self):
-        return [field.name for field in fields(self)]
-
 
 class NormTable(List[NormRow]):
     """Rows of :func:`norm_table`. It prints as a table."""
@@ -48,7 +42,7 @@ class NormTable(List[NormRow]):
     def __str__(self):
         names = [field.name for field in fields(NormRow)]
         headers = [self._HEADERS.get(name, name) for name in names]
-        return tabulate([[row[name] for name in names] for row in self], headers, missingval="-")
+        return tabulate([astuple(row) for row in self], headers, missingval="-")
 
 
 def norm_table(model: nn.Module) -> NormTable:
@@ -109,23 +103,15 @@ def num_groups(norm: nn.Module) -> Optional[int]:
 
 
 def build_on_meta(cfg) -> nn.Module:
-    """The model of a Detectron2 ``cfg`` without memory for its weights: for its structure, in a second.
+    """The model of a Detectron2 ``cfg``, YAML or lazy, without memory for its weights: for its structure, in a second.
 
     Raises:
         InputError: Detectron2 cannot build it.
     """
-    from detectron2.modeling import build_model  # norm_table works without
+    from .lazy_config import build  # of Detectron2, which norm_table works without
 
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    try:
-        with torch.device("meta"):
-            return build_naming_norms(build_model, cfg)
-    except InputError:
-        raise
-    except Exception as error:  # of any kind: it runs every constructor that the config names
-        raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
+    with torch.device("meta"):
+        return build(cfg, "meta")
 
 
 def bind_remaining_norms(model: nn.Module) -> nn.Module:

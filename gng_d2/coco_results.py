@@ -8,32 +8,32 @@ from typing import Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 import pycocotools.mask
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from .errors import InputError
 from .files import atomic_open
+from .lazy_config import PredictionSettings
 from .predictions import save_png
 
 __all__ = ["CocoResults", "class_metadata", "image_ids"]
 
 
-def class_metadata(cfg: CfgNode, with_records: bool) -> Tuple[Metadata, List[Dict]]:
-    """The classes of the dataset DATASETS.TEST, and its records, if they are asked for and its files are there.
+def class_metadata(settings: PredictionSettings, with_records: bool) -> Tuple[Metadata, List[Dict]]:
+    """The classes of the dataset to test on, and its records, if they are asked for and its files are there.
 
-    Without a DATASETS.TEST classes are called by their numbers.
+    Without a dataset classes are called by their numbers.
 
     Raises:
         InputError: the dataset is not registered, or the names of its classes stand in a file that is not there.
     """
-    if not cfg.DATASETS.TEST:
-        return _numbered(cfg), []
-    name = cfg.DATASETS.TEST[0]
-    mend = "DATASETS.TEST () calls the classes by their numbers"
+    name, key = settings.dataset, settings.dataset_key
+    if name is None:
+        return _numbered(settings.num_classes), []
+    mend = f"{key}{' ()' if key.isupper() else '=[]'} calls the classes by their numbers"
     if name not in DatasetCatalog:
         raise InputError(
-            f"DATASETS.TEST: no dataset named {name!r} is registered, which would say what the classes are. "
+            f"{key}: no dataset named {name!r} is registered, which would say what the classes are. "
             f"--import takes the module that registers it; {mend}"
         )
     metadata = MetadataCatalog.get(name)
@@ -45,7 +45,7 @@ def class_metadata(cfg: CfgNode, with_records: bool) -> Tuple[Metadata, List[Dic
     except (OSError, AssertionError) as error:
         if not named:
             raise InputError(
-                f"DATASETS.TEST: the files of {name!r}, which say what the classes are, cannot be read: {error}. {mend}"
+                f"{key}: the files of {name!r}, which say what the classes are, cannot be read: {error}. {mend}"
             ) from error
         logging.getLogger(__name__).warning(
             f"the files of dataset {name!r} cannot be read ({error}), so images are numbered, and so are the "
@@ -54,10 +54,8 @@ def class_metadata(cfg: CfgNode, with_records: bool) -> Tuple[Metadata, List[Dic
         return metadata, []
 
 
-def _numbered(cfg):
-    head = cfg.MODEL.RETINANET if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else cfg.MODEL.ROI_HEADS
-    things = head.NUM_CLASSES
-    stuff = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+def _numbered(num_classes):
+    things, stuff = num_classes.get("thing_classes", 0), num_classes.get("stuff_classes", 0)
     return Metadata(
         name="no dataset",
         thing_classes=[str(i) for i in range(things)],
@@ -120,7 +118,7 @@ class CocoResults:
     def _category(self, dataset_ids, number):
         if number not in dataset_ids:
             raise InputError(
-                f"DATASETS.TEST: the model predicts class {number}, and {self.metadata.name!r} has "
+                f"the model predicts class {number}, and {self.metadata.name!r} has "
                 f"{len(dataset_ids)} classes. Name the dataset that the model was trained for"
             )
         return dataset_ids[number]

@@ -18,7 +18,8 @@ from .errors import InputError
 from .files import prepare_folder
 from .weight_files import files_are_trusted
 
-__all__ = ["find_config_file", "load_config", "norm_keys", "check_config", "check_weights", "prepare_output_dir"]
+__all__ = ["find_config_file", "load_config", "norm_keys", "check_config", "check_weights"]
+__all__ += ["check_weight_file", "prepare_output_dir"]
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -29,6 +30,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     Raises:
         InputError: a file or a pair cannot be used, or a file has Python tags (:class:`_JudgedConfig`).
     """
+    if config_file.endswith(".py"):
+        raise InputError(
+            f"config file {config_file} is a lazy (Python) config. Detectron2's lazyconfig_train_net.py trains it; "
+            f"norm names are the same there, after `import gng_d2` in it or in the config"
+        )
     cfg = get_cfg()
     vars(cfg)["load_yaml_with_base"] = _JudgedConfig.load_yaml_with_base  # what merge_from_file reads files by
     try:
@@ -85,11 +91,6 @@ class _JudgedConfig(CfgNode):
 
 def find_config_file(config_file: str) -> str:
     """``config_file`` itself, or where it is in Detectron2's model zoo."""
-    if config_file.endswith(".py"):
-        raise InputError(
-            f"config file {config_file} is a lazy (Python) config. Add `import gng_d2` to Detectron2's "
-            f"lazyconfig_train_net.py; norm names are the same there"
-        )
     if not config_file:
         raise InputError("no config file: give --config-file FILE")
     if os.path.isfile(config_file):
@@ -148,15 +149,21 @@ def check_weights(cfg: CfgNode, source: str = "MODEL.WEIGHTS") -> None:
     Args:
         source: what the user set: the key, or the flag of a tool.
     """
-    path = cfg.MODEL.WEIGHTS.split("?")[0]
-    if path and "://" not in path and not PathManager.isfile(path):
-        scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""
-        raise InputError(f"{source}: the file {path} does not exist{scratch}")
+    path = cfg.MODEL.WEIGHTS
+    check_weight_file(path, source)
     if not path and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
         logging.getLogger(__name__).warning(
             "MODEL.WEIGHTS '' with MODEL.RESNETS.NORM FrozenBN: without weights a FrozenBN normalizes nothing, and "
             "training will likely diverge. From scratch, set MODEL.RESNETS.NORM PGN and MODEL.BACKBONE.FREEZE_AT 0"
         )
+
+
+def check_weight_file(path: str, source: str) -> None:
+    """Raises: InputError: there is no such file; names what it was said by."""
+    path = path.split("?")[0]
+    if path and "://" not in path and not PathManager.isfile(path):
+        scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""
+        raise InputError(f"{source}: the file {path} does not exist{scratch}")
 
 
 def prepare_output_dir(cfg: CfgNode) -> None:

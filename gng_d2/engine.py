@@ -7,6 +7,7 @@ it runs in one process, on many GPUs, or on CPUs.
 import inspect
 import logging
 import os
+import textwrap
 import weakref
 from typing import Callable, List, Sequence
 
@@ -39,7 +40,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from .analysis import bind_remaining_norms, build_on_meta, norm_summary
+from .analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
 from .checkpoint import Checkpointer, check_norms
 from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
 from .data.checks import naming_datasets, prepare_datasets
@@ -166,8 +167,19 @@ class Trainer(DefaultTrainer):
 
     def train(self):
         """Train, evaluate, and return the metrics by task (in the main process)."""
+        if comm.is_main_process():
+            self._write_norm_table()
         super().train()
         return getattr(self, "_last_eval_results", None)
+
+    def _write_norm_table(self):
+        """As a text for TensorBoard, in an event file of its own beside that of Detectron2's writer."""
+        from torch.utils.tensorboard import SummaryWriter  # training needs it, as in Detectron2, evaluating does not
+
+        model = getattr(self.model, "module", self.model)
+        table = textwrap.indent(str(norm_table(model)), "    ")  # in Markdown, as it stands
+        with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
+            writer.add_text("norms", f"{norm_summary(model)}\n\n{table}", self.start_iter)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):

@@ -14,7 +14,7 @@ def get_config_file(name: str) -> str:
     So a program that has installed gng_d2 from a wheel needs no checkout.
 
     Args:
-        name: below ``configs``, for instance "pfpn_pgn.yaml" or "quick/pfpn_pgn.yaml".
+        name: below ``configs``, for instance "quick/pfpn_pgn.yaml", or the lazy config "pfpn_pgn.py".
 
     Raises:
         InputError: there is no such config; lists those that there are.
@@ -28,4 +28,6 @@ def get_config_file(name: str) -> str:
 
 def _configs(folder):
     files = (os.path.join(at, file) for at, _, files in os.walk(folder) for file in files)
-    return sorted(os.path.relpath(file, folder) for file in files if file.endswith(".yaml"))
+    names = (os.path.relpath(file, folder) for file in files)
+    # A .py file in a subfolder registers datasets.
+    return sorted(name for name in names if name.endswith(".yaml") or name.endswith(".py") and os.sep not in name)

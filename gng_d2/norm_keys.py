@@ -16,6 +16,8 @@ __all__ = ["check_norm_keys"]
 def check_norm_keys(cfg, model: Optional[nn.Module] = None) -> None:
     """Every ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.
 
+    In a lazy config the keys are those of its ``model`` that are called ``norm`` or end in ``_norm``.
+
     Some heads compare the name with "GN" or "BN" and give no norm, or another, where it is neither. So for each key the
     model is built, on the meta device, with those names in its place. Where they change the norms, ours has to as well.
     A key that changes nothing under any name is not used by this model, and passes; where the model cannot be built on
@@ -33,7 +35,7 @@ def check_norm_keys(cfg, model: Optional[nn.Module] = None) -> None:
         >>> check_norm_keys(cfg, build_model(cfg))  # doctest: +SKIP
         InputError: MODEL.FCOS.NORM: PGN makes no norm at fcos_head.cls_tower.1, where GN makes one. ...
     """
-    from .config import norm_keys  # of Detectron2, which this file can be imported without
+    from .lazy_config import norm_keys  # of Detectron2, which this file can be imported without
 
     keys = [(key, value) for key, value in norm_keys(cfg) if value != "GN" and _canonical(value)]
     if not keys:
@@ -85,10 +87,10 @@ def _norms(model) -> Dict[str, str]:
     return {path: norm_name(m) for path, m in model.named_modules() if num_channels(m) is not None}
 
 
-def _norms_of(cfg, *override) -> Optional[Dict[str, str]]:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(list(override))
+def _norms_of(cfg, key=None, name=None) -> Optional[Dict[str, str]]:
+    from .lazy_config import with_value
+
+    cfg = with_value(cfg, key, name) if key else cfg
     try:
         return _norms(build_on_meta(cfg))
     except InputError:

@@ -12,7 +12,7 @@ from .errors import InputError
 from .groups import nearest_divisor
 from .layers import GroupNorm, PracticalGroupNorm
 
-__all__ = ["KNOWN_NORMS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
+__all__ = ["KNOWN_NORMS", "WS", "norm_from_name", "without_ws", "norm_name", "norm_in_path", "extend_get_norm"]
 
 # what a name ends in whose convolution is weight-standardized
 WS = "+WS"
@@ -81,6 +81,16 @@ def norm_name(norm: nn.Module) -> str:
     else:
         name = "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
     return name + WS * getattr(norm, "weight_standardization", False)
+
+
+def without_ws(name: str) -> str:
+    """The name of the same norm after a convolution that is not standardized.
+
+    Examples::
+        >>> without_ws("PGN+WS"), without_ws("GN/16")
+        ('PGN', 'GN/16')
+    """
+    return name.removesuffix(WS)
 
 
 def norm_in_path(name: str) -> str:

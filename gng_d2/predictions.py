@@ -6,10 +6,8 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
-from detectron2.modeling import build_model
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
@@ -18,9 +16,10 @@ from .checkpoint import Checkpointer
 from .errors import InputError
 from .files import atomic_open
 from .layers import fold_weight_standardization
-from .layers.binding import build_naming_norms
+from .lazy_config import PredictionSettings
 
 __all__ = ["Prediction", "find_images", "load_model", "model_input", "output_names", "predict", "save_png"]
+__all__ += ["set_threshold"]
 
 
 class Prediction(NamedTuple):
@@ -32,11 +31,19 @@ class Prediction(NamedTuple):
     error: Optional[str] = None
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
-    """The model of ``cfg`` with MODEL.WEIGHTS, ready for inference: in eval mode, weight standardization folded."""
-    model = bind_remaining_norms(build_naming_norms(build_model, cfg)).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+def load_model(model: nn.Module, weights: str) -> nn.Module:
+    """``model`` with the file ``weights``, ready for inference: in eval mode, weight standardization folded."""
+    model = bind_remaining_norms(model).eval()
+    Checkpointer(model).load(weights)
     return fold_weight_standardization(model)
+
+
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    """Have a Detectron2 ``model`` leave out instances with a lower score, and no others."""
+    for module in model.modules():
+        for name in ("test_score_thresh", "combine_instances_score_thresh"):  # of heads; of a panoptic combination
+            if hasattr(module, name):
+                setattr(module, name, threshold)
 
 
 def find_images(inputs: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
@@ -79,15 +86,18 @@ def output_names(paths: Sequence[str]) -> Dict[str, Tuple[str, str]]:
     return {path: (name, f"{stem}.png") for path, name, stem in zip(paths, names, stems)}
 
 
-def model_input(cfg: CfgNode, image: np.ndarray) -> Dict:
-    """What Detectron2's models take, of an image in INPUT.FORMAT: resized as in its evaluation."""
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST).get_transform(image)
-    resized = resize.apply_image(image).astype("float32").transpose(2, 0, 1)
+def model_input(settings: PredictionSettings, image: np.ndarray) -> Dict:
+    """What Detectron2's models take, of an image in the config's format: resized as in its evaluation."""
+    augmented = T.AugInput(image)
+    T.AugmentationList(settings.augmentations)(augmented)
+    resized = augmented.image.astype("float32").transpose(2, 0, 1)
     height, width = image.shape[:2]
     return {"image": torch.as_tensor(resized.copy()), "height": height, "width": width}
 
 
-def predict(cfg: CfgNode, model: nn.Module, paths: Sequence[str], batch_size: int = 1) -> Iterator[Prediction]:
+def predict(
+    settings: PredictionSettings, model: nn.Module, paths: Sequence[str], batch_size: int = 1
+) -> Iterator[Prediction]:
     """Run ``model`` on image files, and yield for each of them its prediction or what is wrong with it.
 
     A batch holds images of one size only: next to a larger one an image is padded, and a norm that computes its
@@ -96,8 +106,8 @@ def predict(cfg: CfgNode, model: nn.Module, paths: Sequence[str], batch_size: in
     waiting: Dict[Tuple[int, ...], List] = {}
     for path in paths:
         try:
-            image = read_image(path, cfg.INPUT.FORMAT)
-            inputs = model_input(cfg, image)
+            image = read_image(path, settings.image_format)
+            inputs = model_input(settings, image)
         except UnidentifiedImageError:
             yield Prediction(path, error="is no image, or of a format that PIL does not know")
             continue
@@ -105,7 +115,7 @@ def predict(cfg: CfgNode, model: nn.Module, paths: Sequence[str], batch_size: in
             yield Prediction(path, error=f"cannot be read as an image: {_one_line(error)}")
             continue
         group = waiting.setdefault(inputs["image"].shape, [])
-        group.append((path, convert_image_to_rgb(image, cfg.INPUT.FORMAT), inputs))
+        group.append((path, convert_image_to_rgb(image, settings.image_format), inputs))
         if len(group) == batch_size or sum(map(len, waiting.values())) >= 4 * batch_size:
             yield from _predict_batch(model, waiting.pop(max(waiting, key=lambda size: len(waiting[size]))))
     for group in waiting.values():

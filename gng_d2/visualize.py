@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Dict, List, Optional
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
+from .analysis import NormRow
 from .files import read_metrics, save_figure
 from .groups import GROUP_CHOICES, isometry_ratio
 
@@ -99,38 +100,40 @@ def _panoptic_truth(record, metadata) -> Optional[tuple]:
     return torch.as_tensor(rgb @ [1, 256, 256**2]), info
 
 
-def plot_groups(rows: List[Dict], path: str) -> None:
+def plot_groups(rows: Sequence[NormRow], path: str) -> None:
     """Draw two panels along the depth of a model, for rows of :func:`gng_d2.analysis.norm_table`: its group
-    counts beside its channels, and K as it would be under GN (32 groups), GN1 and PGN."""
-    rows = [row for row in rows if row["n_in"] is not None]
+    counts beside its channels, and, of the norms that have groups, K as it would be under GN (32 groups), GN1 and
+    PGN."""
+    rows = [row for row in rows if row.n_in is not None]
     depth = range(len(rows))
     figure = Figure(figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained")
     groups, ratio = figure.subplots(2, 1, sharex=True)
-    groups.step(depth, [row["n_out"] for row in rows], where="mid", color="0.8", label="output channels")
-    norms = sorted({row["norm"] for row in rows})
+    groups.step(depth, [row.n_out for row in rows], where="mid", color="0.8", label="output channels")
+    norms = sorted({row.norm for row in rows})
     for norm in norms:
-        at = [i for i in depth if rows[i]["norm"] == norm and rows[i]["num_groups"]]
+        at = [i for i in depth if rows[i].norm == norm and rows[i].num_groups]
         if at:
-            groups.plot(at, [rows[i]["num_groups"] for i in at], "o", ms=4, label=f"groups, {norm}")
+            groups.plot(at, [rows[i].num_groups for i in at], "o", ms=4, label=f"groups, {norm}")
     groups.set_yscale("log", base=2)
     groups.set_ylabel("number of groups")
     groups.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)
-    without = [norm for norm in norms if not any(r["num_groups"] for r in rows if r["norm"] == norm)]
+    without = [norm for norm in norms if not any(r.num_groups for r in rows if r.norm == norm)]
     if without:
         groups.set_title(f"no groups: {', '.join(without)}", fontsize=9, loc="right")
 
     for (name, choose), marker, fill in zip(GROUP_CHOICES.items(), "s^o", ("C0", "C1", "none")):
-        points = [(i, choose(row["n_in"], row["n_out"])) for i, row in enumerate(rows)]
-        points = [(i, isometry_ratio(rows[i]["n_in"], rows[i]["n_out"], g)) for i, g in points if g]
+        points = [(i, choose(row.n_in, row.n_out)) for i, row in enumerate(rows) if row.num_groups]
+        points = [(i, isometry_ratio(rows[i].n_in, rows[i].n_out, g)) for i, g in points if g]
         if points:
             ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
     ratio.axhline(1, color="0.5", lw=0.8)
     ratio.set_yscale("log", base=2)
     ratio.set_ylabel("K, the paper's gradient ratio\n(1 is isometric)")
-    ratio.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+    if ratio.get_legend_handles_labels()[0]:
+        ratio.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     for axes in (groups, ratio):
         axes.yaxis.set_major_formatter("{x:g}")
-    ratio.set_xticks(depth, [row["name"].removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
+    ratio.set_xticks(depth, [row.name.removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
     save_figure(figure, path, dpi=120)
 
 

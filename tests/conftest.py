@@ -1,3 +1,4 @@
+import logging
 import os
 import random
 import resource
@@ -43,6 +44,13 @@ def _limited_file_size(size):
 def limited_file_size():
     """A context in which no file grows beyond as many bytes, as on a disk that is full then."""
     return _limited_file_size
+
+
+@pytest.fixture(autouse=True)
+def loggers_propagate():
+    """A job's default_setup takes its loggers from the root, where pytest's ``caplog`` reads, for good."""
+    for name in ("detectron2", "fvcore", "gng_d2"):
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")

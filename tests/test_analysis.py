@@ -10,6 +10,7 @@ from gng_d2 import PracticalGroupNorm, practical_num_groups, unbound_norms
 from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
+from gng_d2.visualize import plot_groups
 
 KEYS = [
     "name",
@@ -55,30 +56,46 @@ def rows(*overrides):
 def test_panoptic_fpn_as_configured():
     table = rows()
     assert all(list(asdict(row)) == KEYS for row in table)
-    head = [row for row in table if row["name"].startswith("sem_seg_head")]
-    assert sorted((r["n_in"], r["n_out"], r["num_groups"]) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
-    assert all(r["norm"] == "PGN" and r["layer"] + ".norm" == r["name"] for r in head)
-    assert {r["isometry_ratio"] for r in head} == {1, 1.03125} and {r["ideal_num_groups"] for r in head} == {32, 0}
-    backbone = [row for row in table if row["name"].startswith("backbone")]
+    head = [row for row in table if row.name.startswith("sem_seg_head")]
+    assert sorted((r.n_in, r.n_out, r.num_groups) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
+    assert all(r.norm == "PGN" and r.layer + ".norm" == r.name for r in head)
+    assert {r.isometry_ratio for r in head} == {1, 1.03125} and {r.ideal_num_groups for r in head} == {32, 0}
+    backbone = [row for row in table if row.name.startswith("backbone")]
     assert len(backbone) == 53
-    assert all(r["norm"] == "FrozenBN" and r["num_groups"] is None and r["isometry_ratio"] is None for r in backbone)
+    assert all(r.norm == "FrozenBN" and r.num_groups is None and r.isometry_ratio is None for r in backbone)
 
 
 def test_panoptic_fpn_with_pgn_everywhere():
     table = rows(*EVERYWHERE)
-    lateral = {(r["n_in"], r["n_out"]): r["num_groups"] for r in table if "fpn_lateral" in r["name"]}
+    lateral = {(r.n_in, r.n_out): r.num_groups for r in table if "fpn_lateral" in r.name}
     assert lateral == FPN
-    bottom_up = {(r["n_in"], r["n_out"], r["num_groups"]) for r in table if "bottom_up" in r["name"]}
+    bottom_up = {(r.n_in, r.n_out, r.num_groups) for r in table if "bottom_up" in r.name}
     assert bottom_up == {(*shape, groups) for shape, groups in R50.items()}
 
 
 @pytest.mark.parametrize("norm, groups", [("GN", 32), ("GN1", 1), ("GN16", 16), ("LN", 1)])
 def test_other_norms_are_listed_too(norm, groups):
-    head = [r for r in rows("MODEL.SEM_SEG_HEAD.NORM", norm) if r["name"].startswith("sem_seg_head")]
-    assert {r["norm"] for r in head} == {norm} and {r["num_groups"] for r in head} == {groups}
-    assert {r["isometry_ratio"] for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
+    head = [r for r in rows("MODEL.SEM_SEG_HEAD.NORM", norm) if r.name.startswith("sem_seg_head")]
+    assert {r.norm for r in head} == {norm} and {r.num_groups for r in head} == {groups}
+    assert {r.isometry_ratio for r in head} == {(128 + 4 * groups) / 256, (128 + 4 * groups) / 128}
 
 
+def test_the_lower_panel_has_k_only_where_a_norm_has_groups(monkeypatch):
+    figures = []
+    monkeypatch.setattr("gng_d2.visualize.save_figure", lambda figure, path, dpi: figures.append(figure))
+    table = rows()
+    plot_groups(table, "")
+    plot_groups([row for row in table if row.num_groups is None], "")  # and no legend of nothing
+    with_groups = [i for i, row in enumerate(table) if row.num_groups is not None]
+    assert len(with_groups) == 7 < len(table)
+    drawn = {line.get_label(): line for line in figures[0].axes[1].lines if not line.get_label().startswith("_")}
+    assert drawn.keys() == {"GN", "GN1", "PGN"}
+    assert all(list(line.get_xdata()) == with_groups for line in drawn.values())
+    assert list(drawn["PGN"].get_ydata()) == [table[i].isometry_ratio for i in with_groups]
+    assert len(figures[1].axes[1].lines) == 1 and figures[1].axes[1].get_legend() is None
+
+
+@pytest.mark.slow
 def test_tool(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     done = subprocess.run(
@@ -102,6 +119,7 @@ def test_tool(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_tool_says_what_is_wrong_in_a_line():
     done = subprocess.run(
         [

@@ -73,6 +73,11 @@ def test_overrides_come_last():
     args = parsed("--config-file", "a.yaml", "--json", "out.json", "SEED", "-1", "DATASETS.TEST", "()")
     assert args.opts == ["SEED", "-1", "DATASETS.TEST", "()"] and args.json == "out.json"
     assert parsed("--config-file", "a.yaml").opts == []
+    assert parsed("--config-file", "a.yaml", "MODEL.WEIGHTS", "x?a=b").opts == ["MODEL.WEIGHTS", "x?a=b"]
+    assert parsed("--config-file", "a.py", "train.max_iter=3", "a.b=[1,2]", "c='d e'").opts[1:] == [
+        "a.b=[1,2]",
+        "c='d e'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,8 @@ def test_overrides_come_last():
         ("SEED 1 --config-file a.yaml", "error: --config-file after the KEY VALUE pairs: flags come first"),
         ("--config-file a.yaml SEED --plot=a.png", "error: --plot=a.png after the KEY VALUE pairs: flags come first"),
         ("--config-file a.yaml SEED 1 -h", "error: -h after the KEY VALUE pairs: flags come first"),
+        ("--config-file a.yaml SEED=1", "error: SEED=1: a YAML config is overridden by KEY VALUE pairs"),
+        ("--config-file a.py SEED 1", "error: SEED: a.py is a lazy config; it is overridden by path.key=value"),
         ("--config-file a.yaml SEED 1 X", "error: the KEY VALUE pairs are 3 words, an odd number: SEED 1 X. "),
     ],
 )

@@ -114,6 +114,7 @@ def check_features(model, folder, norm, **sizes):
     return conversion
 
 
+@pytest.mark.slow
 def test_timm_resnet50_gn(folder):
     torch.manual_seed(0)
     conversion = check_features(randomized(timm_resnet50_gn()), folder, "GN")
@@ -121,12 +122,14 @@ def test_timm_resnet50_gn(folder):
     assert conversion.dropped == {"the classifier": ["fc.weight", "fc.bias"]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(gng_d2, "WSConv2d"), reason="needs WSConv2d")
 def test_gn_ws_resnet50(folder):
     torch.manual_seed(0)
     check_features(randomized(torchvision_gn_ws()), folder, "GN+WS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, sizes", [("resnet18", {}), ("resnet50", {}), ("resnext50_32x4d", {"num_groups": 32, "width": 4})]
 )

@@ -14,7 +14,9 @@ from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gng_d2.analysis import build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 
@@ -69,6 +71,7 @@ def one_image_each(path):
         torch.save(gradients(ddp.module), path)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     path = str(tmp_path / "gradients.pth")
     launch(one_image_each, 2, dist_url="auto", args=(path,))
@@ -100,15 +103,29 @@ def train_net(*args, script="tools/train_net.py", check=True):
     return done
 
 
+def norm_texts(folder):
+    """What TensorBoard shows under Text, in the event files that a job left in its folder."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "total_loss" in events.Tags()["scalars"], "Detectron2's own are there too"
+    return [event.tensor_proto.string_val[0].decode() for event in events.Tensors("norms/text_summary")]
+
+
+@pytest.mark.slow
 def test_train_resume_and_evaluate(shapes, tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
     train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
     first = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert first["iteration"] == 1
+    model = build_on_meta(load_config(CONFIG, SMALL))
+    assert norm_summary(model) in (tmp_path / "log.txt").read_text()
+    (text,) = norm_texts(tmp_path)
+    assert norm_summary(model) in text and all(line in text for line in str(norm_table(model)).splitlines())
 
     train_net("--config-file", CONFIG, "--resume", *opts, "SOLVER.MAX_ITER", "3")
     second = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert second["iteration"] == 2
+    assert len(norm_texts(tmp_path)) == 2
     name = "backbone.bottom_up.stem.conv1.weight"
     assert not torch.equal(first["model"][name], second["model"][name])
 
@@ -118,6 +135,7 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
     assert (tmp_path / "inference" / "predictions.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
@@ -161,6 +179,7 @@ run_job(default_argument_parser().parse_args())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate(shapes, tmp_path):
     train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
     with open(tmp_path / "metrics.json") as file:
@@ -168,6 +187,7 @@ def test_two_processes_train_and_evaluate(shapes, tmp_path):
     assert "panoptic_seg/PQ" in metrics[-1] and "bbox/AP" in metrics[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -184,6 +204,7 @@ def test_bad_input_is_one_line(args, message, shapes, tmp_path):
     assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     """And a checkpoint of PGN+WS evaluated with a GN config stops, naming the layers."""
     opts = [*SMALL[:4], "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "SOLVER.IMS_PER_BATCH", "2"]
@@ -221,6 +242,7 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
     assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr
 
 
+@pytest.mark.slow
 def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
     done = train_net(
@@ -367,6 +389,7 @@ def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch
     assert metrics[-1]["bbox_TTA/AP"] == 4.0 and "bbox_TTA/AP" not in metrics[0]
 
 
+@pytest.mark.slow
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)

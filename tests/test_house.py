@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,15 @@ ours = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "
 assert all(file.startswith(installed) for file in ours), ours
 from detectron2.engine import default_argument_parser
 from gng_d2.engine import run_job
+from gng_d2.lazy_config import load_any_config
 from gng_d2.model_zoo import get_config_file
 config = get_config_file("quick/pfpn_pgn.yaml")
+assert load_any_config(get_config_file("pfpn_pgn.py")).model.sem_seg_head.norm == "PGN"
+try:
+    get_config_file("none.py")
+except ValueError as error:
+    listed = str(error).partition("It has ")[2].split(", ")
+    assert {"pfpn_pgn.py", "pfpn_pgn.yaml", "quick/pfpn_pgn.yaml"} < {*listed} and "examples/own_data.py" not in listed
 run_job(default_argument_parser().parse_args(["--config-file", config, "OUTPUT_DIR", "out", *sys.argv[3:]]))
 assert os.path.exists("out/model_final.pth")
 within = [path for path in map(str, opened) if os.path.abspath(path).startswith(checkout + os.sep)]
@@ -103,8 +111,18 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"gng_d2"}
-    configs = {str(path.relative_to("configs")) for path in Path("configs").rglob("*.yaml")}
-    assert configs == {name.removeprefix("gng_d2/configs/") for name in names if name.endswith(".yaml")}
+    configs = {str(path) for path in Path("configs").rglob("*") if path.suffix in (".yaml", ".py")}
+    assert configs == {name.removeprefix("gng_d2/") for name in names if name.startswith("gng_d2/configs/")}
+
+
+@pytest.mark.slow
+def test_the_wheel_is_for_every_python_3_and_says_what_it_is(wheel):
+    archive = zipfile.ZipFile(wheel)
+    library = [name for name in archive.namelist() if name.endswith(".so")]
+    assert library in ([], ["gng_d2/ops/_cpu_kernels.so"])
+    assert re.match(r"gng_d2-[\d.]+-py3-none-" + ("linux_" if library else "any"), wheel.name)
+    metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+    assert Path("README.md").read_text() in metadata and "Project-URL: Paper" in metadata
 
 
 @pytest.mark.slow

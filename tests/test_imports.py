@@ -92,6 +92,7 @@ def my_backbone(cfg, input_shape):
 """
 
 
+@pytest.mark.slow
 def test_a_tool_takes_a_users_backbone(user):
     def analyze(*words):
         command = [sys.executable, "-W", "ignore", "tools/analyze_groups.py", *words]

@@ -39,7 +39,7 @@ def test_channels_per_group_keep_their_name():
     for name in ("GN/4", "GN/4+WS"):  # with 32 groups, as GN has
         conv = Conv2d(64, 128, 3, norm=get_norm(name, 128))
         model = nn.ModuleDict({"conv": conv})
-        assert [(row["norm"], row["num_groups"]) for row in norm_table(model)] == [(name, 32)]
+        assert [(row.norm, row.num_groups) for row in norm_table(model)] == [(name, 32)]
         assert f"num_groups=32 ({name})" in repr(model)
         assert isinstance(conv, gng_d2.WSConv2d) == name.endswith("+WS")
         assert copy.deepcopy(conv).norm.norm_name() == name
@@ -134,6 +134,7 @@ print(resnet.BasicStem(3, 64, norm="PGN").conv1.norm)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["gng_d2 first", "detectron2 first"])
 def test_import_order_makes_no_difference(order):
     imports = ["import gng_d2", "import detectron2.modeling, detectron2.projects.deeplab"]
@@ -147,6 +148,7 @@ def test_import_order_makes_no_difference(order):
     assert "num_groups=1, in_channels=3, from Conv2d(3, 64)" in out.stdout
 
 
+@pytest.mark.slow
 def test_imports_without_detectron2():
     program = (
         "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n"

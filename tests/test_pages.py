@@ -1,26 +1,163 @@
-"""The code in the pages runs as it stands there, and their numbers are the measured ones."""
+"""The code and the commands in README and docs run as they stand there, and their numbers are the measured ones."""
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
+from PIL import Image
 
-BLOCKS = [
-    pytest.param(code, id=f"{page.stem}-{number}")
-    for page in [Path("docs/any-model.md")]
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE), 1)
-]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+ROOT = Path.cwd()
+
+# What makes a run of the quick configs and of the example one of seconds
+SMALL = (
+    "MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 SOLVER.MAX_ITER 1 "
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 "
+    "SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.WARMUP_ITERS 0 SOLVER.BASE_LR 0.0001 DATALOADER.NUM_WORKERS 0 "
+    "MODEL.DEVICE cpu"
+).split()
+SAME_MODEL = SMALL[:4]
+
+
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The indented commands of a page, with their continuation lines, and those under tables of results."""
+    indented = re.findall(r"^    (python tools/(?:.*\\\n)*.*)$", text.split("```{", 1)[0], re.MULTILINE)
+    below = re.findall(r"^`(python tools/[^`]+)`", text, re.MULTILINE)
+    return [re.sub(r"\\\n\s*", "", command).split("    #")[0].strip() for command in (*indented, *below)]
+
+
+def of_pages(find):
+    return [
+        pytest.param(found, id=f"{path.stem}-{number}")
+        for path in PAGES
+        for number, found in enumerate(find(path.read_text()), 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, shapes):
+    """Where the commands run: a copy of what a clone has, with the data that the pages name."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in ("tools", "configs", "gng_d2"):
+        (root / name).symlink_to(ROOT / name)
+    shutil.copytree("docs", root / "docs")
+    own = root / "datasets" / "own_data"
+    (root / "datasets" / "gng_shapes").parent.mkdir()
+    (root / "datasets" / "gng_shapes").symlink_to(shapes / "gng_shapes")
+    own.mkdir()
+    for split in ("train", "val"):
+        (own / split).symlink_to(shapes / "gng_shapes" / split)
+        shutil.copy(shapes / "gng_shapes" / "annotations" / f"instances_{split}.json", own / f"{split}.json")
+    Image.new("RGB", (96, 64), "gray").save(root / "photo.jpg")
+    for kind, config in (("pfpn_pgn", "pfpn_pgn"), ("faster_rcnn_pgn_ws", "faster_rcnn_pgn_ws")):
+        run(root, f"python tools/train_net.py --config-file configs/quick/{config}.yaml OUTPUT_DIR output/quick_{kind}")
+    return root
+
+
+def run(root, command, check=True):
+    new = tempfile.mkdtemp(dir=root)
+    words = [new if word == "DIR" else word for word in shlex.split(command)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *shortened(words[1:])],
+        cwd=root,
+        env={**os.environ, "DETECTRON2_DATASETS": str(root / "datasets"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert not check or done.returncode == 0, command + "\n" + done.stdout[-1500:] + done.stderr[-3000:]
+    return done
+
+
+def shortened(words):
+    tool, words = words[0], list(words[1:])
+    text = " ".join(words)
+    if tool.endswith("compare.py") and "quick" in text:
+        for flag in ("--norms", "--seeds"):  # one of each
+            at = words.index(flag) + 2
+            while at < len(words) and not words[at].startswith("--"):
+                words.pop(at)
+    if tool.endswith(("train_net.py", "compare.py")) and ("quick" in text or "own_data" in text):
+        words += SMALL
+    if tool.endswith(("predict.py", "export.py")):
+        words += [*SAME_MODEL, "MODEL.DEVICE", "cpu"]
+    return [tool, *words]
+
+
+# ends at its check of what it was given: COCO, a GPU, weights or a dataset that is not here
+LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot (be )?read|cannot be fetched|MNIST)"
+
+
+def lacks(command):
+    """What the command needs and a checkout does not have."""
+    if "configs/quick" in command or "analyze_groups" in command or "own_data" in command:
+        return False
+    return not re.search(r"reproduce.py (table1|table2|sweep|norm-cost|step-cost|memory|page)", command)
+
+
+# long measurements: only that their command line is right
+MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "norm-cost", "step-cost", "memory")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", BLOCKS)
-def test_block(code):
+@pytest.mark.parametrize("command", of_pages(commands))
+def test_command(command, folder):
+    if "reproduce.py" in command:
+        words = shlex.split(command)
+        assert words[2] in MEASUREMENTS
+        parser = __import__("argparse").ArgumentParser()
+        module = __import__("importlib").import_module(f"study.{page_module(words[2])}")
+        module.add_arguments(parser)
+        parser.parse_args(words[3:])
+    elif "{" in command:
+        pytest.skip("names several files")
+    elif lacks(command):
+        done = run(folder, command, check=False)
+        assert done.returncode == 1 and re.search(LACKING, done.stderr, re.MULTILINE), done.stderr[-2000:]
+    else:
+        run(folder, command)
+
+
+def page_module(name):
+    import reproduce
+
+    return reproduce.EXPERIMENTS[name][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", of_pages(blocks))
+def test_block(code, folder, monkeypatch):
     """Each in names of its own, so that any of them can be copied alone. `print(x)  # y` prints y."""
+    import gng_d2
+    from gng_d2.config import load_config
+
+    monkeypatch.chdir(folder)
+    if "predictions/results" in code or "model.pt" in code:
+        for command in commands(Path(ROOT, "docs/predict-and-deploy.md").read_text())[:2]:
+            run(folder, command)
     printed = []
-    exec(compile(code, "block", "exec"), {"print": lambda *values: printed.append(" ".join(map(str, values)))})
+    given = {"gng_d2": gng_d2, "cfg": load_config(str(ROOT / "configs/quick/pfpn_pgn.yaml"))}
+    exec(compile(code, "block", "exec"), {**given, "print": lambda *values: printed.append(" ".join(map(str, values)))})
     expected = re.findall(r"^print\(.*\)  # (\S+)$", code, re.MULTILINE)
     assert [line for line in printed if line in expected] == expected
+
+
+def test_links_lead_somewhere():
+    for path in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
 
 
 def test_numbers_of_the_survey():
@@ -33,3 +170,38 @@ def test_numbers_of_the_survey():
         "0 were wrong"
     )
     assert said in Path("docs/any-model.md").read_text().replace("\n", " ")
+
+
+def measured(name):
+    return json.loads(Path(f"docs/results/{name}.json").read_text())
+
+
+def test_numbers_of_the_readme():
+    readme = " ".join(Path("README.md").read_text().split())
+    demo = json.loads(Path("docs/demo.json").read_text())
+    for when in ("before", "after"):
+        assert " | ".join(f"{demo[when][key]:.1f}" for key in ("PQ", "PQ_th", "PQ_st")) in readme
+
+    def difference(name, metric):
+        return next(row["difference"] for row in measured(name) if (row["norm"], row["metric"]) == ("PGN", metric))
+
+    assert f"PGN is {-difference('quick_faster_rcnn', 'AP'):.1f} AP behind G = 32" in readme
+    assert f"{difference('quick_pfpn', 'PQ'):.1f} PQ ahead" in readme
+    ratios = {
+        name: geometric_mean(
+            row["ratio_to_native_gn32"]
+            for row in measured("benchmark_norm_cpu")
+            if (row["direction"], row["implementation"]) == ("forward", name)
+        )
+        for name in ("ours", "native")
+    }
+    assert f"PGN's norms take {ratios['ours']:.2f} times what GN's do" in readme
+    assert f"with PyTorch's op {ratios['native']:.2f} times" in readme
+    peaks = {
+        row["recomputed"]: row["peak_ratio"]
+        for row in measured("memory_cpu")
+        if (row["model"], row["norm"]) == ("faster_rcnn", "PGN+WS")
+    }
+    assert f"peaks at {peaks[True]:.2f} times FrozenBN's memory, and without at {peaks[False]:.2f} times" in readme
+    survey = json.loads(Path("docs/convert_timm.json").read_text())[0]
+    assert f"In timm {survey['norms']} norms were converted" in readme

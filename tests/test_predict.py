@@ -19,11 +19,13 @@ from pycocotools.cocoeval import COCOeval
 
 import predict as tool
 from command_line import run_tool
+from gng_d2.analysis import build_on_meta
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.coco_results import image_ids
 from gng_d2.config import load_config
 from gng_d2.data.coco_format import split_files
-from gng_d2.predictions import find_images, output_names, predict
+from gng_d2.lazy_config import prediction_settings
+from gng_d2.predictions import find_images, output_names, predict, set_threshold
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 TINY = (
@@ -219,6 +221,29 @@ def test_threshold_leaves_out_what_is_below_it(run, shapes, tmp_path):
     assert run(image, flags=["--batch-size", "0"])[0].startswith("error: --batch-size 0")
 
 
+@pytest.mark.parametrize(
+    "config, keys",
+    [
+        (CONFIG, ["ROI_HEADS.SCORE_THRESH_TEST", "PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH"]),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", ["RETINANET.SCORE_THRESH_TEST"]),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", ["ROI_HEADS.SCORE_THRESH_TEST"]),
+    ],
+)
+def test_the_threshold_is_the_models_too(config, keys):
+    """As the config's keys set it: a lower one than theirs lets more through."""
+
+    def numbers(model):
+        own = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
+        return {(name, key): value for name, key, value in own if isinstance(value, float)}
+
+    words = [word for key in keys for word in (f"MODEL.{key}", "0.011")]
+    expected = numbers(build_on_meta(load_config(config, words)))
+    model = build_on_meta(load_config(config))
+    assert numbers(model) != expected and 0.011 in expected.values()
+    set_threshold(model, 0.011)
+    assert numbers(model) == expected
+
+
 def test_a_semantic_model_gives_a_mask_for_each_class(run, weights, shapes, tmp_path):
     path = validation(shapes)[3]
     status, _, results = run(path, opts=SEMANTIC)
@@ -298,7 +323,7 @@ def test_an_image_that_the_model_cannot_take_costs_only_itself(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
         return [{"sem_seg": x["image"]} for x in inputs]
 
-    done = list(predict(cfg, model, paths, batch_size=4))
+    done = list(predict(prediction_settings(cfg), model, paths, batch_size=4))
     assert [(p.path, p.error) for p in done if p.error] == [(paths[2], "the model cannot take it: CUDA out of memory")]
     for i in (0, 1, 3):
         assert next(p for p in done if p.path == paths[i]).output["sem_seg"].max() == 60 * i

@@ -4,15 +4,17 @@
     tools/analyze_groups.py --config-file configs/pfpn_pgn.yaml --plot groups.png
     tools/analyze_groups.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
         MODEL.RESNETS.NORM PGN MODEL.FPN.NORM PGN
+    tools/analyze_groups.py --config-file configs/pfpn_pgn.py --ours model.backbone.norm=PGN
 """
 
-from command_line import add_import, add_outputs, add_overrides, add_trust, run_tool, tool_parser
+from command_line import add_config_file, add_import, add_outputs, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
     parser = tool_parser(__doc__)
+    add_config_file(parser)
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
+        "--ours", action="store_true", help="only norms of ours: PGN, GN, GN<k>, GN/<c>, each with +WS too; no FrozenBN"
     )
     add_outputs(
         parser,
@@ -21,7 +23,7 @@ def parse_args():
     )
     add_import(parser)
     add_trust(parser)
-    add_overrides(parser)
+    add_overrides(parser, lazy=True)
     return parser.parse_args()
 
 
@@ -29,29 +31,31 @@ def main():
     args = parse_args()
     from dataclasses import asdict
 
-    from detectron2.modeling import build_model
-
-    from gng_d2.analysis import bind_remaining_norms, build_on_meta, norm_summary, norm_table
-    from gng_d2.config import check_config, load_config
+    from gng_d2.analysis import NormTable, bind_remaining_norms, build_on_meta, norm_summary, norm_table
     from gng_d2.errors import InputError
     from gng_d2.files import prepare_outputs, write_json
     from gng_d2.imports import import_modules
     from gng_d2.layers import unbound_norms
+    from gng_d2.lazy_config import build, load_any_config
     from gng_d2.norm_keys import check_norm_keys
+    from gng_d2.norm_names import norm_from_name
     from gng_d2.visualize import plot_groups
 
     import_modules(args.imports)
-    cfg = load_config(args.config_file, args.opts)
-    check_config(cfg)
+    cfg = load_any_config(args.config_file, args.opts)
     prepare_outputs(args.json, args.plot)
     model = build_on_meta(cfg)
     check_norm_keys(cfg, model)
     if unbound_norms(model):  # which layers they follow shows when the model runs, and that takes weights
-        model = bind_remaining_norms(build_model(cfg))
+        model = bind_remaining_norms(build(cfg))
     unbound = unbound_norms(model)
     table = norm_table(model)
     if not table:
         raise InputError(f"config file {args.config_file}: its model has no norms")
+    if args.ours:
+        table = NormTable(row for row in table if norm_from_name(row.norm))
+    if not table:
+        raise InputError(f"--ours: none of the model's norms is one of ours. It has {norm_summary(model)}")
     print(f"{table}\n\n{norm_summary(model)}")
     if args.json:
         write_json(args.json, [asdict(row) for row in table])

@@ -13,6 +13,7 @@ import warnings
 __all__ = [
     "ANEW",
     "tool_parser",
+    "add_config_file",
     "add_outputs",
     "add_import",
     "add_trust",
@@ -43,6 +44,16 @@ def _picture(path):
     if os.path.splitext(path)[1].lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"{path} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
     return path
+
+
+def add_config_file(parser):
+    """Give ``parser`` the flag ``--config-file`` of a tool that takes lazy configs too."""
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="a path or a name in Detectron2's model zoo; YAML, or a lazy config, FILE.py, which is code and is run",
+    )
 
 
 def add_import(parser):
@@ -82,29 +93,44 @@ def add_recompute_norms(parser):
     )
 
 
-def add_overrides(parser):
-    """Give ``parser`` the ``KEY VALUE`` pairs that override a config, positional and last: ``args.opts``."""
+def add_overrides(parser, lazy=False):
+    """Give ``parser`` the ``KEY VALUE`` pairs that override a config, positional and last: ``args.opts``.
+
+    Args:
+        lazy: the tool takes lazy configs too, and for them words ``path.key=value``.
+    """
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         action=_Overrides,
         metavar="KEY VALUE",
-        help="pairs that override the config; they come last",
+        help="pairs that override the config; they come last" + "; of a lazy config: path.key=value" * lazy,
     )
 
 
 class _Overrides(argparse.Action):
     # Checked while they are parsed: a flag after them, if it is required, is else reported as missing.
     def __call__(self, parser, namespace, words, option_string=None):
-        setattr(namespace, self.dest, check_overrides(words))
+        setattr(namespace, self.dest, check_overrides(words, getattr(namespace, "config_file", None)))
 
 
-def check_overrides(words):
-    """``words`` if they can be ``KEY VALUE`` pairs; else the tool ends with what is wrong with them."""
+def check_overrides(words, config_file):
+    """``words`` if they can be ``KEY VALUE`` pairs, or of a lazy config (.py) each ``path.key=value``; else the tool
+    ends with what is wrong with them."""
     flags = [word for word in words if word.startswith("--") or word == "-h"]
     if flags:
         sys.exit(f"error: {flags[0]} after the KEY VALUE pairs: flags come first")
-    if len(words) % 2:
+    lazy = (config_file or "").endswith(".py")
+    other = [word for word in words if "=" not in word] if lazy else [key for key in words[::2] if "=" in key]
+    if other and lazy:
+        sys.exit(
+            f"error: {other[0]}: {config_file} is a lazy config; it is overridden by path.key=value, not KEY VALUE"
+        )
+    if other:
+        sys.exit(
+            f"error: {other[0]}: a YAML config is overridden by KEY VALUE pairs; path.key=value is for lazy configs"
+        )
+    if len(words) % 2 and not lazy:
         sys.exit(
             f"error: the KEY VALUE pairs are {len(words)} words, an odd number: {' '.join(words)}. Each key has one "
             f"value; quote a value with spaces"

@@ -45,6 +45,7 @@ def main():
     from gng_d2.config import check_config, check_weights, load_config
     from gng_d2.files import atomic_open, prepare_outputs
     from gng_d2.imports import import_modules
+    from gng_d2.lazy_config import build, prediction_settings
     from gng_d2.predictions import load_model, model_input
 
     export.check_installed(args.format)
@@ -58,8 +59,8 @@ def main():
         cfg.INPUT.MIN_SIZE_TEST = max(cfg.INPUT.MIN_SIZE_TEST, export.MIN_SIDE)
         cfg.INPUT.MAX_SIZE_TEST = max(cfg.INPUT.MAX_SIZE_TEST, 2 * export.MIN_SIDE)
     images = example_images(cfg, args.image, one_size=args.format == "torch_export" and not args.backbone)
-    model = load_model(cfg)
-    first, second = (model_input(cfg, image)["image"].to(cfg.MODEL.DEVICE) for image in images)
+    model, settings = load_model(build(cfg), cfg.MODEL.WEIGHTS), prediction_settings(cfg)
+    first, second = (model_input(settings, image)["image"].to(cfg.MODEL.DEVICE) for image in images)
     if args.backbone:
         first, second = export.backbone_input(model, first), export.backbone_input(model, second)
         first = torch.cat([first, first.flip(-1)])

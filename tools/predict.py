@@ -7,8 +7,8 @@
 --json OUT.json writes
     OUT.json                          instances (boxes, scores, classes, masks) as COCO results, for pycocotools'
                                       COCO("OUT_images.json").loadRes("OUT.json"); of a semantic model a mask a class
-    OUT_images.json                   the images with their sizes and ids, and the categories. An image of the dataset
-                                      DATASETS.TEST has its id there, others are numbered
+    OUT_images.json                   the images with their sizes and ids, and the categories. An image of the config's
+                                      test dataset has its id there, others are numbered
     OUT_panoptic.json, OUT_panoptic/  of a panoptic model: what panopticapi reads
 
 A file that cannot be read as an image is named and skipped; the exit status is then 1. Images are turned as their
@@ -19,14 +19,12 @@ For videos and webcams: demo/demo.py of Detectron2, with `import gng_d2` in it.
 import os
 import sys
 
-from command_line import add_import, add_overrides, add_trust, run_tool, tool_parser
+from command_line import add_config_file, add_import, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
     parser = tool_parser(__doc__)
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a path or a name in Detectron2's model zoo"
-    )
+    add_config_file(parser)
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
     parser.add_argument(
         "--input",
@@ -46,57 +44,52 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (of one size) run together")
     add_import(parser)
     add_trust(parser)
-    add_overrides(parser)
+    add_overrides(parser, lazy=True)
     return parser.parse_args()
-
-
-def overrides_of(args):
-    thresholds = []
-    if args.threshold is not None:
-        keys = ("ROI_HEADS.SCORE_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST")
-        keys += ("PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",)
-        thresholds = [word for key in keys for word in (f"MODEL.{key}", str(args.threshold))]
-    return ["MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", args.output, *thresholds, *args.opts]
 
 
 def main():
     args = parse_args()
     from gng_d2.coco_results import CocoResults, class_metadata, image_ids
-    from gng_d2.config import check_config, check_weights, load_config, prepare_output_dir
-    from gng_d2.data.checks import check_classes
+    from gng_d2.config import check_weight_file
     from gng_d2.errors import InputError
-    from gng_d2.files import prepare_outputs
+    from gng_d2.files import prepare_folder, prepare_outputs
     from gng_d2.imports import import_modules
-    from gng_d2.predictions import find_images, load_model, output_names
+    from gng_d2.lazy_config import build, check_test_classes, load_any_config, prediction_settings
+    from gng_d2.predictions import find_images, load_model, output_names, set_threshold
 
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: at least 1")
     import_modules(args.imports)
-    cfg = load_config(args.config_file, overrides_of(args))
-    check_config(cfg)
-    check_weights(cfg, "--weights")
+    cfg = load_any_config(args.config_file, args.opts)
+    settings = prediction_settings(cfg)
+    check_weight_file(args.weights, "--weights")
     paths, without = find_images(args.input)
-    keys = [given for given in without if given.split(".")[0] in cfg]
+    keys = [given for given in without if given.split(".")[0] in cfg and ("=" in given or given[0].isupper())]
     if keys:
-        raise InputError(f"{keys[0]} was taken as an --input: another option must stand between --input and KEY VALUE")
+        raise InputError(
+            f"{keys[0]} was taken as an --input: another option must stand between --input and the overrides"
+        )
     if not paths:
         raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
     names = output_names(paths)
-    metadata, records = class_metadata(cfg, with_records=args.json is not None)
-    check_classes(cfg, eval_only=True)
+    metadata, records = class_metadata(settings, with_records=args.json is not None)
+    check_test_classes(cfg, settings)
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
-    prepare_output_dir(cfg)
+    prepare_folder(args.output)
     prepare_outputs(args.json)
-    model = load_model(cfg)
+    model = load_model(build(cfg), args.weights)
+    if args.threshold is not None:
+        set_threshold(model, args.threshold)
 
     for given, reason in without.items():
         print(f"skipped: --input {given}: {reason}", file=sys.stderr)
     try:
         skipped = write_predictions(
-            args, cfg, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
+            args, settings, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
         )
     finally:  # whatever ends it
         if results:
@@ -115,7 +108,7 @@ def check_inputs_stay(output, results, names):
         raise InputError(f"--output: a picture would overwrite an image of --input, {ours[0]}. Name another folder")
 
 
-def write_predictions(args, cfg, model, metadata, names, ids, results):
+def write_predictions(args, settings, model, metadata, names, ids, results):
     """Write a picture for each image, and collect ``results`` if they are asked for. Returns how many were skipped."""
     from tqdm import tqdm
 
@@ -123,7 +116,7 @@ def write_predictions(args, cfg, model, metadata, names, ids, results):
     from gng_d2.visualize import draw_output
 
     skipped = 0
-    predictions = predict(cfg, model, list(names), args.batch_size)
+    predictions = predict(settings, model, list(names), args.batch_size)
     for path, image, output, error in tqdm(predictions, total=len(names), unit="image"):
         if error is not None:
             tqdm.write(f"skipped: --input {path}: {error}", file=sys.stderr)

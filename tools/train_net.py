@@ -22,7 +22,7 @@ def main():
     add_trust(parser)
     add_recompute_norms(parser)
     args = parser.parse_args()
-    check_overrides(args.opts)
+    check_overrides(args.opts, args.config_file)
     run_job(args)
 
 

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..weight_files import read_pickle
 from . import embedded
 
-__all__ = ["prepare_datasets", "check_classes", "check_records", "naming_datasets"]
+__all__ = ["prepare_datasets", "check_classes", "check_records", "compare", "learned_classes", "naming_datasets"]
 
 # where Detectron2's registrations keep what they read
 _PATHS = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir", "dirname")
@@ -77,19 +77,19 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         InputError: names the key, the dataset and both numbers.
     """
     names = [] if eval_only else list(cfg.DATASETS.TRAIN)
-    for key, count, field in _learned(cfg):
+    for key, count, field in learned_classes(cfg):
         _check_same(names, field)
         for name in dict.fromkeys([*names, *cfg.DATASETS.TEST]):
             known = MetadataCatalog.get(name).get(field)
             if known is not None:
-                _compare(key, count, field, name, len(known))
+                compare(key, count, field, name, len(known))
                 _compare_names(names, name, field)
     if cfg.MODEL.KEYPOINT_ON:
         _check_same(names, "keypoint_flip_map")
         for name in names:
             if not MetadataCatalog.get(name).get("keypoint_names"):
                 raise InputError(f"MODEL.KEYPOINT_ON: the metadata of dataset {name!r} has no keypoint_names")
-    if any(field == "stuff_classes" for _, _, field in _learned(cfg)):
+    if any(field == "stuff_classes" for _, _, field in learned_classes(cfg)):
         for name in dict.fromkeys([*names, *cfg.DATASETS.TEST]):
             label, ignored = MetadataCatalog.get(name).get("ignore_label"), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
             if label is not None and label != ignored:
@@ -99,7 +99,7 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
                 )
 
 
-def _learned(cfg) -> Iterator[Tuple[str, int, str]]:
+def learned_classes(cfg) -> Iterator[Tuple[str, int, str]]:
     """(key, its number, metadata of a dataset that has as many entries) of what the model learns."""
     model = cfg.MODEL
     architecture = META_ARCH_REGISTRY._obj_map.get(model.META_ARCHITECTURE)
@@ -117,7 +117,8 @@ def _learned(cfg) -> Iterator[Tuple[str, int, str]]:
         yield "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, "keypoint_names"
 
 
-def _compare(key, count, field, name, known):
+def compare(key: str, count: int, field: str, name: str, known: int) -> None:
+    """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
     if count < known or count != known and field == "keypoint_names":
         raise InputError(message)
@@ -179,7 +180,7 @@ def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
     """
     if not isinstance(records, list):
         return  # a user's own dataset
-    learned = {field: (key, count) for key, count, field in _learned(cfg)}
+    learned = {field: (key, count) for key, count, field in learned_classes(cfg)}
     names = ", ".join(cfg.DATASETS.TRAIN)
     annotations = [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
     if isinstance(mapper, DatasetMapper):  # another may find them elsewhere

@@ -20,6 +20,7 @@ from gng_d2.errors import InputError
 from .group_norm import GroupNorm
 from .look import NO_LAYER
 from .producers import Producer, find_producers
+from .recompute import original_class
 from .ws_conv import WSConv2d, standardize, unstandardize
 
 __all__ = [
@@ -137,18 +138,18 @@ def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Modul
     the place of another, the norm right after it is bound anew."""
     if isinstance(child, GroupNorm):
         child.look_again()
-        layer = None if _given(child) else weight_layer(parent, name, child)
+        layer = None if _has_given_in_channels(child) else weight_layer(parent, name, child)
         # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
             _bind_or_defer(child, layer)
     elif parent._modules.get(name) is not None and child is not None:
         names = list(parent._modules)
         after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
-        if isinstance(after, GroupNorm) and not _given(after) and _feeds(child, after):
+        if isinstance(after, GroupNorm) and not _has_given_in_channels(after) and _feeds(child, after):
             _bind_or_defer(after, child)
 
 
-def _given(norm):
+def _has_given_in_channels(norm):
     """Whether its in_channels were given, and not taken from a layer."""
     return norm.in_channels is not None and norm.weight_layer is None
 
@@ -223,7 +224,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         16
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
-    norms = [norm for norm in names if not _given(norm)]
+    norms = [norm for norm in names if not _has_given_in_channels(norm)]
     with runnable(norms):
         found = find_producers(model, norms, example_inputs)
     layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}
@@ -294,5 +295,5 @@ def _give_back_weights(model, layers):
     norms = {norm for norm in layers if norm.weight_standardization}
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
     for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
-        if type(layer) is WSConv2d:
+        if original_class(layer) is WSConv2d:
             unstandardize(layer)

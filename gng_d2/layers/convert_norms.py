@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
-from gng_d2.norm_names import WS, norm_from_name, norm_name, unknown_norm
+from gng_d2.norm_names import WS, norm_from_name, norm_name, unknown_norm, without_ws
 from gng_d2.ops import group_norm
 
 from .binding import bind_to_producers, layer_shape, named_norms, num_channels, runnable
@@ -24,6 +24,7 @@ from .fx_leaf import call_as_leaf
 from .group_norm import GroupNorm, PracticalGroupNorm
 from .look import NO_LAYER
 from .producers import Producer, find_producers
+from .recompute import original_class
 from .ws_conv import Conv2d, WSConv2d, unstandardize
 
 __all__ = ["convert_norms", "GroupNormAct", "PracticalGroupNormAct"]
@@ -207,7 +208,7 @@ def _cannot_be_replaced(old, found):
 
 def _new_norm(name, norm, old, found):
     """What ``old`` becomes, without its affine: that of ``old`` stays."""
-    width, base = num_channels(old), norm.removesuffix(WS)
+    width, base = num_channels(old), without_ws(norm)
     options = {"eps": old.eps, "affine": False}
     if base == "PGN":
         options["gain_ratio"] = getattr(old, "gain_ratio", 1.0)
@@ -225,7 +226,7 @@ def _new_norm(name, norm, old, found):
 def _can_be_standardized(found):
     if found.producers is None:  # bind_norms may find it
         return True
-    kinds = [type(producer.layer) for producer in found.producers]
+    kinds = [original_class(producer.layer) for producer in found.producers]
     return bool(kinds) and all(kind in (nn.Conv2d, Conv2d, WSConv2d) for kind in kinds)
 
 
@@ -271,7 +272,7 @@ class _Change:
         norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()
         norm.affine = affine["weight"] is not None
         if self.had_ws and not norm.weight_standardization:
-            for layer in filter(lambda layer: type(layer) is WSConv2d, layers):
+            for layer in filter(lambda layer: original_class(layer) is WSConv2d, layers):
                 unstandardize(layer)
         if self.found.producers is not None:
             bind_to_producers(norm, self.found.producers)

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
-from gng_d2.ops.backends import is_transformed
+from gng_d2.ops.backends import is_transformed, kernels_may_run, set_kernels_enabled
 
-__all__ = ["recompute_norms", "recomputed_modules"]
+__all__ = ["change_class", "original_class", "recompute_norms", "recomputed_modules"]
 
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
 # first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
@@ -47,9 +47,6 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
     A block can be passed backward once: ``retain_graph=True`` with a second backward, double backward, and losses
     that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
-
-    Call it last, after ``convert_norms`` and ``bind_norms``. It takes modules whose class it replaces: what asks for
-    their exact ``type`` finds the subclass.
 
     Args:
         model: changed in place, before or after DistributedDataParallel wraps it.
@@ -191,6 +188,16 @@ def _recomputed_class(cls):
     return made
 
 
+def original_class(module: nn.Module) -> type:
+    """The class of ``module``, as if :func:`recompute_norms` had not taken it."""
+    return _original(type(module)) if isinstance(module, _Recomputed) else type(module)
+
+
+def change_class(module: nn.Module, cls: type) -> None:
+    """Give ``module`` another class; if :func:`recompute_norms` took it, it stays taken."""
+    module.__class__ = _recomputed_class(cls) if isinstance(module, _Recomputed) else cls
+
+
 def _original(recomputed_class):
     return recomputed_class.__bases__[1]
 
@@ -208,12 +215,15 @@ def _run(module, method, args, kwargs):
     if not tensors or not any(t.requires_grad for ts in (tensors, module.parameters()) for t in ts):
         return method(*args, **kwargs)
 
+    kernels_on = kernels_may_run()  # when it runs again, the switch may stand otherwise
+
     def run(watch):
         watches = [watch]
 
         def forward(*leaves):
             args, kwargs = tree_unflatten(list(leaves), structure)
-            with watches.pop() if watches else nullcontext(), _without_autocast_cache(tensors[0].device.type):
+            without_cache = _without_autocast_cache(tensors[0].device.type)
+            with watches.pop() if watches else nullcontext(), without_cache, set_kernels_enabled(kernels_on):
                 return method(*args, **kwargs)
 
         policy = partial(_policy, module._changed_in_place or (), {False: 0, True: 0})

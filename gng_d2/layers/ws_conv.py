@@ -15,6 +15,7 @@ from gng_d2.errors import InputError
 from gng_d2.ops import standardize_weight
 
 from .fx_leaf import call_as_leaf
+from .recompute import change_class, original_class
 
 __all__ = ["WSConv2d", "standardize", "unstandardize", "fold_weight_standardization"]
 
@@ -80,23 +81,25 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     Raises:
         InputError: for anything but exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
     """
-    if type(layer) is WSConv2d:
+    if original_class(layer) is WSConv2d:
         return
-    if type(layer) not in (Conv2d, nn.Conv2d):
+    if original_class(layer) not in (Conv2d, nn.Conv2d):
+        from gng_d2.norm_names import without_ws  # which imports this file
+
         raise InputError(
             f"{norm_name} cannot follow a {type(layer).__name__}: only Conv2d can be weight-standardized. "
-            f"Use {norm_name.removesuffix('+WS')} there"
+            f"Use {without_ws(norm_name)} there"
         )
-    if type(layer) is nn.Conv2d:
+    if original_class(layer) is nn.Conv2d:
         layer.applies_norm = False
     else:
         layer.padding_mode = "zeros"
-    layer.__class__ = WSConv2d
+    change_class(layer, WSConv2d)
 
 
 def unstandardize(layer: WSConv2d) -> None:
     """Turn ``layer`` back into what it was before :func:`standardize`."""
-    layer.__class__ = _folded_class(layer)
+    change_class(layer, _folded_class(layer))
     layer.__dict__.pop("applies_norm", None)
 
 
@@ -137,7 +140,7 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
         weight = nn.Parameter(weight, raw.requires_grad)
         for layer in group:
             layer.weight = weight
-            layer.__class__ = _folded_class(layer)
+            change_class(layer, _folded_class(layer))
             layer.__dict__.pop("applies_norm", None)
             layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
@@ -166,7 +169,7 @@ def _obstacle(layer):
     """Why a plain convolution would not compute what ``layer`` does; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
+    if original_class(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (

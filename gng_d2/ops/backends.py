@@ -103,8 +103,8 @@ def triton_works(device_index: int) -> bool:
     return HAS_TRITON and _try_triton(device_index)
 
 
-if HAS_OPS:
-    torch.compiler.assume_constant_result(triton_works)
+# What torch.compiler.assume_constant_result does, which first imports torch._dynamo: a second
+triton_works._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=None)

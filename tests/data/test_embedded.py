@@ -119,6 +119,7 @@ def test_same_seed_same_files(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_an_interrupted_preparation_is_not_trusted(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
     process = subprocess.Popen(

@@ -33,6 +33,7 @@ def first_batches(count, start_iter=0, *overrides):
     ]
 
 
+@pytest.mark.slow
 def test_order_and_augmentation_follow_from_seed_and_iteration(shapes):
     whole = first_batches(6)
     assert first_batches(6) == whole

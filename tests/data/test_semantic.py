@@ -121,6 +121,7 @@ def test_what_is_unknown_is_named(tmp_path):
         semantic_values([{"id": i, "isthing": 0} for i in range(255)])
 
 
+@pytest.mark.slow
 def test_the_tool_makes_those_of_coco(tmp_path, monkeypatch):
     coco = tmp_path / "coco"
     (coco / "annotations").mkdir(parents=True)

@@ -289,6 +289,7 @@ def check(norm, made):
     assert norm.num_groups == (practical_num_groups(made[0], norm.num_channels) if made else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_detectron2s_models_with_their_list_of_dicts(device):
     from detectron2.modeling import build_model

@@ -281,6 +281,7 @@ def test_a_norm_alone():
     assert convert_norms(norm, "GN4") is norm and type(norm) is GroupNorm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["PGN", "PGN+WS", "GN/8"])
 @pytest.mark.parametrize("with_inputs", [False, True])
 def test_converting_twice_changes_nothing(norm, with_inputs):

@@ -305,6 +305,7 @@ def test_a_model_without_standardized_layers_stays_as_it_is():
     assert not model[1].weight_standardization_folded
 
 
+@pytest.mark.slow
 def test_a_backbone():
     cfg = load_config("configs/quick/faster_rcnn_pgn_ws.yaml")
     backbone = build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).eval()

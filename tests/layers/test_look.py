@@ -412,6 +412,7 @@ def test_compiling_looks_at_nothing_and_does_not_compile_again():
     assert count.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_unbound_norms_are_bound_by_a_step_that_is_not_compiled():
     model = nn.Sequential(conv(64), nn.Identity(), pgn(8))
     torch._dynamo.reset()
@@ -498,6 +499,7 @@ def makers(model, x):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:PracticalGroupNorm layers that met no:UserWarning", "ignore:Lazy:UserWarning")
 def test_no_difference_is_silent_in_random_trees(no_search):
     draw, x = random.Random(0), torch.randn(1, 3, 4, 4)

@@ -25,11 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 
-from gng_d2 import GroupNorm, recompute_norms, recomputed_modules
+from gng_d2 import (
+    GroupNorm,
+    PracticalGroupNorm,
+    bind_norms,
+    convert_norms,
+    fold_weight_standardization,
+    practical_num_groups,
+    recompute_norms,
+    recomputed_modules,
+)
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.layers import recompute
+from gng_d2.layers.recompute import original_class
+from gng_d2.ops import set_kernels_enabled
 from study.comparison import Comparison
 
 SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
@@ -114,6 +125,7 @@ def torchvision_fpn(norm_layer):
     return make(body, {"layer1": "0", "layer2": "1"}, [64, 128], 64, norm_layer=norm_layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, modules",
     [
@@ -150,6 +162,7 @@ def test_timm(name, options, modules):
         assert_same(gradients(model, inputs), expected)
 
 
+@pytest.mark.slow
 def test_heads():
     norm = "GN16"
     box = torch.randn(3, 32, 8, 8)
@@ -186,6 +199,7 @@ def test_dropout_draws_the_same_again():
     assert_same(gradients(recompute_norms(model), inputs), expected)
 
 
+@pytest.mark.slow
 def test_a_convolution_without_norm_may_be_changed_in_place():
     """As in squeeze-excite blocks. It cannot be kept, and then is not; the random stream is the same, too."""
     layers = nn.Conv2d(3, 128, 3), nn.Dropout(0.5), nn.Conv2d(128, 128, 3), nn.SiLU(inplace=True), *chain()[1:]
@@ -417,6 +431,47 @@ def test_frozen_layers(frozen):
         model[index].requires_grad_(False)
     expected = gradients(model, inputs)
     assert_same(gradients(recompute_norms(model), inputs), expected)
+
+
+def test_the_switch_stands_as_it_stood_when_the_module_first_ran():
+    model, inputs = chain(nn.Conv2d(128, 8, 1), GroupNorm(1, 8)), torch.randn(1, 3, 192, 192)
+    expected, loss = {}, {}
+    for name in ("kept", "recomputed"):
+        with set_kernels_enabled(False):
+            loss[name] = model(inputs).square().mean()
+        expected[name] = torch.autograd.grad(loss[name], list(model.parameters()))
+        recompute_norms(model)
+    assert all(map(torch.equal, expected["kept"], expected["recomputed"]))
+
+
+def test_what_changes_layers_finds_those_that_are_taken():
+    """As without: norms of another name, with and without weight standardization, bound anew, folded."""
+    x = torch.randn(1, 16, 8, 8)
+    first = Conv2d(16, 16, 3, norm=get_norm("PGN+WS", 16))
+    models = [nn.Sequential(first, nn.Sequential(nn.Conv2d(16, 16, 1), nn.GroupNorm(2, 16), *short_chain(16)))]
+    models.append(copy.deepcopy(models[0]))
+    recompute_norms(models[1])
+    changes = [
+        lambda model: convert_norms(model, "PGN", x),
+        lambda model: convert_norms(model, "GN4+WS", x),
+        lambda model: bind_norms(model, x),
+        fold_weight_standardization,
+    ]
+    outputs = [models[0](x)]
+    for change in changes:
+        expected, found = (change(model)(x) for model in models)
+        assert torch.equal(expected, found)
+        assert torch.allclose(expected, outputs[-1], atol=1e-5) == (change in changes[2:])
+        outputs.append(expected)
+        assert recomputed_modules(models[1]) == ["0", "1"] and recomputed_modules(models[0]) == []
+        assert [original_class(m) for m in models[1].modules()] == [type(m) for m in models[0].modules()]
+
+
+def test_a_norm_that_binds_in_training_binds_once():
+    """By what autograd says made its input, which it says when the block is computed again, too."""
+    block = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Identity(), PracticalGroupNorm(128), nn.ReLU(), *short_chain(128))
+    gradients(recompute_norms(block), images())
+    assert block[2].num_groups == practical_num_groups(3, 128)
 
 
 def test_inside_a_checkpoint_of_ones_own():

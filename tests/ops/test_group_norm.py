@@ -75,6 +75,7 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", ["sample_inputs", "reference_inputs"])
 @pytest.mark.parametrize("road", ["cpu_road", "kernels"])
 def test_pytorchs_own_samples(samples, road, request):

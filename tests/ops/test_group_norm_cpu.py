@@ -116,6 +116,7 @@ print(counts[1] - counts[0], counts[2] - counts[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in Linux's /proc")
 def test_the_threads_are_pytorchs():
     """Ours starts three more, and PyTorch, which needs as many, none."""

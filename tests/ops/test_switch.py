@@ -65,6 +65,7 @@ print(type(group_norm(torch.randn(1, 64, 128, 128, requires_grad=True), 1).grad_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, expected", [("0", "NativeGroupNormBackward0"), ("off", "")])
 def test_environment_variable(value, expected):
     environment = {**os.environ, "GNG_D2_KERNELS": value}

@@ -25,7 +25,7 @@ def test_the_layers_under_test_are_those_of_the_table(bed, table, part):
 
     def norms(config):
         rows = norm_table(build_on_meta(load_config(f"configs/{config}.yaml")))
-        return [row for row in rows if row["name"].startswith(part)]
+        return [row for row in rows if row.name.startswith(part)]
 
     assert len(norms(table)) == (7 if part else 65)
     assert norms(f"study/{bed}") == norms(table)

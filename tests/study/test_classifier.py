@@ -140,6 +140,7 @@ def test_oxford_iiit_pet_has_its_own_split(tmp_path):
     assert [label for _, label in images.train] == [0, 1] and [label for _, label in images.test] == [1]
 
 
+@pytest.mark.slow
 def test_training_starts_from_converted_weights(small_resnet, root, tmp_path):
     torch.manual_seed(5)
     trained = Classifier(50, "GN", 7).resnet.state_dict()

@@ -64,6 +64,7 @@ def test_a_norm_keeps_weight_standardization(tmp_path):
         assert model.SEM_SEG_HEAD.NORM == "GN"
 
 
+@pytest.mark.slow
 def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_path):
     def start(norm, seed):
         comparison = Comparison(CONFIG, [norm], [seed], str(tmp_path), overrides=TINY)
@@ -315,6 +316,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.slow
 def test_a_damaged_run_has_failed_and_takes_no_other_down(job, small, monkeypatch):
     monkeypatch.setattr(Comparison, "channels_per_group", lambda self, norm: {})  # builds models
     monkeypatch.setattr("study.report.save_figure", lambda figure, path, dpi: None)

@@ -117,6 +117,7 @@ def test_blocks_without_a_gradient():
 CONFIG = ["--config-file", "configs/quick/faster_rcnn_gn_ws.yaml"]
 
 
+@pytest.mark.slow
 def test_the_tool(shapes, reproduce, tmp_path):
     path, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     # 48 channels in FPN, which 32 groups do not divide, and a FrozenBN box head

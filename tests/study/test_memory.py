@@ -14,6 +14,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_left_and_what_was_at_most():
     mebi = 2**20 // 4  # floats
 

@@ -56,6 +56,7 @@ def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monk
     assert not torch.equal(seen[1][1][0], seen[1][1][2])  # another order in the second epoch
 
 
+@pytest.mark.slow
 def test_groups_of_one_number_give_a_constant_classifier(mnist):
     """Table 3's last column: the hidden output is the bias, so the best is the most frequent class."""
     (images, labels), test_set = sets(mnist)

@@ -55,6 +55,7 @@ def test_how_many_intervals_were_made_is_said():
     assert "no interval" in report.intervals_note([row for row in rows if row.norm in ("GN", "GN2")])
 
 
+@pytest.mark.slow
 def test_the_report_of_finished_runs(job, tmp_path, small):
     comparison = small(["GN", "PGN", "GN3"], [0, 1, 2])
     list(train_all(comparison))
@@ -74,6 +75,7 @@ def test_the_report_of_finished_runs(job, tmp_path, small):
     assert row.machine == comparison.machine()
 
 
+@pytest.mark.slow
 def test_the_paper_stands_beside_its_own_training_only(tmp_path):
     def of(name, norm, overrides=()):
         comparison = Comparison(f"configs/{name}.yaml", [norm], [0], str(tmp_path), overrides=overrides)

@@ -33,7 +33,7 @@ from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, last_iteration, prepare_outputs, read_metrics
 from gng_d2.imports import import_modules
 from gng_d2.layers.recompute import recompute_norms
-from gng_d2.norm_names import norm_from_name, norm_in_path
+from gng_d2.norm_names import WS, norm_from_name, norm_in_path
 
 from . import ROOT
 from .rows import differences, machine
@@ -41,7 +41,6 @@ from .rows import differences, machine
 __all__ = ["RunState", "Run", "Comparison", "default_norm_keys", "train_all", "time_iteration"]
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
-WS = "+WS"
 
 
 @dataclass(frozen=True)
@@ -201,9 +200,9 @@ class Comparison:
             words = [word for key in self.keys for word in (key, name)]
             return norm_table(build_on_meta(load_config(self.config_file, [*self.overrides, *words])))
 
-        under_test = {a["name"] for a, b in zip(norms("LN"), norms("BN")) if a["norm"] != b["norm"]}
-        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row["name"] in under_test]
-        known = [row["n_out"] // row["num_groups"] for row in rows if row["num_groups"] and row["n_out"]]
+        under_test = {a.name for a, b in zip(norms("LN"), norms("BN")) if a.norm != b.norm}
+        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row.name in under_test]
+        known = [row.n_out // row.num_groups for row in rows if row.num_groups and row.n_out]
         return dict(sorted(Counter(known).items()))
 
     def machine(self) -> str:

@@ -19,7 +19,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import quantiles
 from typing import Callable, Dict, List, Optional
 
@@ -229,20 +229,20 @@ def measure(model: nn.Module, batch: List[Dict], seed: int = 0, device: str = "c
     """
     model = copy.deepcopy(model).train().requires_grad_(False)
     norms = {name: (norm, layer) for name, norm, _, layer in named_norms(model) if layer is not None}
-    configured = {row["name"]: row for row in norm_table(model)}
-    setups = {"configured": {name: configured[name]["num_groups"] for name in norms}, **_other_groups(norms)}
+    configured = {row.name: row for row in norm_table(model)}
+    setups = {"configured": {name: configured[name].num_groups for name in norms}, **_other_groups(norms)}
     rows, measured = [], {}  # measured: groups of all norms -> blocks
     for setup, groups in tqdm(setups.items(), unit="setup"):
         for name, (norm, _) in norms.items():
             if isinstance(norm, nn.GroupNorm):
-                norm.num_groups = groups.get(name, configured[name]["num_groups"])
-        table = {row["name"]: row for row in norm_table(model)}
-        key = tuple(row["num_groups"] for row in table.values())
+                norm.num_groups = groups.get(name, configured[name].num_groups)
+        table = {row.name: row for row in norm_table(model)}
+        key = tuple(row.num_groups for row in table.values())
         if key not in measured:
             measured[key] = measure_blocks(model, lambda: _loss(model, batch, seed))
         for name, block in measured[key].items():
             if name in groups:
-                about = {**table[name], "norm": configured[name]["norm"]}
+                about = replace(table[name], norm=configured[name].norm)
                 rows.append(_row(setup, about, norms[name][1], block, machine(device)))
     return rows
 
@@ -267,12 +267,12 @@ def _loss(model, batch, seed):
 def _row(setup, about, layer, block, measured_on):
     return GradientRow(
         setup=setup,
-        **{key: about[key] for key in ("name", "norm", "n_in", "n_out", "num_groups")},
+        **{key: getattr(about, key) for key in ("name", "norm", "n_in", "n_out", "num_groups")},
         kernel_size=getattr(layer, "kernel_size", (1,))[0],
         stride=getattr(layer, "stride", (1,))[0],
         fan_out=block.fan_out,
         activation=block.activation,
-        paper=about["isometry_ratio"],
+        paper=about.isometry_ratio,
         measured=block.ratio,
         machine=measured_on,
     )

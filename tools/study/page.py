@@ -172,7 +172,7 @@ def _config(name):
 
 def _one_group(name, part=""):
     """How many norms of a config's model have one group, for instance "3 of 7"."""
-    groups = [row["num_groups"] for row in norm_table(build_on_meta(_config(name))) if row["name"].startswith(part)]
+    groups = [row.num_groups for row in norm_table(build_on_meta(_config(name))) if row.name.startswith(part)]
     return f"{groups.count(1)} of {len(groups)}"
 
 

@@ -18,6 +18,7 @@ from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, read_metrics, save_figure
+from gng_d2.norm_names import without_ws
 
 from . import ROOT
 from .comparison import Comparison, Run, time_iteration
@@ -260,7 +261,7 @@ def plot_channels_per_group(rows: List[ComparisonRow], path: str) -> None:
         channels, layers = np.array(row.channels_per_group, dtype=float).T
         middle = np.exp2(np.average(np.log2(channels), weights=layers))
         mean = np.mean(values)
-        colour = colours.get(row.norm.removesuffix("+WS"), "0.35")
+        colour = colours.get(without_ws(row.norm), "0.35")
         axes.plot([channels.min(), channels.max()], [mean, mean], color=colour, lw=0.8, alpha=0.5)
         axes.plot([middle] * len(values), values, "o", color=colour, ms=5, alpha=0.7)
         axes.plot(middle, mean, "_", color=colour, ms=18, mew=2)
@@ -370,5 +371,5 @@ def plan(comparison: Comparison) -> str:
 
 def _groups(cfg):
     """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
-    counts = Counter(row["num_groups"] or row["norm"] for row in norm_table(build_on_meta(cfg)))
+    counts = Counter(row.num_groups or row.norm for row in norm_table(build_on_meta(cfg)))
     return ", ".join(f"{count} x {groups}" for groups, count in counts.items())
