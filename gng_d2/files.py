@@ -92,8 +92,8 @@ def prepare_folder(folder: str) -> None:
         OSError: they cannot; says why.
     """
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder) as file:  # on a full disk an empty one can be made
+        file.write(bytes(2**16))
 
 
 def prepare_outputs(*paths: Optional[str]) -> None:
@@ -145,7 +145,8 @@ def last_iteration(path: str) -> int:
 
 def _records(lines: Iterable[bytes]) -> Iterator[Dict]:
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-                yield record
+            if isinstance(record, dict) and all(type(value) in (int, float) for value in record.values()):
+                if type(record.get("iteration")) is int and record["iteration"] < 2**63:
+                    yield record

@@ -142,7 +142,10 @@ def save_weight_file(path: str, content: Any) -> None:
     """
     with atomic_open(path, "wb") as file:
         hashing = _HashingFile(file)
-        torch.save(content, hashing)
+        try:
+            torch.save(content, hashing)
+        except RuntimeError as error:  # PyTorch's, which takes the place of what stopped the file
+            raise hashing.error or error
         file.seek(-2, os.SEEK_END)
         file.write(_trailer(hashing.sha256))
 
@@ -156,11 +159,15 @@ class _HashingFile:
     """A file to write that knows the digest of what was written."""
 
     def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
 
     def write(self, content):
         self.sha256.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self):
         self.file.flush()

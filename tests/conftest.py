@@ -1,7 +1,9 @@
 import logging
 import os
 import random
+import resource
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,22 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@contextmanager
+def _limited_file_size(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def limited_file_size():
+    """A context in which no file grows beyond as many bytes, as on a disk that is full then."""
+    return _limited_file_size
 
 
 @pytest.fixture(autouse=True)

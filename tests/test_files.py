@@ -55,6 +55,11 @@ def test_a_full_device_is_named():
     assert not os.path.isfile("/dev/null")
 
 
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, limited_file_size):
+    with limited_file_size(1000), pytest.raises(InputError, match=f"cannot write {tmp_path}/a.json: File too large"):
+        prepare_outputs(str(tmp_path / "a.json"))
+
+
 def test_what_stands_in_the_way_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -118,13 +123,26 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     assert last_iteration(path) == 60
 
 
-@pytest.mark.parametrize("line", [b"", b"\xff\xfe", b"[]", b"3", b"null", b"{}", b'{"iteration": "x"}', b"{"])
+NO_RECORDS = [
+    *(b"", b"\xff\xfe", b"[]", b"3", b"null", b"{}", b"{", b"[" * 5000),
+    *(b'{"iteration": "x"}', b'{"iteration": true}', b'{"iteration": %s}' % (b"9" * 400)),
+    *(b'{"iteration": 7, "total_loss": "1"}', b'{"iteration": 7, "bbox/AP": [1]}'),
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS, ids=lambda line: line[:40])
 def test_lines_that_are_no_records_are_left_out(line, tmp_path):
     path = tmp_path / "metrics.json"
     path.write_bytes(line + b'\n{"iteration": 5, "total_loss": 1.0}\n' + line)
     assert read_metrics(path) == [{"iteration": 5, "total_loss": 1.0}] and last_iteration(path) == 5
     path.write_bytes(line)
     assert read_metrics(path) == [] and last_iteration(path) == -1
+
+
+def test_records_of_a_run_that_diverged_are_records(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1, "total_loss": 1e40}\n{"iteration": 2, "total_loss": NaN}\n')
+    assert [record["iteration"] for record in read_metrics(path)] == [1, 2]
 
 
 def test_the_last_iteration_of_a_long_file_is_in_its_end(tmp_path):

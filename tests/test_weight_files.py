@@ -176,3 +176,13 @@ def test_every_flipped_bit_of_a_small_file_is_recognized(tmp_path):
 def test_pytorchs_older_format_is_read(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     assert torch.equal(read_weight_file(str(tmp_path / "a.pth"))["w"], torch.ones(2))
+
+
+def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_the_old_file(tmp_path, limited_file_size):
+    """PyTorch has an error of its own then, of positions in the file."""
+    path = tmp_path / "a.pth"
+    save_weight_file(str(path), {"a": torch.zeros(9)})
+    before = path.read_bytes()
+    with limited_file_size(10**5), pytest.raises(InputError, match=f"^cannot write {path}: File too large$"):
+        save_weight_file(str(path), {str(i): torch.zeros(10**4) for i in range(9)})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]

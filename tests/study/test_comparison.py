@@ -238,8 +238,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     assert "Starting training from iteration 2" in (cut / "PGN" / "seed_0" / "log.txt").read_text()
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 1 of 2 runs failed")
     assert (
-        "- GN3 seed 0: failed: backbone.bottom_up.stem.conv1.norm and 63 more: GN3 cannot follow Conv2d(3, 64)"
-        in done.stdout
+        "- GN3 seed 0: failed: backbone.fpn_lateral2.norm and 34 more: GN3 cannot follow Conv2d(64, 32)" in done.stdout
     )
 
     uninterrupted = Comparison(CONFIG, ["PGN", "GN3"], [0], str(whole), overrides=TINY)
@@ -290,14 +289,29 @@ def other_json(path):
     path.write_text("[1]\n")
 
 
+def no_status(path):
+    path.write_text('{"status": 5, "reason": [2]}')
+
+
+def too_deep(path):
+    path.write_text("[" * 10**5)
+
+
+def of_texts(path):
+    path.write_text('{"iteration": 20, "total_loss": "1"}')
+
+
 def folder(path):
     path.unlink()
     path.mkdir()
 
 
 DAMAGE = [
-    *(("run.json", damage) for damage in (truncate, empty, garbage, other_json, folder)),
-    *(("metrics.json", damage) for damage in (remove, truncate, empty, garbage, other_json, folder)),
+    *(("run.json", damage) for damage in (truncate, empty, garbage, other_json, no_status, too_deep, folder)),
+    *(
+        ("metrics.json", damage)
+        for damage in (remove, truncate, empty, garbage, other_json, of_texts, too_deep, folder)
+    ),
 ]
 
 

@@ -70,11 +70,14 @@ class Run(NamedTuple):
         path = self.path("run.json")
         try:
             with open(path, encoding="utf-8") as file:
-                return RunState(**json.load(file))
+                state = RunState(**json.load(file))
         except FileNotFoundError:
             return RunState("not finished")
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             return RunState("failed", f"{path} is damaged: {error}")
+        if state.status not in ("finished", "failed") or not isinstance(state.reason, (str, type(None))):
+            return RunState("failed", f"{path} is damaged: no run ends as {state.status!r}")
+        return state
 
 
 class Comparison:
