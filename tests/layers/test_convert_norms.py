@@ -156,6 +156,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_norm(kind, with_inputs):

@@ -237,6 +237,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("kind", ["registered", "found in training"])

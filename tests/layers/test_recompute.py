@@ -43,6 +43,8 @@ from gng_d2.layers.recompute import original_class
 from gng_d2.ops import set_kernels_enabled
 from study.comparison import Comparison
 
+pytestmark = pytest.mark.slow
+
 SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 
 

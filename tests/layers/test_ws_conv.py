@@ -63,6 +63,7 @@ def kernels_of(road):
 ROADS = [("cpu", torch.float32), ("triton", torch.float32), ("triton", torch.float16), ("triton", torch.bfloat16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road, dtype", ROADS)
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (3, 7, 5, 3), (2, 512, 3, 3), (30, 31, 1, 1)])
 @pytest.mark.parametrize("scale, offset", [(1, 0), (1e-3, 0), (0.1, 1)])

@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 import gng_d2
 from gng_d2.layers.group_norm import LOOKS
 
+pytestmark = pytest.mark.slow
+
 ZOO = Path(model_zoo.__file__).parent / "configs"
 COMPILED = importlib.util.find_spec("detectron2._C") is not None
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 
 from gng_d2.ops import group_norm_triton  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -117,6 +117,7 @@ CALLS = [call[0].name() for call in calls()]
 TENSORS = [(i, j) for i, call in enumerate(calls()) for j, t in enumerate(call[2]) if torch.is_tensor(t)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call, tensor", TENSORS)
 @pytest.mark.parametrize("shape", [(2, 6, 3, 2), (3, 6), (1, 6, 2, 1, 2)])
 def test_every_layout_is_read_right_and_fake_tensors_agree(backend, call, tensor, shape):
