@@ -141,3 +141,24 @@ def test_the_wheel_trains_in_an_empty_folder(wheel, shapes, tmp_path):
         text=True,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "trained 68.0", done.stdout[-2000:] + done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_works_without_detectron2(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    program = (
+        "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n"
+        "import gng_d2, torch\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64))\n"
+        "print(gng_d2.norm_table(gng_d2.convert_norms(model)))\n"
+        "print(gng_d2.get_config_file('quick/pfpn_pgn.yaml'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout.splitlines()[-1], done.stderr
