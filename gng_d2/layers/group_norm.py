@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 from gng_d2.ops import group_norm
-from gng_d2.ops.backends import is_transformed
+from gng_d2.ops.backends import is_compiling, is_transformed
 
 from .fx_leaf import call_as_leaf
 from .look import MEND, look
@@ -132,7 +132,7 @@ class GroupNorm(nn.GroupNorm):
 
     def _check(self, input):
         # In this order: a compiler must not see the number of looks, which changes.
-        if not torch.compiler.is_compiling() and self._looks and input.requires_grad:
+        if not is_compiling() and self._looks and input.requires_grad:
             self._look(input)
         groups, channels = self.num_groups, self.num_channels
         if groups is None or (self.weight_standardization and self.weight_layer is None):

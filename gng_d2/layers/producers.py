@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from gng_d2.errors import InputError
 
@@ -81,6 +82,10 @@ _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _COPIES = set("alias clone contiguous to type type_as float half bfloat16 double cpu cuda reshape flatten".split())
 
 
+# PyTorch 2.0 calls no hook of a module that raises, which matters where the model catches that
+_ALWAYS = {"always_call": True} if "always_call" in signature(nn.Module.register_forward_hook).parameters else {}
+
+
 class _Watch(TorchFunctionMode):
     """While entered, knows what made each tensor, and notes it when a norm takes the tensor.
 
@@ -100,7 +105,7 @@ class _Watch(TorchFunctionMode):
         for module in self._model.modules():
             self._hooks += [
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, always_call=True),
+                module.register_forward_hook(self._after, **_ALWAYS),
             ]
         self._parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in _tensors_of(self._model)}
         return super().__enter__()
@@ -111,7 +116,7 @@ class _Watch(TorchFunctionMode):
         return super().__exit__(*error)
 
     def take_inputs(self, inputs):
-        for tensor in tree_leaves(inputs):
+        for tensor in tree_flatten(inputs)[0]:
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 self._record("the model's input", (), tensor)
 

@@ -14,6 +14,7 @@ from gng_d2.errors import InputError
 __all__ = [
     "HAS_OPS",
     "HAS_TRITON",
+    "is_compiling",
     "is_plain",
     "is_transformed",
     "kernels_may_run",
@@ -23,6 +24,8 @@ __all__ = [
 
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
+# PyTorch 2.0 has no torch.compiler
+is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 try:
     import triton  # noqa: F401
 
@@ -79,11 +82,11 @@ def kernels_may_run() -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.jit.trace, torch.export, torch.func or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
     return (
         torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 
