@@ -91,7 +91,7 @@ def shortened(words):
                 words.pop(at)
     if tool.endswith(("train_net.py", "compare.py")) and ("quick" in text or "own_data" in text):
         words += SMALL
-    if tool.endswith(("predict.py", "export.py")):
+    if tool.endswith(("predict.py", "export.py")) and not re.search(r"--config-file \S+\.py\b", text):
         words += [*SAME_MODEL, "MODEL.DEVICE", "cpu"]
     return [tool, *words]
 
