@@ -71,7 +71,8 @@ NO_SINGLE_LAYER = {
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", [*THROUGH, *NO_SINGLE_LAYER])
 def test_what_stands_between(name, device):
-    model = Then(conv(24), {**THROUGH, **NO_SINGLE_LAYER}[name], pgn(8)).to(device)
+    between = copy.deepcopy({**THROUGH, **NO_SINGLE_LAYER}[name])  # the other device is not its
+    model = Then(conv(24), between, pgn(8)).to(device)
     assert bind_norms(model, image(24)) is model  # moved to its device
     if name in THROUGH:
         assert model.norm.num_groups == 4 and "from Conv2d(24, 8)" in repr(model.norm)
