@@ -408,5 +408,5 @@ def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)
-    assert done.returncode == 1 and "model_0000009.pth, which is not there" in done.stderr
+    assert done.returncode == 1 and "model_0000009.pth', which is not there" in done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["last_checkpoint"]
