@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_models
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
@@ -22,16 +23,7 @@ from gng_d2.engine import Trainer
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = [
-    "MODEL.FPN.OUT_CHANNELS",
-    "32",
-    "MODEL.ROI_BOX_HEAD.FC_DIM",
-    "32",
-    "MODEL.ROI_MASK_HEAD.CONV_DIM",
-    "32",
-    "SOLVER.IMS_PER_BATCH",
-    "2",
-    "SOLVER.BASE_LR",
-    "0.002",
+    *quick_models.TRAINING,
     "SOLVER.WARMUP_ITERS",
     "0",
     "SOLVER.LR_SCHEDULER_NAME",

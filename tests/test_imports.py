@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_models
 from detectron2.data import DatasetCatalog
 
 from gng_d2.config import load_config
@@ -13,16 +14,7 @@ from study.comparison import Comparison, train_all
 
 CONFIG = "configs/quick/pfpn_gn.yaml"
 TINY = [
-    "MODEL.FPN.OUT_CHANNELS",
-    "32",
-    "MODEL.ROI_BOX_HEAD.FC_DIM",
-    "32",
-    "MODEL.ROI_MASK_HEAD.CONV_DIM",
-    "32",
-    "SOLVER.IMS_PER_BATCH",
-    "2",
-    "SOLVER.BASE_LR",
-    "0.002",
+    *quick_models.TRAINING,
     "SOLVER.MAX_ITER",
     "2",
 ]

@@ -7,12 +7,11 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+import quick_models
 
 pytestmark = pytest.mark.slow
 
-TINY = (
-    "MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.CONV_DIM 32 SOLVER.MAX_ITER 21"
-).split()
+TINY = [*quick_models.MODEL, "SOLVER.MAX_ITER", "21"]
 
 
 def run(*command, check=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quick_models
 import torch
 from detectron2.engine import DefaultTrainer, default_setup
 
@@ -22,16 +23,7 @@ from study.rows import read_rows
 CONFIG = "configs/quick/pfpn_gn.yaml"
 KEYS = ["MODEL.SEM_SEG_HEAD.NORM"]
 TINY = [
-    "MODEL.FPN.OUT_CHANNELS",
-    "32",
-    "MODEL.ROI_BOX_HEAD.FC_DIM",
-    "32",
-    "MODEL.ROI_MASK_HEAD.CONV_DIM",
-    "32",
-    "SOLVER.IMS_PER_BATCH",
-    "2",
-    "SOLVER.BASE_LR",
-    "0.002",
+    *quick_models.TRAINING,
     "SOLVER.MAX_ITER",
     "5",
     "SOLVER.CHECKPOINT_PERIOD",
