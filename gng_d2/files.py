@@ -16,6 +16,7 @@ __all__ = [
     "prepare_folder",
     "prepare_outputs",
     "read_metrics",
+    "last_record",
     "last_iteration",
 ]
 
@@ -133,14 +134,19 @@ def read_metrics(path: str) -> List[Dict]:
     return [records[iteration] for iteration in sorted(records)]
 
 
-def last_iteration(path: str) -> int:
-    """The iteration of the last record in a run's metrics.json, -1 if there is none. Reads its end alone."""
+def last_record(path: str) -> Dict:
+    """The last record in a run's metrics.json, {} if there is none. Reads its end alone."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
-            return [-1, *(record["iteration"] for record in _records(file))][-1]
+            return [{}, *_records(file)][-1]
     except OSError:
-        return -1
+        return {}
+
+
+def last_iteration(path: str) -> int:
+    """The iteration of :func:`last_record`, -1 if there is none."""
+    return last_record(path).get("iteration", -1)
 
 
 def _records(lines: Iterable[bytes]) -> Iterator[Dict]:

@@ -10,7 +10,9 @@ from detectron2.data import DatasetCatalog
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.imports import import_modules
-from study.comparison import Comparison, train_all
+from study.comparison import Comparison
+from study.local import Local
+from study.watch import train_all
 
 CONFIG = "configs/quick/pfpn_gn.yaml"
 TINY = [
@@ -127,7 +129,7 @@ def test_the_processes_of_a_comparisons_runs_have_it_too(shapes, user, tmp_path,
     output = str(tmp_path / "out")
     comparison = Comparison(CONFIG, ["PGN"], [0], output, overrides=overrides, imports=[path], num_gpus=2)
     try:
-        (run,) = train_all(comparison)
+        (run,) = train_all(Local(comparison))
         assert comparison.state(run).status == "finished", comparison.state(run)
         assert load_config(run.path("config.yaml")).DATASETS.TRAIN == ("gng_users_images",)
     finally:

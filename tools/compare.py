@@ -3,11 +3,15 @@
 
     tools/compare.py --config-file configs/quick/pfpn_gn.yaml --norms GN GN1 PGN --seeds 0 1 2 --output output/compare
     tools/compare.py --config-file configs/pfpn_gn.yaml --norms GN GN1 PGN --seeds 0 1 2 --output output/table5 \\
-        --num-gpus 8
+        --num-gpus 8 --cluster slurm --slurm-partition gpu --parallel 3
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
 was: what finished is not run again, what was interrupted resumes, what failed is tried once more. Started
-twice at the same time (under two CUDA_VISIBLE_DEVICES), each takes the runs that the other leaves.
+twice at the same time on one machine, each takes the runs that the other leaves.
+
+With --cluster slurm each run is a job of Slurm, in a checkout and a DIR that all machines see. The jobs go on when
+this command ends; the same command watches them again, and submits what has no job. Ctrl-C asks whether to
+cancel them.
 
 The report, results.md, results.json, curves.png and channels_per_group.png in DIR, has for each metric that the model
 has (in percent) mean and standard deviation over the seeds, and the paired differences to the first norm with their
@@ -27,10 +31,20 @@ def parse_args():
         "--norm-keys", nargs="+", metavar="KEY", help="what to vary; default: each NORM of the model that is GN or ours"
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="of each machine; without GPUs, processes; default: 1")
-    parser.add_argument("--num-machines", type=int, default=1, help="default: 1; all need DIR in common")
-    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
-    parser.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
+    parser.add_argument("--num-machines", type=int, default=1, help="of each run; default: 1; all need DIR in common")
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
+    parser.add_argument(
+        "--cluster", choices=["local", "slurm"], default="local", help="where runs are trained; default: this machine"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time; here they share GPUs or threads; default: 1",
+    )
+    _add_local(parser.add_argument_group("--cluster local"))
+    _add_slurm(parser.add_argument_group("--cluster slurm (needs submitit)"))
     add_import(parser)
     add_trust(parser)
     add_recompute_norms(parser)
@@ -38,11 +52,56 @@ def parse_args():
     return parser.parse_args()
 
 
+def _add_local(group):
+    group.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
+    group.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
+
+
+def _add_slurm(group):
+    group.add_argument("--slurm-partition", metavar="NAME", help="default: the cluster's")
+    group.add_argument("--slurm-account", metavar="NAME", help="default: the user's")
+    group.add_argument(
+        "--slurm-time",
+        type=int,
+        default=1440,
+        metavar="MIN",
+        help="a job's time limit; a run that needs longer is requeued and goes on; default: %(default)s",
+    )
+    group.add_argument(
+        "--slurm-cpus", type=int, metavar="N", help="of each machine; default: one a process and data-loader worker"
+    )
+    group.add_argument(
+        "--slurm-options",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more of sbatch's: constraint=a100 mem=0 exclusive. Without gres or gpus-... among them a job asks for "
+        "--num-gpus GPUs of each machine, and for none if MODEL.DEVICE cpu is given",
+    )
+
+
+def cluster_of(args, comparison):
+    """Where the runs are trained."""
+    from study.local import Local
+    from study.slurm import Slurm
+
+    if args.cluster == "local":
+        return Local(comparison, args.parallel, args.machine_rank, args.dist_url)
+    options = [option.partition("=") for option in args.slurm_options]
+    parameters = {name.lstrip("-"): value if equals else True for name, equals, value in options}
+    for name in ("partition", "account"):
+        if getattr(args, f"slurm_{name}"):
+            parameters[name] = getattr(args, f"slurm_{name}")
+    return Slurm(comparison, args.parallel, args.slurm_time, args.slurm_cpus, parameters)
+
+
 def main():
     args = parse_args()
     from gng_d2.errors import InputError
-    from study.comparison import Comparison, train_all
-    from study.report import plan, write_report
+    from study.comparison import Comparison
+    from study.plan import plan
+    from study.report import write_report
+    from study.watch import train_all
 
     comparison = Comparison(
         args.config_file,
@@ -55,19 +114,19 @@ def main():
         recompute_norms=args.recompute_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
     )
     comparison.check()
-    if args.plan and args.num_machines > 1:
-        raise InputError("--plan times the iterations of one machine: leave --num-machines away")
+    if args.plan and (args.num_machines > 1 or args.cluster == "slurm"):
+        raise InputError("--plan times the iterations of this machine: leave --num-machines and --cluster away")
     if args.plan:
-        print(plan(comparison))
+        print(plan(comparison, args.parallel))
         return
+    cluster = cluster_of(args, comparison)
     comparison.claim_output()
-    for _ in train_all(comparison):
-        if args.machine_rank == 0:
-            write_report(comparison)
+    with cluster:
+        for _ in train_all(cluster):
+            if args.machine_rank == 0:
+                write_report(comparison)
     if args.machine_rank == 0:
         print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json and pictures")
     failed = [run for run in comparison.runs if comparison.state(run).status == "failed"]

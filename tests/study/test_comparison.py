@@ -1,6 +1,5 @@
 """Comparisons of norms: which runs, that all else is equal, killed, failing and damaged runs."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 import quick_models
 import torch
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import default_setup
 
 from gng_d2.config import load_config
 from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
-from study import comparison as compare
-from study.comparison import Comparison, default_norm_keys, time_iteration, train_all
+from study.comparison import Comparison, default_norm_keys
+from study.local import Local
 from study.report import ComparisonRow, write_report
 from study.rows import read_rows
+from study.watch import train_all
 
 CONFIG = "configs/quick/pfpn_gn.yaml"
 KEYS = ["MODEL.SEM_SEG_HEAD.NORM"]
@@ -84,7 +84,6 @@ def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_pat
         ({"norms": ["GN", "GN"]}, "--norms: GN GN has one twice"),
         ({"seeds": [0, -1]}, "--seeds: -1 is no seed"),
         ({"keys": ["MODEL.FPN"]}, "--norm-keys: MODEL.FPN is no NORM key"),
-        ({"num_machines": 2}, "give --dist-url"),
         (
             {"keys": None, "overrides": [f"MODEL.{k}.NORM BN" for k in ("FPN", "RESNETS", "SEM_SEG_HEAD")]},
             "no norm that is GN",
@@ -96,62 +95,6 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path):
     given["overrides"] = " ".join(given.get("overrides", [])).split()
     with pytest.raises(InputError, match=message):
         Comparison(**given)
-
-
-# running them: a job that does what its norm says, in no time
-
-
-def run(comparison):
-    return [(str(run), comparison.state(run).status) for run in train_all(comparison)]
-
-
-def calls(comparison):
-    return [len(Path(run.path("arguments")).read_text().splitlines()) for run in comparison.runs]
-
-
-def test_what_finished_is_not_run_again_and_what_failed_is(job, small):
-    comparison = small(["GN", "GN3", "GN5", "PGN"], [0])
-    for _ in range(2):
-        assert run(comparison) == [
-            ("GN seed 0", "finished"),
-            ("GN3 seed 0", "failed"),
-            ("GN5 seed 0", "failed"),
-            ("PGN seed 0", "finished"),
-        ]
-    assert calls(comparison) == [1, 2, 2, 1]
-    reasons = [comparison.state(run).reason for run in comparison.runs]
-    assert reasons == [None, "ValueError: it does not divide", "killed by SIGKILL (out of memory?)", None]
-
-
-def test_runs_are_jobs_of_the_given_size_that_differ_in_norm_and_seed(job, small):
-    comparison = small(num_gpus=2, num_machines=2, machine_rank=1, dist_url="tcp://first:1")
-    list(train_all(comparison))
-    for run in comparison.runs:
-        assert Path(run.path("arguments")).read_text().split() == [
-            *("--resume", "--config-file", CONFIG, "--num-gpus", "2", "--num-machines", "2", "--machine-rank", "1"),
-            *("--dist-url", "tcp://first:1", "SOLVER.MAX_ITER", "20", KEYS[0], run.norm, "SEED", str(run.seed)),
-            *("OUTPUT_DIR", run.folder),
-        ]
-    assert comparison.state(comparison.runs[0]).status == "not finished"  # the first machine writes what is shared
-
-
-def test_a_run_that_another_process_has_is_left_alone(job, small):
-    comparison = small()
-    os.makedirs(comparison.runs[1].folder)
-    with compare._lock(comparison.runs[1].path("lock.0")):
-        assert [status for _, status in run(comparison)] == ["finished", "not finished", "finished", "finished"]
-    assert [status for _, status in run(comparison)] == ["finished"] * 4
-
-
-def test_an_interrupted_comparison_leaves_no_process(tmp_path):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with open(tmp_path / "output", "wb+") as output:
-        with pytest.raises(KeyboardInterrupt):
-            compare._call([sys.executable, "-c", "import time; time.sleep(600)"], output, interrupt)
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert not any(b"time.sleep(600)" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 
 
 def test_another_comparison_in_the_folder_is_refused(tmp_path, small):
@@ -173,19 +116,6 @@ def test_the_schedule_is_scaled_to_the_processes(small):
     overrides = ["SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.MAX_ITER", "100", "SOLVER.IMS_PER_BATCH", "16"]
     assert small(overrides=overrides).cfg.SOLVER.MAX_ITER == 800
     assert small(overrides=overrides, num_gpus=4).cfg.SOLVER.MAX_ITER == 200
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_plan_times_few_iterations_of_a_scaled_schedule_too(processes, job, monkeypatch, small):
-    commands, call = [], compare._call
-    monkeypatch.setattr(compare, "_call", lambda command, *rest: commands.append(command) or call(command, *rest))
-    overrides = ["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.MAX_ITER", "9000"]
-    comparison = small(overrides=overrides, num_gpus=processes)
-    assert time_iteration(comparison, "PGN") == 0.25
-    cfg = load_config(CONFIG, commands[0][commands[0].index(overrides[0]) :])
-    assert 20 < DefaultTrainer.auto_scale_workers(cfg, processes).SOLVER.MAX_ITER < 30
-    with pytest.raises(InputError, match="GN3: ValueError: it does not divide"):
-        time_iteration(comparison, "GN3")
 
 
 # a real one, killed
@@ -234,7 +164,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     )
 
     uninterrupted = Comparison(CONFIG, ["PGN", "GN3"], [0], str(whole), overrides=TINY)
-    list(train_all(uninterrupted))
+    list(train_all(Local(uninterrupted)))
     write_report(uninterrupted)
     expected, rows = (
         [replace(row, machine="") for row in read_rows(folder / "results.json", ComparisonRow)]
@@ -250,7 +180,7 @@ def test_two_processes_train_a_run(shapes, tmp_path, monkeypatch):
     """gloo, where there is no GPU."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     comparison = Comparison(CONFIG, ["PGN"], [0], str(tmp_path), overrides=[*TINY, "DATASETS.TEST", "()"], num_gpus=2)
-    (run,) = train_all(comparison)
+    (run,) = train_all(Local(comparison))
     assert comparison.state(run).status == "finished" and comparison.state(run).machine.startswith("2 x ")
     assert "World size: 2" in open(run.path("log.txt")).read()
     write_report(comparison)
@@ -259,6 +189,11 @@ def test_two_processes_train_a_run(shapes, tmp_path, monkeypatch):
 
 
 # one damaged folder
+
+
+def run(comparison):
+    list(train_all(Local(comparison)))
+    return [comparison.state(run).status for run in comparison.runs]
 
 
 def remove(path):
@@ -312,7 +247,7 @@ def test_a_damaged_run_has_failed_and_takes_no_other_down(job, small, monkeypatc
     monkeypatch.setattr(Comparison, "channels_per_group", lambda self, norm: {})  # builds models
     monkeypatch.setattr("study.report.save_figure", lambda figure, path, dpi: None)
     comparison = small()
-    list(train_all(comparison))
+    list(train_all(Local(comparison)))
     damaged = comparison.runs[3]
     for name, damage in DAMAGE:
         path = Path(damaged.path(name))
@@ -331,23 +266,23 @@ def test_a_damaged_run_has_failed_and_takes_no_other_down(job, small, monkeypatc
 @pytest.mark.parametrize("name, damage, ends", [("run.json", empty, "finished"), ("metrics.json", folder, "failed")])
 def test_a_damaged_run_is_tried_once_more(name, damage, ends, job, small):
     comparison = small(["GN", "PGN"], [0])
-    list(train_all(comparison))
+    list(train_all(Local(comparison)))
     damage(Path(comparison.runs[1].path(name)))
-    assert [status for _, status in run(comparison)] == ["finished", ends]
+    assert run(comparison) == ["finished", ends]
 
 
 def test_a_file_in_place_of_a_folder_is_one_failed_run(job, small):
     comparison = small()
     Path(comparison.output, "GN").mkdir(parents=True)
     Path(comparison.runs[2].folder).write_text("")
-    assert [status for _, status in run(comparison)] == ["finished", "finished", "failed", "finished"]
+    assert run(comparison) == ["finished", "finished", "failed", "finished"]
     text = write_report(comparison)
     assert "3 of 4 runs finished" in text and f"- GN seed 1: failed: {comparison.runs[2].folder}" in text
 
 
 def test_a_cut_run_without_evaluation_is_seen(job, small):
     comparison = small(["GN"], [0], ["SOLVER.MAX_ITER", "20", "DATASETS.TEST", "()"])
-    list(train_all(comparison))
+    list(train_all(Local(comparison)))
     path = Path(comparison.runs[0].path("metrics.json"))
     path.write_text('{"iteration": 19, "total_loss": 1.0}\n')
     assert comparison.state(comparison.runs[0]).status == "finished"

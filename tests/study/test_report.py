@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from study import report
-from study.comparison import Comparison, Run, train_all
+from study.comparison import Comparison, Run
+from study.local import Local
 from study.report import ComparisonRow, paper_values, summarize, write_report
 from study.rows import read_rows
+from study.watch import train_all
 
 
 def test_statistics_are_those_by_hand():
@@ -58,7 +60,7 @@ def test_how_many_intervals_were_made_is_said():
 @pytest.mark.slow
 def test_the_report_of_finished_runs(job, tmp_path, small):
     comparison = small(["GN", "PGN", "GN3"], [0, 1, 2])
-    list(train_all(comparison))
+    list(train_all(Local(comparison)))
     text = write_report(comparison)
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line] for line in lines] == [

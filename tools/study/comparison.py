@@ -2,35 +2,28 @@
 
 A comparison's folder holds ``comparison.yaml``, what all its runs share, and for each run ``NORM/seed_SEED``:
 what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended. A run whose files
-are damaged counts as failed, and takes no other down.
+are damaged counts as failed, and takes no other down. Where the runs are trained is another subject: ``local.py``,
+``slurm.py``.
 """
 
-import ctypes
-import fcntl
 import json
-import math
 import os
-import re
-import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
-from tqdm import tqdm
 
 from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config, norm_keys
 from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open, last_iteration, prepare_outputs, read_metrics
+from gng_d2.files import atomic_open, last_iteration, prepare_outputs
 from gng_d2.imports import import_modules
 from gng_d2.layers.recompute import recompute_norms
 from gng_d2.norm_names import WS, norm_from_name, norm_in_path
@@ -38,18 +31,23 @@ from gng_d2.norm_names import WS, norm_from_name, norm_in_path
 from . import ROOT
 from .rows import differences, machine
 
-__all__ = ["RunState", "Run", "Comparison", "default_norm_keys", "train_all", "time_iteration"]
+__all__ = ["RunState", "Run", "Comparison", "default_norm_keys"]
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run ended."""
+    """How a run ended, or how it stands."""
 
-    status: str  # "finished", "failed", "not finished", or "running" in another process
-    reason: Optional[str] = None  # of a failure
+    # as its folder says: "finished", "failed" or "not finished"; as a cluster says: also "queued", "running", or "left"
+    # to another process
+    status: str
+    reason: Optional[str] = None  # of a failure, or what a run waits for
     machine: Optional[str] = None
+
+    def __str__(self):
+        return self.status + f": {self.reason}" * bool(self.reason)
 
 
 class Run(NamedTuple):
@@ -79,6 +77,11 @@ class Run(NamedTuple):
             return RunState("failed", f"{path} is damaged: no run ends as {state.status!r}")
         return state
 
+    def record(self, state: RunState) -> None:
+        """Write ``run.json``, whole or not at all."""
+        with atomic_open(self.path("run.json")) as file:
+            json.dump(asdict(state), file)
+
 
 class Comparison:
     """The runs of ``config_file`` under each of ``norms`` and ``seeds``.
@@ -107,27 +110,17 @@ class Comparison:
         recompute_norms: bool = False,
         num_gpus: int = 1,
         num_machines: int = 1,
-        machine_rank: int = 0,
-        dist_url: str = "auto",
     ):
         for option, values in (("--norms", norms), ("--seeds", seeds)):
             if len(set(values)) < len(values):
                 raise InputError(f"{option}: {' '.join(map(str, values))} has one twice")
         if min(seeds) < 0:
             raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
-        if num_machines > 1 and dist_url == "auto":
-            raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
         self.recompute_norms = recompute_norms
+        self.num_gpus, self.num_machines = num_gpus, num_machines
         self.world_size = num_gpus * num_machines
-        self.machine_rank = machine_rank
-        self.launch = {
-            "--num-gpus": num_gpus,
-            "--num-machines": num_machines,
-            "--machine-rank": machine_rank,
-            "--dist-url": dist_url,
-        }
         import_modules(self.imports)
         cfg = load_config(config_file, self.overrides)
         self.keys = list(keys) if keys else default_norm_keys(cfg)
@@ -153,13 +146,14 @@ class Comparison:
     def run_overrides(self, run: Run) -> List[str]:
         return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
 
-    def command(self, run: Run) -> List[str]:
-        launch = [str(word) for pair in self.launch.items() for word in pair]
+    def command(self, run: Run, machine_rank: int = 0, dist_url: str = "auto") -> List[str]:
+        """What trains ``run`` on one of its machines, from its last checkpoint on."""
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
             *(("--recompute-norms",) if self.recompute_norms else ()),
-            *(*launch, *self.run_overrides(run)),
+            *("--num-gpus", str(self.num_gpus), "--num-machines", str(self.num_machines)),
+            *("--machine-rank", str(machine_rank), "--dist-url", dist_url, *self.run_overrides(run)),
         ]
 
     def norm_cfg(self, norm: str) -> CfgNode:
@@ -279,141 +273,3 @@ def _read_settings(path):
     if not isinstance(settings, dict):
         raise InputError(f"--output: {path}, which says what the runs there share, is damaged. Name another folder")
     return settings
-
-
-def train_all(comparison: Comparison) -> Iterator[Run]:
-    """Train what is not finished, one run after the other, with a progress bar over all of them; yields each
-    run that ended. A run that fails is recorded so in its folder, and the next one starts."""
-    iterations = comparison.cfg.SOLVER.MAX_ITER
-    done = [comparison.iterations_done(run) for run in comparison.runs]
-    with tqdm(total=iterations * len(done), initial=sum(done), unit="it", smoothing=0, dynamic_ncols=True) as bar:
-        for index, run in enumerate(comparison.runs):
-            bar.set_description(str(run))
-
-            def progress():
-                done[index] = comparison.iterations_done(run)
-                bar.n = sum(done)
-                bar.refresh()
-
-            state = train(comparison, run, progress)
-            progress()
-            if state.status != "finished":
-                bar.total -= iterations - done[index]
-            bar.write(f"{run}: {state.status}" + f": {state.reason}" * bool(state.reason))
-            yield run
-
-
-def train(comparison: Comparison, run: Run, progress: Callable[[], None]) -> RunState:
-    """Train ``run`` in a process of its own, from its last checkpoint on, and return how it ended. What is
-    finished, or what another comparison in the same folder trains just now, is left alone."""
-    try:
-        os.makedirs(run.folder, exist_ok=True)
-        with _lock(run.path(f"lock.{comparison.machine_rank}")) as free:
-            if not free:
-                return RunState("running", "in another process")
-            state = comparison.state(run)
-            return state if state.status == "finished" else _train(comparison, run, progress)
-    except (OSError, InputError) as error:  # a file where its folder should be, say
-        return RunState("failed", str(error))
-
-
-def _train(comparison, run, progress):
-    _end_line(run.path("metrics.json"))
-    with open(run.path("output.txt"), "ab") as output:
-        start = output.tell()
-        code = _call(comparison.command(run), output, progress)
-    reason = None if code == 0 else _reason(code, run.path("output.txt"), start)
-    state = RunState("failed" if reason else "finished", reason, comparison.machine())
-    if comparison.machine_rank == 0:
-        with atomic_open(run.path("run.json")) as file:
-            json.dump(asdict(state), file)
-        state = comparison.state(run)
-    return state
-
-
-TIMED = 25  # iterations
-
-
-def time_iteration(comparison: Comparison, norm: str) -> float:
-    """Seconds per iteration under ``norm``: the median of the last of a few, in a folder that is deleted again.
-
-    Raises:
-        InputError: the job failed; says why.
-    """
-    scale = comparison.world_size / (comparison.norm_cfg(norm).SOLVER.REFERENCE_WORLD_SIZE or comparison.world_size)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(norm, comparison.seeds[0], folder)
-        command = [
-            *comparison.command(run),
-            *("SOLVER.MAX_ITER", str(math.ceil(TIMED * scale)), "DATASETS.TEST", "()"),
-            # a step from which no loss explodes
-            *("SOLVER.BASE_LR", "1e-10", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
-            *("SOLVER.WARMUP_ITERS", "0"),
-        ]
-        with open(run.path("output.txt"), "wb") as output:
-            code = _call(command, output, lambda: None)
-        if code:
-            raise InputError(f"{norm}: {_reason(code, run.path('output.txt'), 0)}")
-        return [record["time"] for record in read_metrics(run.path("metrics.json")) if "time" in record][-1]
-
-
-@contextmanager
-def _lock(path):
-    """Whether this process alone has ``path`` now."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def _call(command, output, progress):
-    """Exit status of ``command``, which does not outlive this process."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    )
-    try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=1)
-            progress()
-    finally:
-        if process.poll() != 0:  # with the processes that it started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent():
-    PR_SET_PDEATHSIG = 1
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # which PyTorch's launcher sends in turn to its processes, and a shell lets its background jobs ignore
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _reason(code, path, start):
-    """The message of the error that a job ended with, from what it printed after ``start``."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
-    with open(path, "rb") as file:
-        file.seek(start)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
-
-
-def _end_line(path):
-    """A killed run may leave half a line, which must not become the start of the next one."""
-    with suppress(FileNotFoundError), open(path, "rb+") as file:
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)

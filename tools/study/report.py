@@ -4,7 +4,6 @@ import math
 import os
 import shlex
 import statistics
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Tuple
 
@@ -12,20 +11,17 @@ import numpy as np
 from detectron2.config import CfgNode
 from matplotlib.figure import Figure
 from scipy import stats
-from tqdm import tqdm
 
-from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.config import load_config
-from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, read_metrics, save_figure
 from gng_d2.norm_names import without_ws
 
 from . import ROOT
-from .comparison import Comparison, Run, time_iteration
+from .comparison import Comparison, Run
 from .paper import TABLE_5, TABLE_6
 from .rows import differences, markdown, mean_and_std, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "plan", "write_report"]
+__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "write_report"]
 
 # in percent, by their names in Detectron2
 METRICS = {
@@ -343,33 +339,3 @@ def _report(comparison, rows, machines):
 
 def _why(run, state):
     return f"failed: {state.reason} ({run.path('output.txt')})" if state.status == "failed" else state.status
-
-
-def plan(comparison: Comparison) -> str:
-    """What the comparison would run, and for how long, from a few iterations under each norm."""
-    solver, runs = comparison.cfg.SOLVER, comparison.runs
-    lines, hours = [], 0.0
-    for norm in tqdm(comparison.norms, desc="timing a few iterations", unit="norm"):
-        left = sum(solver.MAX_ITER - comparison.iterations_done(run) for run in runs if run.norm == norm)
-        groups = None
-        try:
-            groups = _groups(comparison.norm_cfg(norm))
-            seconds = time_iteration(comparison, norm)
-            hours += seconds * left / 3600
-            time = f"{seconds:.3f}"
-        except InputError as error:
-            time = f"fails: {error}"
-        lines.append([norm, left, groups, time])
-    return (
-        f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
-        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} "
-        f"process{'es' * (comparison.world_size > 1)}\n"
-        f"{markdown(lines, ['norm', 'iterations left', 'layers x groups', 's/iteration'])}\n"
-        f"{hours:.2g} hours of training on {comparison.machine()}, evaluation not counted"
-    )
-
-
-def _groups(cfg):
-    """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
-    counts = Counter(row.num_groups or row.norm for row in norm_table(build_on_meta(cfg)))
-    return ", ".join(f"{count} x {groups}" for groups, count in counts.items())

@@ -1,0 +1,206 @@
+"""What a comparison would run, and for how long, from a few iterations under each norm."""
+
+import math
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+from scipy import stats
+from tqdm import tqdm
+
+from gng_d2.analysis import build_on_meta, norm_table
+from gng_d2.errors import InputError
+from gng_d2.files import read_metrics
+
+from .comparison import Comparison, Run
+from .processes import Process
+from .rows import markdown
+
+__all__ = ["plan", "time_iteration", "time_evaluation", "NormTimes", "compare_times"]
+
+TIMED = 25  # iterations a round
+ROUNDS = 4
+WATCHED = 20  # seconds of an evaluation
+
+
+def plan(comparison: Comparison, parallel: int = 1) -> str:
+    """The runs, the time of an iteration under each norm with its spread over rounds in turn, and of all that is left
+    to do, evaluation included."""
+    solver, runs = comparison.cfg.SOLVER, comparison.runs
+    times, failures = _time_in_turn(comparison)
+    try:
+        evaluation = time_evaluation(comparison)
+    except InputError as error:
+        evaluation, failures["evaluation"] = 0.0, str(error)
+    lines, hours = [], 0.0
+    for norm, compared in compare_times(times).items():
+        left = sum(solver.MAX_ITER - comparison.iterations_done(run) for run in runs if run.norm == norm)
+        hours += compared.mean * left / 3600
+        lines.append([norm, left, _groups(comparison, norm), *compared.cells()])
+    for norm in comparison.norms:
+        if norm in failures:
+            lines.append([norm, None, None, f"fails: {failures[norm]}", None])
+    evaluations = sum(_evaluations_left(comparison, run) for run in runs)
+    evaluation_hours = evaluations * evaluation / 3600
+    all_hours = hours + evaluation_hours
+    return "\n".join(
+        [
+            f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
+            f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} "
+            f"process{'es' * (comparison.world_size > 1)}",
+            markdown(lines, ["norm", "iterations left", "layers x groups", "s/iteration", "to the first"]),
+            f"s/iteration: mean of {ROUNDS} rounds in turn (fastest to slowest). To the first: the mean of the rounds' "
+            f"ratios with its 95 % interval; where that holds 1, the times cannot be told apart.",
+            *([f"evaluation fails: {failures['evaluation']}"] if "evaluation" in failures else []),
+            f"{all_hours:.2g} hours on {comparison.machine()}: {hours:.2g} of training, {evaluation_hours:.2g} of "
+            f"{evaluations} evaluations of {evaluation:.2g} s (their last step, the scores, not counted)"
+            + f"; {all_hours / parallel:.2g} where {parallel} runs at a time are as fast as one"
+            * (parallel > 1),
+        ]
+    )
+
+
+def _time_in_turn(comparison):
+    """By norm, the seconds per iteration of each round; and why norms failed. The order is another in each round."""
+    times: Dict[str, List[float]] = {norm: [] for norm in comparison.norms}
+    failures: Dict[str, str] = {}
+    with tqdm(total=ROUNDS * len(times), desc="timing a few iterations", unit="job") as bar:
+        for number in range(ROUNDS):
+            for norm in rotated(comparison.norms, number):
+                if norm not in failures:
+                    try:
+                        times[norm].append(time_iteration(comparison, norm))
+                    except InputError as error:
+                        failures[norm] = str(error)
+                bar.update()
+    return {norm: seconds for norm, seconds in times.items() if norm not in failures}, failures
+
+
+def rotated(norms: Sequence[str], number: int) -> List[str]:
+    """``norms`` from another one on for each ``number``, and backwards for every second, so that none follows the
+    same one always."""
+    start = number % len(norms)
+    order = [*norms[start:], *norms[:start]]
+    return order[::-1] if number % 2 else order
+
+
+@dataclass(frozen=True)
+class NormTimes:
+    """Seconds per iteration under a norm."""
+
+    seconds: List[float]  # by round
+    ratio: Optional[float] = None  # to the first norm, in the same round; a geometric mean
+    low: Optional[float] = None  # its 95 % interval
+    high: Optional[float] = None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.seconds)
+
+    def cells(self) -> List[str]:
+        time = f"{self.mean:.3f} ({min(self.seconds):.3f} to {max(self.seconds):.3f})"
+        if self.ratio is None:
+            return [time, "-"]
+        interval = f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return [time, interval + ", not told apart" * (self.low <= 1 <= self.high)]
+
+
+def compare_times(times: Dict[str, List[float]]) -> Dict[str, NormTimes]:
+    """Each norm's times, round by round beside the first norm's: what slows the machine down slows both.
+
+    Args:
+        times: by norm, the seconds per iteration of each of two rounds or more.
+    """
+    compared: Dict[str, NormTimes] = {}
+    for norm, seconds in times.items():
+        if not compared:
+            first = seconds
+            compared[norm] = NormTimes(seconds)
+            continue
+        logs = [math.log(here / there) for here, there in zip(seconds, first)]
+        mean = statistics.fmean(logs)
+        half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+        compared[norm] = NormTimes(seconds, *map(math.exp, (mean, mean - half, mean + half)))
+    return compared
+
+
+def time_iteration(comparison: Comparison, norm: str) -> float:
+    """Seconds per iteration under ``norm``: the median of the last of a few, in a folder that is deleted again.
+
+    Raises:
+        InputError: the job failed; says why.
+    """
+    scale = comparison.world_size / (comparison.norm_cfg(norm).SOLVER.REFERENCE_WORLD_SIZE or comparison.world_size)
+    overrides = [
+        *("SOLVER.MAX_ITER", str(math.ceil(TIMED * scale)), "DATASETS.TEST", "()"),
+        # a step from which no loss explodes
+        *("SOLVER.BASE_LR", "1e-10", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
+        *("SOLVER.WARMUP_ITERS", "0"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(norm, comparison.seeds[0], folder)
+        with Process([*comparison.command(run), *overrides], run.path("output.txt")) as process:
+            process.wait()
+            if process.failure():
+                raise InputError(process.failure())
+        return [record["time"] for record in read_metrics(run.path("metrics.json")) if "time" in record][-1]
+
+
+def time_evaluation(comparison: Comparison) -> float:
+    """Seconds of one evaluation of the first norm's model, untrained: its images, not its scores. Where it is a long
+    one, by its pace in the first :data:`WATCHED` seconds.
+
+    Raises:
+        InputError: the job failed; says why.
+    """
+    if not comparison.cfg.DATASETS.TEST:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(comparison.norms[0], comparison.seeds[0], folder)
+        command = comparison.command(run)
+        command.insert(command.index("--resume"), "--eval-only")
+        with Process(command, os.path.join(folder, "output.txt")) as process:
+            began = None
+            while process.poll() is None:
+                time.sleep(0.5)
+                began = began or (time.monotonic() if evaluation_seconds(process.printed()) else None)
+                if began and time.monotonic() - began > WATCHED:
+                    return evaluation_seconds(process.printed())
+            if process.failure():
+                raise InputError(process.failure())
+            return evaluation_seconds(process.printed())
+
+
+def evaluation_seconds(printed: str) -> float:
+    """What all images of all datasets take, by what Detectron2's evaluation printed; 0 where it printed nothing yet."""
+    done = [_seconds(clock) for clock in re.findall(r"Total inference time: ([\d:.]+)", printed)]
+    going_on = re.findall(
+        r"Inference done \d+/(\d+)\..*Total: ([\d.]+) s/iter", printed.rpartition("Total inference")[2]
+    )
+    return sum(done) + (int(going_on[-1][0]) * float(going_on[-1][1]) if going_on else 0.0)
+
+
+def _seconds(clock):
+    hours, minutes, seconds = map(float, clock.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _evaluations_left(comparison, run):
+    """Detectron2 evaluates every EVAL_PERIOD iterations and after the last one."""
+    last, period = comparison.cfg.SOLVER.MAX_ITER, comparison.cfg.TEST.EVAL_PERIOD
+    done = comparison.iterations_done(run)
+    if not comparison.cfg.DATASETS.TEST or run.recorded_state().status == "finished":
+        return 0
+    return 1 + ((last - 1) // period - min(done, last - 1) // period if period > 0 else 0)
+
+
+def _groups(comparison, norm):
+    """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
+    rows = norm_table(build_on_meta(comparison.norm_cfg(norm)))
+    counts = Counter(row.num_groups or row.norm for row in rows)
+    return ", ".join(f"{count} x {groups}" for groups, count in counts.items())

@@ -1,0 +1,93 @@
+"""A run's training process, which ends with the one that started it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Mapping, Optional, Sequence
+
+from .comparison import Comparison, Run
+
+__all__ = ["Process", "start_training"]
+
+DIE_WITH_PARENT = os.path.join(os.path.dirname(__file__), "die_with_parent.py")
+
+
+def start_training(
+    comparison: Comparison,
+    run: Run,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    environment: Optional[Mapping[str, str]] = None,
+) -> "Process":
+    """Train ``run`` from its last checkpoint on, or one machine's share of it.
+
+    What it prints is in ``output.txt`` of its folder, and of machines but the first in ``output.RANK.txt``.
+
+    Raises:
+        OSError, InputError: its folder cannot be written.
+    """
+    os.makedirs(run.folder, exist_ok=True)
+    if machine_rank == 0:
+        _end_line(run.path("metrics.json"))
+    log = run.path(f"output.{machine_rank}.txt" if machine_rank else "output.txt")
+    return Process(comparison.command(run, machine_rank, dist_url), log, environment)
+
+
+class Process:
+    """A command whose output is appended to the file ``log``. It must not outlive the thread that started it.
+
+    In a ``with`` statement it, and what it started, is killed at the end if it has not ended well by itself.
+
+    Args:
+        environment: its environment variables, by default this process's.
+    """
+
+    def __init__(self, command: Sequence[str], log: str, environment: Optional[Mapping[str, str]] = None):
+        self._log = log
+        with open(log, "ab") as output:
+            self._start = output.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-IS", DIE_WITH_PARENT, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        self.poll, self.wait = self._process.poll, self._process.wait  # as subprocess.Popen's
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.poll() != 0:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self.wait()
+
+    def failure(self) -> Optional[str]:
+        """Why a command that has ended failed: the message of its error. None if it did not fail."""
+        code = self._process.returncode
+        if code == 0:
+            return None
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}" + " (out of memory?)" * (code == -signal.SIGKILL)
+        lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+        return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
+
+    def printed(self) -> str:
+        """What the command printed up to now."""
+        with open(self._log, "rb") as file:
+            file.seek(self._start)
+            return file.read().decode(errors="replace")
+
+
+def _end_line(path):
+    """A killed run may leave half a line, which must not become the start of the next one."""
+    with suppress(FileNotFoundError), open(path, "rb+") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)

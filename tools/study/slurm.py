@@ -1,0 +1,238 @@
+"""Train a comparison's runs as jobs of a Slurm cluster, through submitit.
+
+Each run is a job with one task on each of its machines. The id of its job stands in the run's folder, ``slurm_job``:
+whoever watches the comparison next asks Slurm about it before a run is submitted again. Slurm says whether a run has
+ended, and run.json, which the job writes, how.
+"""
+
+import copy
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence
+
+from gng_d2.errors import InputError
+from gng_d2.files import atomic_open
+from gng_d2.imports import import_modules
+
+from . import ROOT
+from .comparison import Comparison, Run, RunState
+from .processes import start_training
+
+__all__ = ["Slurm", "TrainingJob", "job_of"]
+
+# Slurm's names for how jobs end; all others are of jobs that go on, requeued ones included
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+
+TOOLS = os.path.join(ROOT, "tools")
+
+# how often a run may reach its time limit and go on; submitit's own limit is 3
+TIMEOUTS = 1000
+
+
+class InQueue(NamedTuple):
+    """What squeue says of a job."""
+
+    state: str
+    reason: str
+
+
+class Slurm:
+    """Trains a comparison's runs as jobs, which go on when this process ends.
+
+    Args:
+        parallel: how many run at a time, at most.
+        minutes: a job's time limit. A run that reaches it is requeued and resumes, as one that is preempted does.
+        cpus: of each machine; by default one for each training process and each of its data loader's.
+        parameters: more options of sbatch by name, {"partition": "gpu", "exclusive": True}.
+
+    Raises:
+        InputError: submitit or Slurm is not installed.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        parallel: int = 1,
+        minutes: int = 1440,
+        cpus: Optional[int] = None,
+        parameters: Optional[Mapping[str, object]] = None,
+    ):
+        try:
+            import submitit
+        except ImportError:
+            raise InputError("--cluster slurm needs submitit: pip install submitit") from None
+        if parallel < 1:
+            raise InputError(f"--parallel {parallel}: at least 1")
+        self.comparison, self.parallel = comparison, parallel
+        self.folder = os.path.join(comparison.output, "slurm")  # submitit's files, and what its processes print
+        parameters = dict(parameters or {})
+        device = dict(zip(comparison.overrides[::2], comparison.overrides[1::2])).get("MODEL.DEVICE", "cuda")
+        if device.startswith("cuda") and not any(name == "gres" or name.startswith("gpus") for name in parameters):
+            parameters["gpus-per-node"] = comparison.num_gpus
+        cpus = cpus or comparison.num_gpus * (1 + comparison.cfg.DATALOADER.NUM_WORKERS)
+        try:
+            self._executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=TIMEOUTS)
+        except RuntimeError:
+            raise InputError("--cluster slurm: there is no srun here. Run it where sbatch and squeue work") from None
+        self._settings = {
+            "job_name": "compare",
+            "time": minutes,
+            "nodes": comparison.num_machines,
+            "ntasks_per_node": 1,
+            "cpus_per_task": cpus,
+            "setup": [f"export PYTHONPATH={shlex.quote(TOOLS)}${{PYTHONPATH:+:$PYTHONPATH}}"],  # to find this module
+            # srun takes --cpus-per-task from sbatch in some versions only. A machine that failed ends the others, which
+            # would wait for it
+            "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
+            "additional_parameters": {"requeue": True, **parameters},
+        }
+        self._jobs: Dict[Run, str] = {}
+        self._states: Dict[Run, RunState] = {}
+
+    def start(self, runs: Sequence[Run]) -> None:
+        """Submit the ``runs`` that have no job.
+
+        Raises:
+            InputError: Slurm does not answer, or refuses them.
+        """
+        os.makedirs(self.folder, exist_ok=True)
+        with open(os.path.join(self.folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once on a machine submit one after the other
+            queue = _squeue()
+            jobs = {run: _read(run.path("slurm_job")) for run in runs}
+            self._jobs = {run: job for run, job in jobs.items() if job in queue and queue[job].state not in ENDED}
+            self._states = {run: RunState("queued") for run in runs}
+            self._submit([run for run in runs if run not in self._jobs])
+
+    def _submit(self, runs):
+        if not runs:
+            return
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.helpers import clean_env
+
+        free = max(1, self.parallel - len(self._jobs))
+        self._executor.update_parameters(**self._settings, array_parallelism=free)
+        try:
+            with clean_env(), self._executor.batch():
+                jobs = [self._executor.submit(TrainingJob(self.comparison, run)) for run in runs]
+        except (FailedJobError, FailedSubmissionError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
+            raise InputError(f"sbatch refused the runs: {(lines or [str(error)])[-1]}") from error
+        for run, job in zip(runs, jobs):
+            os.makedirs(run.folder, exist_ok=True)
+            with atomic_open(run.path("slurm_job")) as file:
+                file.write(job.job_id)
+            self._jobs[run] = job.job_id
+
+    def states(self) -> Dict[Run, RunState]:
+        """Of every run that was started. Where Slurm does not answer, as it was before."""
+        try:
+            queue = _squeue()
+        except InputError as error:
+            return {run: RunState(state.status, str(error)) for run, state in self._states.items()}
+        self._states = {run: self._state(run, queue.get(job)) for run, job in self._jobs.items()}
+        return dict(self._states)
+
+    def _state(self, run, job: Optional[InQueue]):
+        if job and job.state in WAITING:
+            return RunState("queued", None if job.reason == "None" else f"Slurm says {job.reason}")
+        if job and job.state not in ENDED:
+            return RunState("running", None if job.state == "RUNNING" else f"Slurm says {job.state}")
+        os.listdir(run.folder)  # makes a network's file system look again
+        state = self.comparison.state(run)
+        if state.status != "not finished":
+            return state
+        if job and job.state == "COMPLETED":
+            return RunState("running", "has ended, and its run.json is not here yet")
+        said = f"ended as {job.state} ({job.reason})" if job else "is unknown to Slurm and left no run.json"
+        state = RunState(
+            "failed", f"job {self._jobs[run]} {said}; its log is {self.folder}/{self._jobs[run]}_0_log.err"
+        )
+        run.record(state)
+        return state
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        going_on = [self._jobs[run] for run, state in self._states.items() if state.status in ("queued", "running")]
+        if going_on and kind is KeyboardInterrupt and _asked(f"\n{len(going_on)} jobs go on. Cancel them? [y/N] "):
+            subprocess.run(["scancel", *going_on], check=False)
+
+
+class TrainingJob:
+    """What each task of a run's job does; submitit requeues it because it has a ``checkpoint``."""
+
+    def __init__(self, comparison: Comparison, run: Run):
+        self.comparison, self.run = copy.copy(comparison), run
+        vars(self.comparison).pop("cfg", None)  # its device is of the machine that submits
+
+    def __call__(self):
+        import submitit
+
+        job = submitit.JobEnvironment()
+        rank, url = job.global_rank, "auto"
+        if self.comparison.num_machines > 1:
+            url = f"tcp://{job.hostnames[0]}:{10000 + int(job.raw_job_id) % 20000}"  # below the ports given by chance
+        import_modules(self.comparison.imports)
+        if rank == 0 and self.run.recorded_state().status == "failed":
+            os.remove(self.run.path("run.json"))
+        with start_training(self.comparison, self.run, rank, url) as process:
+            code = process.wait()
+        if code == -signal.SIGTERM:  # from Slurm, which then kills or requeues this job: it has not failed by itself
+            time.sleep(600)
+        reason = process.failure()
+        # of several that fail, the first: the others lose the connection
+        if (reason or rank == 0) and self.run.recorded_state().status == "not finished":
+            self.run.record(RunState("failed" if reason else "finished", reason, self.comparison.machine()))
+        if reason:
+            sys.exit(reason)
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def job_of(run: Run) -> Optional[str]:
+    """The id of the job that trains ``run``, or will; None if there is none."""
+    job = _read(run.path("slurm_job"))
+    if job is None or shutil.which("squeue") is None:
+        return None
+    known = _squeue().get(job)
+    return job if known and known.state not in ENDED else None
+
+
+def _squeue() -> Dict[str, InQueue]:
+    """What Slurm knows of this user's jobs, those included that ended some minutes ago."""
+    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"squeue: {error}") from error
+    if done.returncode:
+        raise InputError(f"squeue: {done.stderr.strip()}")
+    return {job: InQueue(*rest) for job, *rest in (line.strip().split("|", 2) for line in done.stdout.splitlines())}
+
+
+def _read(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _asked(question):
+    try:
+        return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
+    except (KeyboardInterrupt, EOFError):
+        return False

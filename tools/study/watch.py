@@ -1,0 +1,82 @@
+"""Watch a comparison's runs, wherever they are trained, in one table."""
+
+import datetime
+import shutil
+import sys
+import time
+from typing import IO, Dict, Iterator, Optional, Union
+
+from tabulate import tabulate
+
+from gng_d2.files import last_record
+
+from .comparison import Comparison, Run, RunState
+from .local import Local
+from .slurm import Slurm
+
+__all__ = ["train_all", "StatusTable"]
+
+
+def train_all(cluster: Union[Local, Slurm], seconds: float = 1.0) -> Iterator[Run]:
+    """Train on ``cluster`` what is not finished, and yield each run that ends. One that fails takes no other down.
+
+    Args:
+        seconds: between two looks at the runs.
+    """
+    comparison = cluster.comparison
+    states = {run: comparison.state(run) for run in comparison.runs}
+    left = [run for run in comparison.runs if states[run].status != "finished"]
+    table = StatusTable(comparison)
+    cluster.start(left)
+    while left:
+        states.update(cluster.states())
+        table.show(states)
+        ended = [run for run in left if states[run].status not in ("queued", "running")]
+        for run in ended:
+            left.remove(run)
+            yield run
+        if not ended:
+            time.sleep(seconds)
+
+
+class StatusTable:
+    """The runs of a comparison, drawn in place on a terminal. Elsewhere, in a file say, a line for each change."""
+
+    def __init__(self, comparison: Comparison, file: Optional[IO] = None):
+        self._comparison, self._file = comparison, file or sys.stdout
+        self._drawn, self._said = 0, {}
+
+    def show(self, states: Dict[Run, RunState]) -> None:
+        rows = [self._row(run, state) for run, state in states.items()]
+        if self._file.isatty():
+            self._draw(tabulate(rows, ["run", "", "iteration", "left", ""], tablefmt="plain").splitlines())
+        else:
+            for row in rows:
+                self._say(*row)
+        self._file.flush()
+
+    def _row(self, run, state):
+        """Run, status, iteration, time left, and why."""
+        total = self._comparison.cfg.SOLVER.MAX_ITER
+        iteration = f"{self._comparison.iterations_done(run)} of {total}"
+        seconds = last_record(run.path("metrics.json")).get("eta_seconds") if state.status == "running" else None
+        left = "" if seconds is None else str(datetime.timedelta(seconds=int(seconds)))
+        log = f" ({run.path('output.txt')})" if state.status == "failed" else ""
+        return str(run), state.status, iteration, left, (state.reason or "") + log
+
+    def _draw(self, lines):
+        width, height = shutil.get_terminal_size()
+        if len(lines) >= height:  # what scrolled away cannot be drawn again
+            lines = [*lines[: height - 2], f"and {len(lines) - height + 2} more"]
+        up = f"\x1b[{self._drawn}A" if self._drawn else ""
+        self._file.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[0J")
+        self._drawn = len(lines)
+
+    def _say(self, run, status, iteration, left, reason):
+        done, _, total = iteration.partition(" of ")
+        change = status, reason, 10 * int(done) // int(total)  # a line at each tenth too
+        if self._said.get(run) != change:
+            self._said[run] = change
+            words = [f"{run}: {status}", f"at iteration {iteration}" * (status == "running")]
+            words += [f"{left} left" * bool(left), reason]
+            print(", ".join(filter(None, words)), file=self._file)
