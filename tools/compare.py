@@ -71,12 +71,13 @@ def _add_slurm(group):
         "--slurm-cpus", type=int, metavar="N", help="of each machine; default: one a process and data-loader worker"
     )
     group.add_argument(
-        "--slurm-options",
-        nargs="+",
+        "--slurm-option",
+        action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="more of sbatch's: constraint=a100 mem=0 exclusive. Without gres or gpus-... among them a job asks for "
-        "--num-gpus GPUs of each machine, and for none if MODEL.DEVICE cpu is given",
+        help="another of sbatch's, and again for one more: --slurm-option constraint=a100 --slurm-option exclusive. "
+        "Without gres or gpus-... among them a job asks for --num-gpus GPUs of each machine, and with MODEL.DEVICE cpu "
+        "for none",
     )
 
 
@@ -87,7 +88,7 @@ def cluster_of(args, comparison):
 
     if args.cluster == "local":
         return Local(comparison, args.parallel, args.machine_rank, args.dist_url)
-    options = [option.partition("=") for option in args.slurm_options]
+    options = [option.partition("=") for option in args.slurm_option]
     parameters = {name.lstrip("-"): value if equals else True for name, equals, value in options}
     for name in ("partition", "account"):
         if getattr(args, f"slurm_{name}"):

@@ -116,12 +116,11 @@ class Slurm:
         if not runs:
             return
         from submitit.core.utils import FailedJobError, FailedSubmissionError
-        from submitit.helpers import clean_env
 
         free = max(1, self.parallel - len(self._jobs))
         self._executor.update_parameters(**self._settings, array_parallelism=free)
         try:
-            with clean_env(), self._executor.batch():
+            with self._executor.batch():
                 jobs = [self._executor.submit(TrainingJob(self.comparison, run)) for run in runs]
         except (FailedJobError, FailedSubmissionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
@@ -163,7 +162,7 @@ class Slurm:
         return self
 
     def __exit__(self, kind, *error):
-        going_on = [self._jobs[run] for run, state in self._states.items() if state.status in ("queued", "running")]
+        going_on = [job for run, job in self._jobs.items() if self._states[run].status in ("queued", "running")]
         if going_on and kind is KeyboardInterrupt and _asked(f"\n{len(going_on)} jobs go on. Cancel them? [y/N] "):
             subprocess.run(["scancel", *going_on], check=False)
 

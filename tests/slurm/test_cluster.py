@@ -1,0 +1,117 @@
+"""Comparisons as jobs of a real Slurm, on this machine (cluster.py)."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import quick_models
+
+from study.report import ComparisonRow
+from study.rows import read_rows
+
+sys.path.insert(0, os.path.dirname(__file__))
+from cluster import cluster, missing
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"no {', '.join(missing())} here: apt install slurm-wlm munge"),
+]
+
+CONFIG = "configs/quick/pfpn_gn.yaml"
+TINY = [*quick_models.TRAINING, "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2", "MODEL.DEVICE", "cpu"]
+TINY += ["DATALOADER.NUM_WORKERS", "0"]
+
+# Preempts one run, as a cluster would: by submitit's signal, in its third iteration, after a checkpoint
+PREEMPT = """
+import os, subprocess, time
+from gng_d2.engine import Trainer
+
+step = Trainer.run_step
+
+def run_step(self):
+    step(self)
+    mark = os.path.join(self.cfg.OUTPUT_DIR, "preempted")
+    if "SLURM_JOB_ID" in os.environ and mark.endswith("PGN/seed_1/preempted") and self.iter == 2:
+        if not os.path.exists(mark):
+            open(mark, "w").close()
+            subprocess.run(["scancel", "--signal=USR2", os.environ["SLURM_JOB_ID"]], check=True)
+            time.sleep(600)
+
+Trainer.run_step = run_step
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(shapes):
+    with cluster() as environment:
+        yield {**environment, "OMP_NUM_THREADS": "1"}
+
+
+def command(output, norms, seeds, *options, overrides=TINY):
+    given = ["--config-file", CONFIG, "--norms", *norms, "--seeds", *seeds, "--output", str(output), *options]
+    return [sys.executable, "-W", "ignore", "tools/compare.py", *given, *overrides]
+
+
+def compare(environment, *given, **more):
+    done = subprocess.run(command(*given, **more), env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+ON_SLURM = ("--cluster", "slurm", "--slurm-cpus", "1", "--slurm-time", "30")
+
+
+def jobs(folder):
+    return {str(path.parent): path.read_text() for path in Path(folder).glob("*/*/slurm_job")}
+
+
+def test_on_slurm_a_comparison_ends_with_the_table_of_this_machine(slurm, tmp_path):
+    """With a run that is preempted while it trains, and a watching process that is killed and started again."""
+    preempt = tmp_path / "preempt.py"
+    preempt.write_text(PREEMPT)
+    given = ["GN", "PGN"], ["0", "1"], "--import", str(preempt), "--parallel", "2"
+    there, here = tmp_path / "slurm", tmp_path / "local"
+
+    with subprocess.Popen(command(there, *given, *ON_SLURM), env=slurm, stdout=subprocess.DEVNULL) as watching:
+        end = time.monotonic() + 120
+        while len(jobs(there)) < 4 and time.monotonic() < end and watching.poll() is None:
+            time.sleep(0.1)
+        watching.kill()
+    submitted = jobs(there)
+    assert len(submitted) == 4
+    printed = compare(slurm, there, *given, *ON_SLURM)
+    assert jobs(there) == submitted
+    assert "PGN seed 1: queued" in printed and "PGN seed 1: finished" in printed
+
+    compare(slurm, here, *given)
+    rows, expected = (
+        [replace(row, machine="") for row in read_rows(folder / "results.json", ComparisonRow)]
+        for folder in (there, here)
+    )
+    assert rows == expected and all(row.seeds == [0, 1] for row in rows)
+    assert (there / "PGN/seed_1/preempted").exists() and not (here / "PGN/seed_1/preempted").exists()
+    assert "Starting training from iteration 2" in (there / "PGN/seed_1/log.txt").read_text()
+
+
+def test_a_run_takes_two_machines(slurm, tmp_path):
+    overrides = [*TINY, "DATASETS.TEST", "()"]
+    compare(slurm, tmp_path, ["PGN"], ["0"], "--num-machines", "2", *ON_SLURM, overrides=overrides)
+    assert "World size: 2" in (tmp_path / "PGN/seed_0/log.txt").read_text()
+    assert re.search(r"Rank of current process: 1", (tmp_path / "PGN/seed_0/log.txt.rank1").read_text())
+
+
+def test_what_a_job_waits_for_is_said_and_a_cancelled_one_has_failed(slurm, tmp_path):
+    waits = [*ON_SLURM, "--slurm-option", "begin=now+1hour"]
+    with subprocess.Popen(
+        command(tmp_path, ["GN"], ["0"], *waits), env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watching:
+        lines = [watching.stdout.readline() for _ in range(1)]
+        assert lines == ["GN seed 0: queued, Slurm says BeginTime\n"]
+        subprocess.run(["scancel", *jobs(tmp_path).values()], env=slurm, check=True)
+        out, err = watching.communicate(timeout=60)
+    assert re.search(r"GN seed 0: failed: job \d+ ended as CANCELLED", out) and "1 of 1 runs failed" in err
