@@ -3,13 +3,14 @@
 # make quick   runs the tests that are not slow, in less than 90 s
 # make lint    checks the format and the code, changing nothing
 # make docs    makes the pages of docs/ a site, in docs/_build
+# make slurm-test runs comparisons on a Slurm cluster of this machine alone, made for it; installs no Slurm
 # make results writes docs/results.md from the measurements in docs/results
 # Each makes .venv first if it is not there; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick lint docs results
+.PHONY: demo test quick lint docs slurm-test results
 demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
@@ -25,6 +26,10 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -W ignore -m sphinx -q -W --keep-going -b html docs docs/_build
+
+slurm-test: $(INSTALLED)
+	$(VENV)/bin/python tests/slurm/cluster.py sinfo
+	$(VENV)/bin/python -m pytest -q tests/slurm
 
 results: $(INSTALLED)
 	$(VENV)/bin/python tools/reproduce.py page

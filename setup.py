@@ -61,6 +61,7 @@ setup(
     extras_require={
         "panoptic": ["panopticapi-lite"],
         "study": ["scipy"],
+        "slurm": ["submitit>=1.5"],
         "test": ["pytest", "expecttest", "scipy", "timm", "segmentation_models_pytorch==0.6.0"],
     },
 )

@@ -82,11 +82,11 @@ def _time_in_turn(comparison):
 
 
 def rotated(norms: Sequence[str], number: int) -> List[str]:
-    """``norms`` from another one on for each ``number``, and backwards for every second, so that none follows the
-    same one always."""
+    """``norms`` from another one on for each ``number``, and every second time the others backwards: none is always
+    the first, or always after the same one."""
     start = number % len(norms)
-    order = [*norms[start:], *norms[:start]]
-    return order[::-1] if number % 2 else order
+    first, *others = [*norms[start:], *norms[:start]]
+    return [first, *others[::-1]] if number % 2 else [first, *others]
 
 
 @dataclass(frozen=True)
