@@ -63,9 +63,8 @@ def _add_slurm(group):
     group.add_argument(
         "--slurm-time",
         type=int,
-        default=1440,
         metavar="MIN",
-        help="a job's time limit; a run that needs longer is requeued and goes on; default: %(default)s",
+        help="a job's time limit; a run that needs longer is requeued and goes on; default: 1440",
     )
     group.add_argument(
         "--slurm-cpus", type=int, metavar="N", help="of each machine; default: one a process and data-loader worker"
@@ -73,7 +72,6 @@ def _add_slurm(group):
     group.add_argument(
         "--slurm-option",
         action="append",
-        default=[],
         metavar="NAME=VALUE",
         help="another of sbatch's, and again for one more: --slurm-option constraint=a100 --slurm-option exclusive. "
         "Without gres or gpus-... among them a job asks for --num-gpus GPUs of each machine, and with MODEL.DEVICE cpu "
@@ -83,17 +81,22 @@ def _add_slurm(group):
 
 def cluster_of(args, comparison):
     """Where the runs are trained."""
+    from gng_d2.errors import InputError
     from study.local import Local
     from study.slurm import Slurm
 
+    slurm = {name: value for name, value in vars(args).items() if name.startswith("slurm_") and value is not None}
     if args.cluster == "local":
+        if slurm:
+            raise InputError(f"--{min(slurm).replace('_', '-')} is for --cluster slurm")
         return Local(comparison, args.parallel, args.machine_rank, args.dist_url)
-    options = [option.partition("=") for option in args.slurm_option]
+    if args.machine_rank or args.dist_url != "auto":
+        raise InputError("--machine-rank, --dist-url: Slurm gives each machine its own")
+    options = [option.partition("=") for option in slurm.pop("slurm_option", ())]
     parameters = {name.lstrip("-"): value if equals else True for name, equals, value in options}
-    for name in ("partition", "account"):
-        if getattr(args, f"slurm_{name}"):
-            parameters[name] = getattr(args, f"slurm_{name}")
-    return Slurm(comparison, args.parallel, args.slurm_time, args.slurm_cpus, parameters)
+    minutes, cpus = slurm.pop("slurm_time", 1440), slurm.pop("slurm_cpus", None)
+    parameters.update({name.removeprefix("slurm_"): value for name, value in slurm.items()})
+    return Slurm(comparison, args.parallel, minutes, cpus, parameters)
 
 
 def main():

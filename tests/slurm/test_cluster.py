@@ -95,6 +95,7 @@ def test_on_slurm_a_comparison_ends_with_the_table_of_this_machine(slurm, tmp_pa
     )
     assert rows == expected and all(row.seeds == [0, 1] for row in rows)
     assert (there / "PGN/seed_1/preempted").exists() and not (here / "PGN/seed_1/preempted").exists()
+    assert all((there / "slurm" / f"{job}_0_log.err").exists() for job in submitted.values())
     assert "Starting training from iteration 2" in (there / "PGN/seed_1/log.txt").read_text()
 
 

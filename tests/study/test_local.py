@@ -22,7 +22,8 @@ from study.watch import StatusTable, train_all
 
 def train(cluster):
     """The states of the runs in the order in which they ended."""
-    ended = list(train_all(cluster, seconds=0.01))
+    cluster.pause = 0.01
+    ended = list(train_all(cluster))
     return [(str(run), cluster.states()[run].status) for run in ended]
 
 

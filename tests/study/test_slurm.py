@@ -1,5 +1,6 @@
 """Runs as jobs, on a Slurm whose commands say what a test wants. A real one: tests/slurm."""
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -186,6 +187,9 @@ def test_a_runs_own_reason_stands_and_only_once_its_job_has_ended(fake, small):
     assert said(cluster)[0].status == "queued"
     fake.queue(job_11="FAILED|NonZeroExitCode")
     assert said(cluster) == [RunState("failed", "the loss is not finite")]
+    cluster = started(small(["GN"], [0]))  # once more: the old reason is none of the new job's
+    fake.queue(job_12="CANCELLED|None")
+    assert "job 12 ended as CANCELLED" in said(cluster)[0].reason
 
 
 @needs_submitit
@@ -216,10 +220,10 @@ def test_a_run_that_a_job_trains_is_not_trained_here(job, fake, small):
     comparison = small(["GN"], [0])
     started(comparison)
     cluster = Local(comparison)
-    list(train_all(cluster, seconds=0.01))
+    list(train_all(cluster))
     assert list(cluster.states().values()) == [RunState("left", "Slurm's job 11 trains it")]
     fake.queue()
-    list(train_all(Local(comparison), seconds=0.01))
+    list(train_all(Local(comparison)))
     assert comparison.state(comparison.runs[0]).status == "finished"
 
 
@@ -313,3 +317,37 @@ def test_submitit_requeues_a_job(small):
     job = TrainingJob(comparison, comparison.runs[0])
     delayed = submitit.helpers.DelayedSubmission(job)._checkpoint_function()
     assert isinstance(delayed, submitit.helpers.DelayedSubmission) and delayed.function is job
+
+
+# the command line
+
+
+def cluster_of(monkeypatch, comparison, *words):
+    compare = importlib.import_module("compare")
+    given = ["--config-file", "C", "--norms", "GN", "--seeds", "0", "--output", "O", *words]
+    monkeypatch.setattr("sys.argv", ["compare.py", *given])
+    return compare.cluster_of(compare.parse_args(), comparison)
+
+
+@needs_submitit
+def test_the_flags_reach_slurm(fake, small, monkeypatch):
+    flags = "--cluster slurm --slurm-partition p --slurm-account a --slurm-time 7 --slurm-cpus 3 --parallel 2"
+    flags += " --slurm-option mem=0 --slurm-option exclusive"
+    comparison = small()
+    cluster_of(monkeypatch, comparison, *flags.split()).start(comparison.runs)
+    expected = "partition=p account=a time=7 cpus-per-task=3 array=0-3%2 mem=0 exclusive".split()
+    assert {f"#SBATCH --{option}" for option in expected} <= {*fake.read("script").splitlines()}
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--slurm-time", "5"], "--slurm-time is for --cluster slurm"),
+        (["--cluster", "slurm", "--machine-rank", "1"], "--machine-rank, --dist-url: Slurm gives"),
+        (["--cluster", "slurm", "--parallel", "0"], "--parallel 0: at least 1"),
+    ],
+)
+def test_flags_of_the_other_cluster_are_refused(words, message, fake, small, monkeypatch):
+    with pytest.raises(InputError, match=message):
+        cluster_of(monkeypatch, small(), *words)

@@ -30,6 +30,8 @@ class Local:
         InputError: this machine has too little for as many runs, or ``dist_url`` is missing.
     """
 
+    pause = 1.0  # seconds between two looks at the runs
+
     def __init__(self, comparison: Comparison, parallel: int = 1, machine_rank: int = 0, dist_url: str = "auto"):
         if comparison.num_machines > 1 and dist_url == "auto":
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")

@@ -57,6 +57,8 @@ class Slurm:
         InputError: submitit or Slurm is not installed.
     """
 
+    pause = 5.0  # seconds between two looks at the runs: every user's squeue is work for the same slurmctld
+
     def __init__(
         self,
         comparison: Comparison,
@@ -118,6 +120,9 @@ class Slurm:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         free = max(1, self.parallel - len(self._jobs))
+        for run in runs:
+            os.makedirs(run.folder, exist_ok=True)
+            _forget_failure(run)
         self._executor.update_parameters(**self._settings, array_parallelism=free)
         try:
             with self._executor.batch():
@@ -126,7 +131,6 @@ class Slurm:
             lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
             raise InputError(f"sbatch refused the runs: {(lines or [str(error)])[-1]}") from error
         for run, job in zip(runs, jobs):
-            os.makedirs(run.folder, exist_ok=True)
             with atomic_open(run.path("slurm_job")) as file:
                 file.write(job.job_id)
             self._jobs[run] = job.job_id
@@ -182,8 +186,8 @@ class TrainingJob:
         if self.comparison.num_machines > 1:
             url = f"tcp://{job.hostnames[0]}:{10000 + int(job.raw_job_id) % 20000}"  # below the ports given by chance
         import_modules(self.comparison.imports)
-        if rank == 0 and self.run.recorded_state().status == "failed":
-            os.remove(self.run.path("run.json"))
+        if rank == 0:  # the job's first start may have left one, too
+            _forget_failure(self.run)
         with start_training(self.comparison, self.run, rank, url) as process:
             code = process.wait()
         if code == -signal.SIGTERM:  # from Slurm, which then kills or requeues this job: it has not failed by itself
@@ -220,6 +224,11 @@ def _squeue() -> Dict[str, InQueue]:
     if done.returncode:
         raise InputError(f"squeue: {done.stderr.strip()}")
     return {job: InQueue(*rest) for job, *rest in (line.strip().split("|", 2) for line in done.stdout.splitlines())}
+
+
+def _forget_failure(run):
+    if run.recorded_state().status != "not finished":
+        os.remove(run.path("run.json"))
 
 
 def _read(path):

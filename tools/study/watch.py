@@ -17,12 +17,8 @@ from .slurm import Slurm
 __all__ = ["train_all", "StatusTable"]
 
 
-def train_all(cluster: Union[Local, Slurm], seconds: float = 1.0) -> Iterator[Run]:
-    """Train on ``cluster`` what is not finished, and yield each run that ends. One that fails takes no other down.
-
-    Args:
-        seconds: between two looks at the runs.
-    """
+def train_all(cluster: Union[Local, Slurm]) -> Iterator[Run]:
+    """Train on ``cluster`` what is not finished, and yield each run that ends. One that fails takes no other down."""
     comparison = cluster.comparison
     states = {run: comparison.state(run) for run in comparison.runs}
     left = [run for run in comparison.runs if states[run].status != "finished"]
@@ -36,7 +32,7 @@ def train_all(cluster: Union[Local, Slurm], seconds: float = 1.0) -> Iterator[Ru
             left.remove(run)
             yield run
         if not ended:
-            time.sleep(seconds)
+            time.sleep(cluster.pause)
 
 
 class StatusTable:
