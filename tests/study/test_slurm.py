@@ -126,6 +126,16 @@ def test_what_slurm_refuses_is_said(fake, small):
 
 
 @needs_submitit
+def test_a_file_in_place_of_a_folder_takes_no_other_run_down(fake, small):
+    comparison = small(["GN", "PGN"], [0])
+    Path(comparison.output, "GN").mkdir(parents=True)
+    Path(comparison.runs[0].folder).write_text("")
+    broken, other = said(started(comparison))
+    assert broken.status == "failed" and comparison.runs[0].folder in broken.reason
+    assert other.status == "queued"
+
+
+@needs_submitit
 def test_a_run_that_has_a_job_is_not_submitted_again(fake, small):
     started(small(["GN"], [0, 1]), parallel=4)
     assert [run.path("slurm_job") for run in small(["GN"], [0, 1]).runs if Path(run.path("slurm_job")).exists()]

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Dict, Mapping, NamedTuple, Optional, Sequence
 
 from gng_d2.errors import InputError
@@ -107,7 +108,8 @@ class Slurm:
         """
         os.makedirs(self.folder, exist_ok=True)
         with open(os.path.join(self.folder, "lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once on a machine submit one after the other
+            with suppress(OSError):  # of a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once submit one after the other
             queue = _squeue()
             jobs = {run: _read(run.path("slurm_job")) for run in runs}
             self._jobs = {run: job for run, job in jobs.items() if job in queue and queue[job].state not in ENDED}
@@ -115,14 +117,12 @@ class Slurm:
             self._submit([run for run in runs if run not in self._jobs])
 
     def _submit(self, runs):
+        runs = [run for run in runs if self._prepare(run)]
         if not runs:
             return
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         free = max(1, self.parallel - len(self._jobs))
-        for run in runs:
-            os.makedirs(run.folder, exist_ok=True)
-            _forget_failure(run)
         self._executor.update_parameters(**self._settings, array_parallelism=free)
         try:
             with self._executor.batch():
@@ -135,13 +135,22 @@ class Slurm:
                 file.write(job.job_id)
             self._jobs[run] = job.job_id
 
+    def _prepare(self, run):
+        """Whether the run's folder can be used; why not, is its state."""
+        try:
+            os.makedirs(run.folder, exist_ok=True)
+            _forget_failure(run)
+        except OSError as error:  # a file where its folder should be, say
+            self._states[run] = RunState("failed", str(error))
+        return self._states[run].status != "failed"
+
     def states(self) -> Dict[Run, RunState]:
         """Of every run that was started. Where Slurm does not answer, as it was before."""
         try:
             queue = _squeue()
         except InputError as error:
             return {run: RunState(state.status, str(error)) for run, state in self._states.items()}
-        self._states = {run: self._state(run, queue.get(job)) for run, job in self._jobs.items()}
+        self._states.update({run: self._state(run, queue.get(job)) for run, job in self._jobs.items()})
         return dict(self._states)
 
     def _state(self, run, job: Optional[InQueue]):
