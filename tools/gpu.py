@@ -57,12 +57,12 @@ PARTS = (
     Part(
         "step-cost", "benchmark_train", ("detectron2",), 0.7,
         "--resume --images 2 1 --seconds 3",
-        f"--resume --images 1 --seconds 0.01 --size 64 96 --models pfpn {_SMALL}",
+        f"--models pfpn --resume --images 1 --seconds 0.01 --size 64 96 {_SMALL}",
     ),
     Part(
         "memory", "memory", ("detectron2",), 1.0,
         "--resume --seconds 2",
-        f"--resume --size 64 96 --models pfpn {_SMALL}",
+        f"--models pfpn --resume --size 64 96 {_SMALL}",
     ),
 )  # fmt: skip
 
@@ -128,7 +128,7 @@ def main():
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU was found by PyTorch. --device cpu tries the command at the smallest sizes")
+        sys.exit("error: a CUDA GPU was not found by PyTorch. --device cpu tries the command at the smallest sizes")
     if args.device == "cuda" and missing(["triton"]):
         sys.exit("error: Triton is not there: ours would be PyTorch's own ops, and the numbers those of nothing")
     sys.path.insert(0, ROOT)  # gng_d2, where it is not installed
@@ -137,6 +137,8 @@ def main():
     folder = args.output or os.path.join(ROOT, *(("docs", "results") if args.device == "cuda" else ("output", "gpu")))
     prepare_folder(folder)
     paths = {part.experiment: os.path.join(folder, f"{part.result}_{args.device}.json") for part in PARTS}
+    if args.device == "cpu":
+        print("--device cpu: tries the command; at these sizes its numbers say nothing of the goals")
     became = {}
     for part in PARTS:
         path, lacking = paths[part.experiment], missing(part.needs)

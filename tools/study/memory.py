@@ -24,9 +24,9 @@ from gng_d2.layers.recompute import recompute_norms
 
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .step_cost import MODELS, NORMS, config_of, random_batch
-from .timing import add_timing, keep_freed_memory, milliseconds
+from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds
 
-__all__ = ["MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
+__all__ = ["IF_STOPPED", "MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 
 from .detector_norms import detector_norms
 from .rows import machine, markdown, rows_to_keep, write_rows
-from .timing import add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
+from .timing import IF_STOPPED, add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
 
-__all__ = ["NormCostRow", "implementations", "norm_rows", "table"]
+__all__ = ["IF_STOPPED", "NormCostRow", "implementations", "norm_rows", "table"]
 
 _EPS = 1e-5
 

@@ -11,6 +11,9 @@ from .rows import markdown
 __all__ = ["Choice", "choices", "best_thresholds", "table"]
 
 
+_ANY = 2**31  # more thread blocks than there can be
+
+
 @dataclass(frozen=True)
 class Choice:
     """An input, the op that the rule chose for it, and the times of both."""
@@ -78,7 +81,7 @@ def best_thresholds(found: List[Choice]) -> Optional[Tuple[int, int, float, floa
 
     candidates = [
         (lost(lambda c: c.thread_blocks < blocks and c.group_size >= size), blocks, size)
-        for blocks in sorted({choice.thread_blocks for choice in found} | {2**31})
+        for blocks in sorted({choice.thread_blocks for choice in found} | {_ANY})
         for size in sorted({choice.group_size for choice in found})
     ]
     least, blocks, size = min(candidates)
@@ -107,9 +110,8 @@ def table(rows: List[NormCostRow]) -> str:
     best = best_thresholds(found)
     if best:
         blocks, size, least, now = best
-        limit = "at any number of images x groups" if blocks == 2**31 else f"below {blocks} images x groups"
-        text.append(
-            f"On the contiguous ones it loses {now - 1:.1%} to the faster op of each. Least, {least - 1:.1%}, is lost by "
-            f"our kernels {limit} with groups of {size} elements or more."
-        )
+        limit = "whatever images x groups are" if blocks == _ANY else f"where images x groups are below {blocks}"
+        lost = f"On the contiguous inputs it loses {now - 1:.1%} against the faster op of each"
+        other = f"our kernels {limit} and a group has {size} elements or more would lose {least - 1:.1%}"
+        text.append(f"{lost}; {other}." if now - least > 1e-3 else f"{lost}; no other thresholds lose less.")
     return "\n\n".join(text)

@@ -28,9 +28,9 @@ from gng_d2.layers import WSConv2d, standardize_weight
 from gng_d2.ops import set_kernels_enabled
 
 from .rows import machine, markdown, rows_to_keep, write_rows
-from .timing import add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
+from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
 
-__all__ = ["MODELS", "NORMS", "SETUPS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
+__all__ = ["IF_STOPPED", "MODELS", "NORMS", "SETUPS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
 
 MODELS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
