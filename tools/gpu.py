@@ -4,10 +4,10 @@
     python3 tools/gpu.py                # nine minutes; `make gpu`, where the environment of this project is
     python3 tools/gpu.py --device cpu   # the same at the smallest sizes, to try it: its numbers say nothing
 
-Needs PyTorch 2.4 or newer with Triton, NumPy, tabulate and tqdm; pytest for the tests; Detectron2 for training steps and
-their memory. What is missing is named, and the other parts run. Each part is a process of its own, with its share of the
-time that is left; it writes its JSON as it goes, so that the same command goes on where it was: the tests run again,
-measurements that are there are kept. After a change to the kernels, --anew measures all again.
+Needs PyTorch 2.4 or newer with Triton, NumPy, tabulate and tqdm; pytest for the tests; Detectron2 for training steps
+and their memory. What is missing is named, and the other parts run. Each part is a process of its own with a share of
+the time that is left, and writes its JSON as it goes, so that the same command goes on where it was: the tests run
+again, measurements that are there are kept. After a change to the kernels, --anew measures all again.
 
 The JSON is what tools/reproduce.py page reads. Ends with exit status 1 if a test fails or a part breaks.
 """

@@ -5,16 +5,13 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from gng_d2 import WSConv2d
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.ops import cpu_kernels, standardize_weight, weight_standardization, weight_standardization_cpu
-from gng_d2.ops.weight_standardization import _standardize
+from gng_d2.ops import standardize_weight
 
 
 @pytest.mark.parametrize("name, groups", [("PGN+WS", 64), ("GN+WS", 32), ("GN16+WS", 16), ("GN1+WS", 1)])
@@ -101,5 +98,3 @@ def test_autocast_standardizes_in_float32():
         out = conv(torch.randn(1, 12, 5, 5))
     assert torch.equal(inside, standardize_weight(conv.weight)) and inside.dtype == torch.float32
     assert out.isfinite().all()
-
-

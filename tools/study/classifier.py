@@ -339,7 +339,8 @@ def add_arguments(parser) -> None:
         "--data",
         required=True,
         metavar="ROOT",
-        help=f"folder with a folder of images for each class; {PET} is downloaded to it if missing",
+        help="folder with a folder of images for each class, of Caltech-101 (https://data.caltech.edu/records/"
+        f"mzrjq-6wc02) its 101_ObjectCategories; {PET} is downloaded to it if missing",
     )
     parser.add_argument(
         "--classes", type=int, metavar="N", help="only the N classes with the fewest images; default: all"

@@ -289,7 +289,9 @@ def main(args) -> None:
         if job not in done:
             dtype, layout, shape, num_groups = job
             setting = getattr(torch, dtype), layout == "channels_last"
-            measured = norm_rows(shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations)
+            measured = norm_rows(
+                shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations
+            )
             rows += measured
             if args.json:
                 write_rows(args.json, rows)

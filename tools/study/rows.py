@@ -74,7 +74,9 @@ def rows_to_keep(args, row_type: Type[Row]) -> List[Row]:
     here = machine(args.device)
     others = {row.machine for row in rows} - {here}
     if others:
-        raise InputError(f"--resume: {args.json} holds rows of {', '.join(others)}; this is {here}. Name another --json")
+        raise InputError(
+            f"--resume: {args.json} holds rows of {', '.join(others)}; this is {here}. Name another --json"
+        )
     return rows
 
 

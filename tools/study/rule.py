@@ -96,8 +96,8 @@ def table(rows: List[NormCostRow]) -> str:
     wrong = sorted((c for c in found if c.right is False), key=lambda c: -abs(math.log(c.kernels / c.pytorch)))
     right = sum(c.right is True for c in found)
     text = [
-        f"The rule chose the faster op on {right} of {len(found)} inputs, the slower on {len(wrong)}; on the others the "
-        "two cannot be told apart."
+        f"The rule chose the faster op on {right} of {len(found)} inputs and the slower on {len(wrong)}; on the others "
+        "the two cannot be told apart."
     ]
     if wrong:
         lines = [
