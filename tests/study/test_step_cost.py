@@ -58,7 +58,7 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
         assert (row.share_of_weight_standardization > 0) == row.norm.endswith("+WS")
     line = line_of(out, "pfpn    | PGN     ")
     assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times['PGN']:.3f}"
-    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops ")
+    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops")
 
     monkeypatch.setattr(step_cost, "step_rows", None)  # would be called
     assert reproduce(*command, "--resume", *SMALL) == out and read_rows(path, step_cost.StepCostRow) == rows

@@ -226,7 +226,10 @@ def train(
 
     def stop_in_time(trainer):
         if time.monotonic() > until and trainer.iter + 1 < trainer.max_iter:
+            earlier = checkpointer.get_all_checkpoint_files()
             checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+            for path in set(earlier) - {checkpointer.get_checkpoint_file()}:
+                os.remove(path)
             raise _TimeIsOver
 
     trainer = (AMPTrainer if run.amp else SimpleTrainer)(model, batches(), optimizer)
