@@ -256,7 +256,7 @@ def test_compiles_without_a_graph_break(kernels):
 
 
 def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
-    x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128))
+    x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128, road="cpu_road"))
     assert op_module._backend(x, 1, weight, bias, 1e-5) is group_norm_cpu or not cpu_kernels.is_compiled()
 
     class Norm(torch.nn.Module):

@@ -26,7 +26,7 @@ def test_triton_compiles_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_the_norms_of_a_detector(dtype, most, layout):
     for shape, num_groups in detector_norms(2, 800, 1216):
         x, dy = (torch.randn(shape, device="cuda").to(dtype, memory_format=layout) for _ in range(2))

@@ -117,7 +117,6 @@ def test_stopped_and_resumed_is_as_never_stopped(small_resnet, root, tmp_path):
     assert train(run_of(), images, cut, on_step=done.append) == error and done == [13]
 
 
-@pytest.mark.slow
 def test_when_its_time_is_over_it_writes_a_checkpoint_and_goes_on_from_there(small_resnet, root, tmp_path):
     images, whole, cut = load_images("colors", root), str(tmp_path / "whole"), str(tmp_path / "cut")
     error = train(run_of(), images, whole)

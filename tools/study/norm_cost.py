@@ -119,7 +119,8 @@ def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
         known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS), True)
     if device == "cuda":
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
-            known[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
+            with suppress(RuntimeError):  # an older inductor lacks the option
+                known[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
     for name, (adapter, module, attribute, has_backward) in _OTHERS.items():
         with suppress(ImportError, AttributeError):
             op = importlib.import_module(module)
