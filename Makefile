@@ -5,12 +5,17 @@
 # make docs    makes the pages of docs/ a site, in docs/_build
 # make slurm-test runs comparisons on a Slurm cluster of this machine alone, made for it; installs no Slurm
 # make results writes docs/results.md from the measurements in docs/results
+# make gpu     tests and measures the kernels on a GPU, in MINUTES=9; DEVICE=cpu tries it, ANEW=1 forgets what was measured
+# make gpu-train  trains Table 4's classifiers on Caltech-101 for MINUTES=9, DATA=its folders of classes; DEVICE=cpu tries it
 # Each makes .venv first if it is not there; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+DEVICE ?= cuda
+MINUTES ?= 9
+DATA ?= $(or $(DETECTRON2_DATASETS),datasets)/caltech101
 
-.PHONY: demo test quick lint docs slurm-test results
+.PHONY: demo test quick lint docs slurm-test results gpu gpu-train
 demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
@@ -33,6 +38,16 @@ slurm-test: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(VENV)/bin/python tools/reproduce.py page
+
+gpu: $(INSTALLED)
+	$(VENV)/bin/python tools/gpu.py --device $(DEVICE) --minutes $(MINUTES) $(if $(ANEW),--anew)
+
+RESULTS_cuda := docs/results
+RESULTS_cpu := output
+SIZES_cpu := --classes 2 --epochs 1 --image-size 64 --batch-size 8 --seeds 0
+gpu-train: $(INSTALLED)
+	$(VENV)/bin/python tools/reproduce.py table4 --data $(DATA) --device $(DEVICE) --minutes $(MINUTES) $(SIZES_$(DEVICE)) \
+		--output output/classifier_$(DEVICE) --json $(RESULTS_$(DEVICE))/classifier_caltech101.json
 
 $(INSTALLED): constraints.txt setup.py pyproject.toml tools/make_venv.py gng_d2/ops/cpu_kernels.c
 	$(PYTHON) tools/make_venv.py $(VENV)

@@ -55,6 +55,14 @@ def test_who_may_import_whom(path):
         assert not [m for m in found if below(m, "detectron2.config", "yacs")]
 
 
+def test_what_make_gpu_runs_needs_no_detectron2():
+    marked = {path for path in Path("tests").rglob("test_*.py") if re.search(r"mark\.gpu\b", path.read_text())}
+    assert marked - {Path(__file__).relative_to(Path.cwd())} <= {*Path("tests/ops").glob("*.py")}
+    needed = [STUDY / f"{name}.py" for name in ("kernel_tests", "norm_cost", "goals", "rule", "rows", "timing")]
+    for path in (*Path("tests/ops").glob("*.py"), *needed, STUDY / "detector_norms.py"):
+        assert not [m for m in imports(path) if below(m, "detectron2", "gng_d2.config", "study.step_cost")], path
+
+
 @pytest.mark.parametrize(
     "path, most", [(p, 330) for p in sorted(PACKAGE.rglob("*.py"))] + [(p, 500) for p in sorted(STUDY.glob("*.py"))]
 )

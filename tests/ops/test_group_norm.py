@@ -8,17 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# the import above forbids what Detectron2's default_setup does
-torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu  # noqa: E402
 
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -50,7 +47,14 @@ def gradients(function, leaves):
     return [y, *torch.autograd.grad(y, leaves, torch.cos(y.detach()))]
 
 
-SAMPLES = next(info for info in op_db if info.name == "nn.functional.group_norm")
+@pytest.fixture(scope="module")
+def samples_of_pytorch():
+    pytest.importorskip("expecttest", reason="PyTorch's own samples need expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    # the import above forbids what Detectron2's default_setup does
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    return next(info for info in op_db if info.name == "nn.functional.group_norm")
 
 
 @pytest.fixture
@@ -78,10 +82,11 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", ["sample_inputs", "reference_inputs"])
 @pytest.mark.parametrize("road", ["cpu_road", "kernels"])
-def test_pytorchs_own_samples(samples, road, request):
+def test_pytorchs_own_samples(samples, road, samples_of_pytorch, request):
     request.getfixturevalue(road)
     seen = 0
-    for sample in getattr(SAMPLES, samples)("cpu" if road == "cpu_road" else DEVICE, torch.float32, requires_grad=True):
+    device = "cpu" if road == "cpu_road" else DEVICE
+    for sample in getattr(samples_of_pytorch, samples)(device, torch.float32, requires_grad=True):
         x, (num_groups,), kwargs = sample.input, sample.args, sample.kwargs
         if not x.numel():
             continue  # never gets there
@@ -96,8 +101,8 @@ def test_pytorchs_own_samples(samples, road, request):
     assert seen > 10
 
 
-def test_pytorchs_own_errors():
-    for case in SAMPLES.error_inputs(DEVICE):
+def test_pytorchs_own_errors(samples_of_pytorch):
+    for case in samples_of_pytorch.error_inputs(DEVICE):
         sample = case.sample_input
         with pytest.raises(case.error_type, match=case.error_regex):
             group_norm(sample.input, *sample.args, **sample.kwargs)
@@ -251,7 +256,7 @@ def test_compiles_without_a_graph_break(kernels):
 
 
 def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
-    x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128))
+    x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128, road="cpu_road"))
     assert op_module._backend(x, 1, weight, bias, 1e-5) is group_norm_cpu or not cpu_kernels.is_compiled()
 
     class Norm(torch.nn.Module):

@@ -1,7 +1,9 @@
 """Table 4's job: the real ResNet's norms, and whole runs of a small one on small images of the test's own."""
 
+import glob
 import itertools
 import os
+import time
 
 import numpy as np
 import pytest
@@ -115,6 +117,18 @@ def test_stopped_and_resumed_is_as_never_stopped(small_resnet, root, tmp_path):
     assert train(run_of(), images, cut, on_step=done.append) == error and done == [13]
 
 
+def test_when_its_time_is_over_it_writes_a_checkpoint_and_goes_on_from_there(small_resnet, root, tmp_path):
+    images, whole, cut = load_images("colors", root), str(tmp_path / "whole"), str(tmp_path / "cut")
+    error = train(run_of(), images, whole)
+    done = []
+    assert [train(run_of(), images, cut, on_step=done.append, until=0.0) for _ in range(3)] == [None] * 3
+    assert done == [0, 1, 1, 1, 2, 1]  # a step each time
+    assert os.listdir(cut).count("model_0000002.pth") == len(glob.glob(os.path.join(cut, "*.pth"))) == 1
+    assert train(run_of(), images, cut, until=time.monotonic() + 1000) == error
+    expected, got = final_weights(whole), final_weights(cut)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_the_split_is_of_each_class_and_the_same_every_time(root):
     images = load_images("colors", root)
     assert images.classes == ["blue", "green", "red"]
@@ -170,6 +184,8 @@ def test_the_tool_learns_and_does_no_finished_run_again(small_resnet, root, tmp_
     tool("--norms", "GN", "PGN+WS", "--seeds", 0)
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*/row.json")}
     assert len(finished) == 2
+    out = tool("--norms", "GN", "PGN+WS", "--seeds", 0, 1, "--minutes", 0)
+    assert "2 of 4 runs are finished; the same command goes on where it was" in out
     out = tool("--norms", "GN", "PGN+WS", "--seeds", 0, 1)
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 

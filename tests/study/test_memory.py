@@ -68,3 +68,25 @@ def test_step_times_are_ratios_of_pairs(few_norms, monkeypatch):
     times = list(memory.with_step_times(rows, "cpu", 0.0))
     assert [(row.step_milliseconds, row.step_ratio) for row in times] == [(8, None), (8, None), (10, 1.25)]
     assert pairs == [1, 2] and [row.peak_bytes for row in times] == [row.peak_bytes for row in rows]
+
+
+def test_step_times_that_are_there_stay(monkeypatch):
+    monkeypatch.setattr(memory, "Job", None)  # would be called
+    row = MemoryRow("pfpn", "GN", False, 1, [64, 96], [], 1, 1.0, 1, 1.0, 1, 1.0, "forward", 8.0, None, 4, 2.0, "here")
+    assert list(memory.with_step_times([row], "cpu", 1.0)) == [row]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 11, 16])
+def test_as_many_images_as_fit(most, monkeypatch):
+    class Job:
+        def __init__(self, cfg, recomputed, images, height, width):
+            self.batch, self.optimizer = range(images), torch.optim.SGD([torch.zeros(1)])
+
+        def step(self):
+            if len(self.batch) > most:
+                raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(memory, "Job", Job)
+    monkeypatch.setattr(memory, "random_batch", lambda cfg, images, height, width: range(images))
+    monkeypatch.setattr(memory, "milliseconds", lambda calls, device, seconds: [500.0])
+    assert memory._most_images(None, False, 64, 96) == (most, most / 0.5)

@@ -2,38 +2,12 @@ from statistics import geometric_mean
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from torch import nn
 from torch.nn import functional as F
 
-from gng_d2.config import load_config
+from gng_d2.ops import cpu_kernels
 from study import norm_cost
-from study.rows import read_rows
-
-
-def test_inputs_are_those_of_the_real_model():
-    """The same as a real forward pass on the CPU gives."""
-    overrides = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.WEIGHTS '' MODEL.FPN.OUT_CHANNELS 32"
-    cfg = load_config(
-        "configs/pfpn_pgn.yaml", [*overrides.split(), "MODEL.RESNETS.NORM", "PGN", "MODEL.FPN.NORM", "GN"]
-    )
-    found = norm_cost.norm_inputs(cfg, 1, 64, 96)
-    seen = []
-    model = build_model(cfg)
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_hook(lambda norm, args, y: seen.append((tuple(y.shape), norm.num_groups)))
-    with torch.no_grad():
-        model.sem_seg_head.layers(model.backbone(torch.rand(1, 3, 64, 96)))
-    assert found == list(dict.fromkeys(seen))
-    assert ((1, 64, 32, 48), 1) in found and ((1, 32, 16, 24), 32) in found
-
-
-def test_inputs_of_the_box_head():
-    cfg = load_config("configs/faster_rcnn_pgn_ws.yaml")
-    inputs = norm_cost.norm_inputs(cfg, 2, 800, 1216)
-    assert ((1024, 256, 7, 7), 1) in inputs and ((2, 64, 400, 608), 1) in inputs and ((2, 64, 200, 304), 64) in inputs
-    assert len(set(inputs)) == len(inputs)
+from study.norm_cost import NormCostRow
+from study.rows import read_rows, write_rows
 
 
 def test_rows_of_a_norm():
@@ -45,7 +19,22 @@ def test_rows_of_a_norm():
         assert row.ratio_to_native_gn32 == pytest.approx(row.milliseconds / reference)
         passes = {"forward": 3, "forward+backward": 8}[row.direction]
         assert row.fraction_of_copy_bandwidth == pytest.approx(passes * 64 * 81 * 4 / 1e10 / (row.milliseconds / 1e3))
+        low, high = row.ratio_quartiles
+        assert low <= high and (row.implementation != "native_gn32" or low == high == 1)
+        assert row.kernels is (False if row.implementation == "ours" else None)
     assert {row.implementation for row in rows} >= {"ours", "native", "native_gn32_again", "frozen_bn", "var_mean"}
+
+
+def test_what_is_in_l2_is_not_read_again():
+    assert [norm_cost._passes(direction, 10, l2) for direction in norm_cost._PASSES for l2 in (10, 11)] == [3, 2, 8, 6]
+
+
+@pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")
+def test_whether_the_rule_chose_our_kernels():
+    names = ["our_kernels"]
+    rows = list(norm_cost.norm_rows((1, 64, 64, 64), 1, torch.float32, False, "cpu", 1e10, 0.0, names))
+    assert {row.implementation for row in rows} == {"native_gn32", "native_gn32_again", "native", "ours", *names}
+    assert [row.kernels for row in rows if row.implementation == "ours"] == [True, True]
 
 
 def test_implementations_compute_group_norm():
@@ -58,10 +47,14 @@ def test_implementations_compute_group_norm():
         torch.testing.assert_close(function(x, 3, weight, bias), expected)
 
 
-def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(norm_cost, "norm_inputs", lambda *args: [((1, 32, 4, 4), 1), ((1, 64, 4, 4), 64)])
+@pytest.fixture
+def two_inputs(monkeypatch):
+    monkeypatch.setattr(norm_cost, "detector_norms", lambda *args: [((1, 32, 4, 4), 1), ((1, 64, 4, 4), 64)])
     monkeypatch.setattr(norm_cost, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(norm_cost, "keep_freed_memory", lambda: None)  # for good, in this process
+
+
+def test_the_tool(two_inputs, reproduce, line_of, tmp_path):
     path = tmp_path / "rows.json"
     out = reproduce("norm-cost", "--device", "cpu", "--seconds", 0.001, "--json", path)
     rows = read_rows(path, norm_cost.NormCostRow)
@@ -69,3 +62,22 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     ratios = [row.ratio_to_native_gn32 for row in rows if (row.implementation, row.direction) == ("ours", "forward")]
     expected = [f"{value:.2f}" for value in (geometric_mean(ratios), min(ratios), max(ratios))]
     assert line_of(out, "float32 | contiguous | forward          | ours       ")[4:] == expected
+
+
+def test_resumes_and_keeps_no_rows_of_another_machine(two_inputs, reproduce, tmp_path):
+    path = tmp_path / "rows.json"
+    words = "norm-cost", "--device", "cpu", "--seconds", 0.001, "--json", path, "--resume"
+    reproduce(*words)
+    whole = read_rows(path, NormCostRow)
+    first = [row for row in whole if row.shape[1] == 32]
+    write_rows(path, first)  # as if cut off after it
+    reproduce(*words)
+    resumed = read_rows(path, NormCostRow)
+    assert resumed[: len(first)] == first and len(resumed) == len(whole)
+    assert {row.shape[1] for row in resumed[len(first) :]} == {64}
+
+    path.write_text(path.read_text().replace(first[0].machine, "another"))
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="error: --resume: .*holds rows of another; this is"):
+        reproduce(*words)
+    assert path.read_text() == before

@@ -3,6 +3,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from gng_d2.layers import WSConv2d
+from gng_d2.ops.backends import kernels_may_run
 from study import step_cost
 from study.rows import read_rows
 
@@ -47,14 +48,34 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     ]
     out = reproduce(*command, *SMALL)
     rows = read_rows(path, step_cost.StepCostRow)
-    assert [row.norm for row in rows] == list(step_cost.NORMS)
-    times = {row.norm: row.step_milliseconds for row in rows}
+    assert [(row.norm, row.kernels) for row in rows] == list(step_cost.SETUPS)
+    times = {row.norm: row.step_milliseconds for row in rows if row.kernels}
     for row in rows:
-        assert row.ratio_to_gn == pytest.approx(times[row.norm] / times["GN"])
+        assert row.ratio_to_gn == pytest.approx(row.step_milliseconds / times["GN"])
+        low, high = row.quartiles_to_pytorch
+        assert low <= high and (row.kernels or low == high == 1)
         assert row.peak_memory_bytes is row.memory_ratio_to_gn is None  # CUDA only
         assert (row.share_of_weight_standardization > 0) == row.norm.endswith("+WS")
     line = line_of(out, "pfpn    | PGN     ")
     assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times['PGN']:.3f}"
+    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops")
+
+    monkeypatch.setattr(step_cost, "step_rows", None)  # would be called
+    assert reproduce(*command, "--resume", *SMALL) == out and read_rows(path, step_cost.StepCostRow) == rows
+
+
+def test_our_kernels_are_off_where_pytorchs_ops_are_measured():
+    seen = []
+
+    class Trainer:
+        def run_step(self):
+            seen.append(kernels_may_run())
+
+    for kernels in (True, False):
+        job = object.__new__(step_cost._Job)
+        job.kernels, job.trainer = kernels, Trainer()
+        job.step()
+    assert seen == [True, False] and kernels_may_run()
 
 
 def test_mixed_precision_on_a_cpu_is_refused(reproduce):

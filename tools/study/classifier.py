@@ -1,7 +1,8 @@
 """Table 4 of the paper: Detectron2's ResNet-50 and -101 as image classifiers under GN, GN1 and PGN.
 
 For a seed, the initial weights, the order of the images and their augmentation are the same for every norm. On a
-GPU it trains in mixed precision. Can be stopped at any time: the same command goes on where it was.
+GPU it trains in mixed precision. Can be stopped at any time, and stops by itself after --minutes: the same command
+goes on where it was.
 
 The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, for training from
 scratch: SGD with momentum 0.9, learning rate 0.005 with a linear warmup over the first 5 % and a cosine decay to
@@ -15,7 +16,9 @@ Caltech-101, in 60 steps of 16 images of 64 pixels, it rose from 5 to 35 at 0.02
 import dataclasses
 import itertools
 import logging
+import math
 import os
+import time
 from dataclasses import dataclass
 from typing import Callable, List, Optional
 
@@ -183,8 +186,9 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     on_step: Callable = lambda done: None,
-) -> float:
-    """Train one classifier and return its test error in %.
+    until: float = math.inf,
+) -> Optional[float]:
+    """Train one classifier and return its test error in %, or None where the time was over first.
 
     The initial weights, the order of the images and their augmentation follow from the seed and the step alone,
     and are the same for every norm. Where ``folder`` has a checkpoint of this run it goes on there, as if it
@@ -194,6 +198,7 @@ def train(
         weights: a .pkl of ``tools/convert_weights.py`` to start from.
         workers: processes that load images.
         on_step: called with the number of steps since the last call.
+        until: of :func:`time.monotonic`; then a checkpoint is written and training stops.
 
     Raises:
         InputError: ``weights`` cannot be read or are no such ResNet's.
@@ -219,6 +224,14 @@ def train(
             num_workers=workers,
         )
 
+    def stop_in_time(trainer):
+        if time.monotonic() > until and trainer.iter + 1 < trainer.max_iter:
+            earlier = checkpointer.get_all_checkpoint_files()
+            checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+            for path in set(earlier) - {checkpointer.get_checkpoint_file()}:
+                os.remove(path)
+            raise _TimeIsOver
+
     trainer = (AMPTrainer if run.amp else SimpleTrainer)(model, batches(), optimizer)
     checkpointer = Checkpointer(model, folder, trainer=trainer)
     trainer.register_hooks(
@@ -226,6 +239,7 @@ def train(
             hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
             hooks.PeriodicCheckpointer(checkpointer, -(-cfg.SOLVER.MAX_ITER // 10), max_to_keep=1),
             hooks.CallbackHook(after_step=lambda _: on_step(1)),
+            hooks.CallbackHook(after_step=stop_in_time),
         ]
     )
     resumed = checkpointer.has_checkpoint()
@@ -234,9 +248,16 @@ def train(
     checkpointer.resume_or_load(weights)
     start = trainer.iter + 1 if resumed else 0
     on_step(start)
-    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    try:
+        trainer.train(start, cfg.SOLVER.MAX_ITER)
+    except _TimeIsOver:
+        return None
     test = _Transformed(images.test, test_transform)
     return _test_error(model, DataLoader(test, run.batch_size, num_workers=workers))
+
+
+class _TimeIsOver(Exception):
+    pass
 
 
 def _check_weights(model, checkpointer, weights):
@@ -258,8 +279,13 @@ def _test_error(model, batches):
     return 100 * wrong.sum().item() / len(wrong)
 
 
-def train_all(runs: List[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int):
+def train_all(
+    runs: List[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int, until: float = math.inf
+) -> List[ClassifierRow]:
     """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are trained.
+
+    Args:
+        until: as :func:`train` takes it; rows of runs that are not finished by then are missing.
 
     Raises:
         InputError: as :func:`train`, or a loss is not finite.
@@ -272,9 +298,13 @@ def train_all(runs: List[ClassifierRun], images: ImageSet, output: str, weights:
     with tqdm(total=sum(run.iterations for run, _ in jobs), unit="step", disable=not jobs) as bar:
         for run, folder in jobs:
             bar.set_description(f"{run.norm}, seed {run.seed}")
-            error = train(run, images, folder, weights=weights, device=device, workers=workers, on_step=bar.update)
+            options = {"weights": weights, "device": device, "workers": workers, "on_step": bar.update, "until": until}
+            error = train(run, images, folder, **options)
+            if error is None:
+                break
             finish_run(folder, ClassifierRow(**dataclasses.asdict(run), error=error, machine=machine(device)))
-    return [open_run(folder, run, ClassifierRow) for run, folder in zip(runs, folders)]
+    rows = [open_run(folder, run, ClassifierRow) for run, folder in zip(runs, folders)]
+    return [row for row in rows if row is not None]
 
 
 def table(rows: List[ClassifierRow], all_classes: bool = True) -> str:
@@ -312,7 +342,8 @@ def add_arguments(parser) -> None:
         "--data",
         required=True,
         metavar="ROOT",
-        help=f"folder with a folder of images for each class; {PET} is downloaded to it if missing",
+        help="folder with a folder of images for each class, of Caltech-101 (https://data.caltech.edu/records/"
+        f"mzrjq-6wc02) its 101_ObjectCategories; {PET} is downloaded to it if missing",
     )
     parser.add_argument(
         "--classes", type=int, metavar="N", help="only the N classes with the fewest images; default: all"
@@ -336,6 +367,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=0.005, help="learning rate; default: %(default)s")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so many; a test that has begun ends; default: never"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -352,7 +388,10 @@ def add_arguments(parser) -> None:
 
 
 def main(args) -> None:
+    until = time.monotonic() + 60 * args.minutes
     prepare_outputs(args.json)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: a CUDA GPU was not found by PyTorch")
     for norm in args.norms:
         get_norm(norm, 64)
     images = load_images(args.dataset, args.data, args.classes)
@@ -370,12 +409,15 @@ def main(args) -> None:
             image_size=args.image_size,
             batch_size=args.batch_size,
             lr=args.lr,
-            amp=torch.cuda.is_available(),
+            amp=args.device == "cuda",
         )
         for seed in args.seeds
         for norm in args.norms
     ]
-    rows = train_all(runs, images, args.output, args.weights, args.workers)
-    if args.json:
+    rows = train_all(runs, images, args.output, args.weights, args.workers, until)
+    if args.json and rows:
         write_rows(args.json, rows)
-    print(table(rows, args.classes is None))
+    if rows:
+        print(table(rows, args.classes is None))
+    if len(rows) < len(runs):
+        print(f"{len(rows)} of {len(runs)} runs are finished; {IF_STOPPED}")

@@ -7,7 +7,6 @@ allocations that PyTorch's profiler reports. --seconds adds step times, each nor
 """
 
 import gc
-import os
 from dataclasses import asdict, dataclass, replace
 from typing import Callable, Iterator, List, Optional, Tuple
 
@@ -23,11 +22,11 @@ from command_line import add_outputs, add_overrides
 from gng_d2.files import prepare_outputs
 from gng_d2.layers.recompute import recompute_norms
 
-from .rows import machine, markdown, read_rows, write_rows
+from .rows import machine, markdown, rows_to_keep, write_rows
 from .step_cost import MODELS, NORMS, config_of, random_batch
-from .timing import add_timing, keep_freed_memory, milliseconds
+from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds
 
-__all__ = ["MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
+__all__ = ["IF_STOPPED", "MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
 
 
 @dataclass(frozen=True)
@@ -177,26 +176,40 @@ def memory_rows(
 
 def _most_images(cfg, recomputed, height, width):
     """How many images fit into a batch on the GPU, one step at a time, and images a second with so many."""
-    images, speed = 0, None
-    try:
-        while True:
-            job = Job(cfg, recomputed, images + 1, height, width)
-            (time,) = milliseconds([job.step], "cuda", 1.0)
-            images, speed = images + 1, (images + 1) / (time / 1e3)
-            del job
+    job = Job(cfg, recomputed, 1, height, width)
+
+    def fits(images):
+        try:
+            job.batch = random_batch(cfg, images, height, width)
+            job.step()
+            return True
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            job.optimizer.zero_grad()
             torch.cuda.empty_cache()
-    except torch.cuda.OutOfMemoryError:
-        job = None
-        torch.cuda.empty_cache()
-        return images, speed
+
+    most, too_many = 1, 2
+    while fits(too_many):
+        most, too_many = too_many, 2 * too_many
+    while too_many - most > 1:
+        images = (most + too_many) // 2
+        most, too_many = (images, too_many) if fits(images) else (most, images)
+    while not fits(most):  # next to the limit memory in pieces may decide
+        most -= 1
+    (time,) = milliseconds([job.step], "cuda", 1.0)
+    return most, most / (time / 1e3)
 
 
 def with_step_times(rows: List[MemoryRow], device: str, seconds: float) -> Iterator[MemoryRow]:
-    """The same rows with the times of steps; each norm's two run in turn."""
+    """The same rows with the times of steps; each norm's two run in turn. Rows that have theirs stay as they are."""
     pairs = {}
     for row in rows:
         pairs.setdefault(row.key()[:2] + row.key()[3:], []).append(row)
     for pair in pairs.values():
+        if all(row.step_milliseconds is not None for row in pair):
+            yield from pair
+            continue
         jobs = [
             Job(config(row.model, row.norm, device, row.overrides), row.recomputed, row.images, *row.size)
             for row in pair
@@ -223,25 +236,26 @@ def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each model, number of images, norm, without and with")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: both")
     add_timing(parser, seconds=0.0, images=[1], each="of a pair's steps; 0: no times")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file of --json")
     add_overrides(parser)
 
 
 def main(args) -> None:
     prepare_outputs(args.json)
-    done = read_rows(args.json, MemoryRow) if args.resume and args.json and os.path.exists(args.json) else []
-    rows = []
-    jobs = [(model, images) for model in args.models for images in args.images]
+    rows = {row.key(): row for row in rows_to_keep(args, MemoryRow)}
+
+    def add(row):
+        rows[row.key()] = row
+        if args.json:
+            write_rows(args.json, rows.values())
+
+    jobs = [(model, images) for images in args.images for model in args.models]
     with tqdm(total=len(jobs) * (2 * len(NORMS) - 1), unit="row") as bar:
         for model, images in jobs:
-            for row in memory_rows(model, images, *args.size, args.device, args.opts, done):
-                rows.append(row)
+            for row in memory_rows(model, images, *args.size, args.device, args.opts, list(rows.values())):
+                add(row)
                 bar.update()
-                if args.json:
-                    write_rows(args.json, rows)
     if args.seconds:
         keep_freed_memory()
-        rows = list(tqdm(with_step_times(rows, args.device, args.seconds), total=len(rows), unit="time"))
-        if args.json:
-            write_rows(args.json, rows)
-    print(table(rows))
+        for row in tqdm(with_step_times(list(rows.values()), args.device, args.seconds), total=len(rows), unit="time"):
+            add(row)
+    print(table(list(rows.values())))

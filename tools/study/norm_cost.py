@@ -2,13 +2,16 @@
 
 All implementations run in turn, in one run: times are medians, to be read as ratios. Each norm has the groups that
 PGN gives it; `native` is PyTorch's op at the same groups, `native_gn32` at 32. `frozen_bn` is the affine map of each
-channel alone. On CUDA the cache is flushed before each call, and the compiled forms of PyTorch's op are timed too, and
-`our_kernels`, which never picks PyTorch's op as `ours` does; on a CPU each call follows one of itself. Other packages
+channel alone, `our_kernels` never picks PyTorch's op as `ours` does. On CUDA the cache is flushed before each call, and
+the compiled forms of PyTorch's op are timed too; on a CPU each call follows one of itself. Other packages
 (Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
 
 A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write
 the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2,
-gradient: 3).
+gradient: 3). Of a tensor smaller than a GPU's L2, what is read a second time is there: 2 and 6.
+
+With --resume the inputs that are in the file of --json are not measured again, and it is written after each input: so
+a run that was cut off goes on.
 
 On CUDA the time of small inputs is that of the host which launches. On a CPU the C library is told to keep
 memory that is freed, as CUDA's allocator does; otherwise page faults take most of the time of large inputs,
@@ -16,35 +19,28 @@ whatever the norm.
 """
 
 import importlib
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from statistics import geometric_mean, quantiles
-from typing import Callable, Dict, Iterator, List, Tuple
+from statistics import geometric_mean, median, quantiles
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode
-from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from command_line import add_outputs
-from gng_d2.analysis import build_on_meta
-from gng_d2.config import load_config
 from gng_d2.files import prepare_outputs
 from gng_d2.ops import cpu_kernels
-from gng_d2.ops.group_norm import _GroupNorm, group_norm
+from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 
-from . import ROOT
-from .rows import machine, markdown, write_rows
-from .timing import add_timing, copy_bandwidth, keep_freed_memory, milliseconds
+from .detector_norms import detector_norms
+from .rows import machine, markdown, rows_to_keep, write_rows
+from .timing import IF_STOPPED, add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
 
-__all__ = ["NormCostRow", "norm_inputs", "implementations", "norm_rows", "table"]
+__all__ = ["IF_STOPPED", "NormCostRow", "implementations", "norm_rows", "table"]
 
-CONFIGS = ("faster_rcnn_pgn_ws.yaml", "pfpn_pgn.yaml")
-
-NormInput = Tuple[Tuple[int, ...], int]  # shape, num_groups
+_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -61,28 +57,8 @@ class NormCostRow:
     ratio_to_native_gn32: float
     fraction_of_copy_bandwidth: float
     machine: str
-
-
-def norm_inputs(cfg: CfgNode, images: int, height: int, width: int) -> List[NormInput]:
-    """The shape of the input and the number of groups of each distinct group norm of a detector, in their order.
-
-    Backbone, box head (with as many proposals as in training) and semantic head are run on the meta device: no
-    memory, no arithmetic.
-    """
-    model = build_on_meta(cfg)
-    inputs = {}
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_hook(lambda norm, args, y: inputs.setdefault((tuple(y.shape), norm.num_groups)))
-    with torch.no_grad():
-        features = model.backbone(torch.empty(images, 3, height, width, device="meta"))
-        if hasattr(model, "sem_seg_head"):
-            model.sem_seg_head.layers(features)
-        channels = next(iter(features.values())).shape[1]
-        per_image = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
-        size = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-        model.roi_heads.box_head(torch.empty(images * per_image, channels, size, size, device="meta"))
-    return list(inputs)
+    ratio_quartiles: Optional[List[float]] = None  # of the ratio to native_gn32 in a round; None in older rows
+    kernels: Optional[bool] = None  # of `ours`: whether it picked our kernels; None of others
 
 
 def _frozen_batch_norm(x, num_groups, weight, bias):
@@ -93,12 +69,12 @@ def _frozen_batch_norm(x, num_groups, weight, bias):
 def _var_mean(x, num_groups, weight, bias):
     groups = x.reshape(x.shape[0], num_groups, -1)
     variance, mean = torch.var_mean(groups, 2, correction=0, keepdim=True)
-    z = ((groups - mean) * (variance + 1e-5).rsqrt()).view(x.shape)
+    z = ((groups - mean) * (variance + _EPS).rsqrt()).view(x.shape)
     return z * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
 
 
 def _liger(x, num_groups, weight, bias, op):
-    return op(x, weight, bias, x.shape[1], num_groups, 1e-5)
+    return op(x, weight, bias, x.shape[1], num_groups, _EPS)
 
 
 def _apex(x, num_groups, weight, bias, op):
@@ -111,7 +87,7 @@ def _apex_module(op, num_groups, channels, device, dtype):
 
 
 def _sglang_with_silu(x, num_groups, weight, bias, op):
-    return op(x, weight, bias, num_groups, 1e-5)
+    return op(x, weight, bias, num_groups, _EPS)
 
 
 # of other packages: what adapts it, module, attribute, whether it has a backward
@@ -130,8 +106,8 @@ _OTHERS = {
 def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
     """By name, ``f(x, num_groups, weight, bias)`` and whether it has a backward.
 
-    ``ours`` is the op, which picks; ``our_kernels`` never picks PyTorch's. The compiled ones and ``our_kernels`` are
-    there on CUDA, those of other packages where they are installed.
+    ``ours`` is the op, which picks; ``our_kernels`` never picks PyTorch's. The compiled ones are there on CUDA, our
+    kernels where they are, those of other packages where they are installed.
     """
     known = {
         "native": (F.group_norm, True),
@@ -139,10 +115,12 @@ def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
         "frozen_bn": (_frozen_batch_norm, True),
         "var_mean": (_var_mean, True),
     }
+    if device == "cuda" or cpu_kernels.is_compiled():
+        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS), True)
     if device == "cuda":
-        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, 1e-5), True)
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
-            known[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
+            with suppress(RuntimeError):  # an older inductor lacks the option
+                known[name] = (torch.compile(F.group_norm, dynamic=False, options=options), True)
     for name, (adapter, module, attribute, has_backward) in _OTHERS.items():
         with suppress(ImportError, AttributeError):
             op = importlib.import_module(module)
@@ -152,8 +130,18 @@ def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
     return known
 
 
-# passes over a tensor that does not fit into a cache: moments, read, write; then two sums, and read, read, write
+# passes over a tensor larger than the caches: moments, read, write; then two sums, and read, read, write
 _PASSES = {"forward": 3, "forward+backward": 8}
+_PASSES_IN_L2 = {"forward": 2, "forward+backward": 6}
+
+
+def _passes(direction: str, size: int, l2: int) -> int:
+    """Over a tensor of ``size`` bytes, on a GPU with an L2 of ``l2`` bytes (0 on a CPU)."""
+    return (_PASSES_IN_L2 if size < l2 else _PASSES)[direction]
+
+
+def _l2_bytes(device):
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) if device == "cuda" else 0
 
 
 def norm_rows(
@@ -164,8 +152,11 @@ def norm_rows(
     device: str,
     bandwidth: float,
     seconds: float,
+    names: Optional[Sequence[str]] = None,
 ) -> Iterator[NormCostRow]:
     """Time each implementation in each direction. ``bandwidth`` of a copy in bytes a second.
+
+    ``names``: of the implementations beside ``native`` and ``ours``; None: all.
 
     ``native_gn32`` is timed twice, as ``native_gn32_again`` too: the difference is the run's noise.
     """
@@ -181,9 +172,13 @@ def norm_rows(
     def forward_and_backward(function, groups):
         return torch.autograd.grad(function(x, groups, weight, bias), (x, weight, bias), dy, allow_unused=True)
 
-    if device == "cuda":
+    available = {
+        name: implementation
+        for name, implementation in implementations(device).items()
+        if names is None or name in ("native", "ours", *names)
+    }
+    if "compiled" in available:
         torch._dynamo.reset()  # else torch.compile gives up after eight shapes and runs what it should compile
-    available = implementations(device)
     native = available["native"][0]
     for direction, run in (("forward", forward), ("forward+backward", forward_and_backward)):
         calls = {"native_gn32": partial(run, native, 32)}
@@ -194,9 +189,12 @@ def norm_rows(
         }
         calls["native_gn32_again"] = partial(run, native, 32)
         calls = {name: call for name, call in calls.items() if _runs(name, call, shape)}
-        times = dict(zip(calls, milliseconds(list(calls.values()), device, seconds)))
-        least = _PASSES[direction] * x.numel() * x.element_size() / bandwidth * 1e3
-        for name, time_of_call in times.items():
+        times = dict(zip(calls, rounds(list(calls.values()), device, seconds)))
+        medians = {name: median(of_call) for name, of_call in times.items()}
+        size = x.numel() * x.element_size()
+        least = _passes(direction, size, _l2_bytes(device)) * size / bandwidth * 1e3
+        kernels = _backend(x, num_groups, weight, bias, _EPS) is not None
+        for name, time_of_call in medians.items():
             yield NormCostRow(
                 shape=list(shape),
                 num_groups=32 if name.startswith("native_gn32") else num_groups,
@@ -205,9 +203,11 @@ def norm_rows(
                 direction=direction,
                 implementation=name,
                 milliseconds=time_of_call,
-                ratio_to_native_gn32=time_of_call / times["native_gn32"],
+                ratio_to_native_gn32=time_of_call / medians["native_gn32"],
                 fraction_of_copy_bandwidth=least / time_of_call,
                 machine=machine(device),
+                ratio_quartiles=ratio_quartiles(times[name], times["native_gn32"]),
+                kernels=kernels if name == "ours" else None,
             )
 
 
@@ -227,7 +227,9 @@ def table(rows: List[NormCostRow]) -> str:
     for key in dict.fromkeys((*_kind(row), row.implementation) for row in rows):
         ratios = [row.ratio_to_native_gn32 for row in rows if (*_kind(row), row.implementation) == key]
         if key[-1] == "native_gn32_again":
-            noise.append(f"{quantiles([abs(r - 1) for r in ratios], n=20)[-1]:.0%} ({', '.join(key[:-1])})")
+            differences = [abs(r - 1) for r in ratios]
+            most = quantiles(differences, n=20)[-1] if len(differences) > 1 else differences[0]
+            noise.append(f"{most:.0%} ({', '.join(key[:-1])})")
         else:
             lines.append([*key, geometric_mean(ratios), min(ratios), max(ratios)])
     headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
@@ -264,6 +266,12 @@ def add_arguments(parser) -> None:
     add_timing(parser, seconds=0.3, images=[1], each="implementation and input")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=["contiguous", "channels_last"])
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        metavar="NAME",
+        help="only these, as they are called above, beside native and ours, which are always timed; default: all",
+    )
 
 
 def main(args) -> None:
@@ -272,18 +280,20 @@ def main(args) -> None:
     keep_freed_memory()
     if args.device == "cpu" and not cpu_kernels.is_compiled():
         print("gng_d2 was installed without a C compiler: on the CPU ours is PyTorch's own op")
+    rows = rows_to_keep(args, NormCostRow)
+    done = {(row.dtype, row.layout, tuple(row.shape), row.num_groups) for row in rows if row.implementation == "ours"}
+    inputs = dict.fromkeys(norm for images in args.images for norm in detector_norms(images, *args.size))
+    jobs = [(dtype, layout, *norm) for dtype in args.dtype for layout in args.layout for norm in inputs]
     bandwidth = copy_bandwidth(args.device)
     print(f"{machine(args.device)}; a copy moves {bandwidth / 1e9:.1f} GB/s")
-    inputs = {}  # each once, in their order
-    for images in args.images:
-        for config in CONFIGS:
-            cfg = load_config(os.path.join(ROOT, "configs", config))
-            inputs.update(dict.fromkeys(norm_inputs(cfg, images, *args.size)))
-    settings = [(getattr(torch, dtype), layout == "channels_last") for dtype in args.dtype for layout in args.layout]
-    rows = []
-    for setting in settings:
-        for shape, num_groups in tqdm(inputs, unit="input"):
-            rows += norm_rows(shape, num_groups, *setting, args.device, bandwidth, args.seconds)
-    if args.json:
-        write_rows(args.json, rows)
+    for job in tqdm(jobs, unit="input"):
+        if job not in done:
+            dtype, layout, shape, num_groups = job
+            setting = getattr(torch, dtype), layout == "channels_last"
+            measured = norm_rows(
+                shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations
+            )
+            rows += measured
+            if args.json:
+                write_rows(args.json, rows)
     print(table(rows))

@@ -15,7 +15,22 @@ from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.files import atomic_open, prepare_outputs
 
-from . import ROOT, classifier, gradients, memory, mlp, norm_cost, report, step_cost, sweep, table1, table2
+from . import (
+    ROOT,
+    classifier,
+    goals,
+    gradients,
+    kernel_tests,
+    memory,
+    mlp,
+    norm_cost,
+    report,
+    rule,
+    step_cost,
+    sweep,
+    table1,
+    table2,
+)
 from .paper import TABLE_5, TABLE_6
 from .rows import markdown, read_rows
 
@@ -72,6 +87,14 @@ def _experiment(module, row_type, command, *pictures):
 
 def _comparison(arguments, *pictures):
     return Section(report.ComparisonRow, report.table, f"compare.py {arguments}", pictures)
+
+
+def _norms_on_a_gpu(rows):
+    return "\n\n".join([norm_cost.table(rows), goals.table(goals.norm_goals(rows)), rule.table(rows)])
+
+
+def _steps_on_a_gpu(rows):
+    return "\n\n".join([step_cost.table(rows), goals.table(goals.step_goals(rows))])
 
 
 _THREE = "--norms GN GN1 PGN --seeds 0 1 2"
@@ -149,20 +172,14 @@ SECTIONS = {
     "benchmark_norm_cpu": _experiment(
         norm_cost, norm_cost.NormCostRow, "norm-cost --json docs/results/benchmark_norm_cpu.json"
     ),
-    "benchmark_norm_cuda": _experiment(
-        norm_cost,
-        norm_cost.NormCostRow,
-        "norm-cost --images 1 2 --dtype float32 float16 bfloat16 --layout contiguous channels_last "
-        "--json docs/results/benchmark_norm_cuda.json",
-    ),
+    "kernel_tests_cuda": Section(kernel_tests.KernelTestRow, kernel_tests.table, "gpu.py"),
+    "benchmark_norm_cuda": Section(norm_cost.NormCostRow, _norms_on_a_gpu, "gpu.py"),
     "benchmark_train_cpu": _experiment(
         step_cost, step_cost.StepCostRow, "step-cost --size 480 736 --json docs/results/benchmark_train_cpu.json"
     ),
-    "benchmark_train_cuda": _experiment(
-        step_cost, step_cost.StepCostRow, "step-cost --json docs/results/benchmark_train_cuda.json"
-    ),
+    "benchmark_train_cuda": Section(step_cost.StepCostRow, _steps_on_a_gpu, "gpu.py"),
     "memory_cpu": _experiment(memory, memory.MemoryRow, "memory --json docs/results/memory_cpu.json"),
-    "memory_cuda": _experiment(memory, memory.MemoryRow, "memory --seconds 10 --json docs/results/memory_cuda.json"),
+    "memory_cuda": Section(memory.MemoryRow, memory.table, "gpu.py"),
 }
 
 

@@ -19,6 +19,7 @@ from gng_d2.files import atomic_open, prepare_outputs
 __all__ = [
     "machine",
     "read_rows",
+    "rows_to_keep",
     "write_rows",
     "open_run",
     "finish_run",
@@ -61,6 +62,22 @@ def read_rows(path: str, row_type: Type[Row]) -> List[Row]:
             return [row_type(**row) for row in json.load(file)]
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} holds no rows of {row_type.__module__}: {error}") from error
+
+
+def rows_to_keep(args, row_type: Type[Row]) -> List[Row]:
+    """The rows in the file of ``--json`` where ``--resume`` says to keep them; else none.
+
+    Raises:
+        InputError: they are of another machine, whose times and bytes are not to be set beside this one's.
+    """
+    rows = read_rows(args.json, row_type) if args.resume and args.json and os.path.exists(args.json) else []
+    here = machine(args.device)
+    others = {row.machine for row in rows} - {here}
+    if others:
+        raise InputError(
+            f"--resume: {args.json} holds rows of {', '.join(others)}; this is {here}. Name another --json"
+        )
+    return rows
 
 
 def write_rows(path: str, rows: Iterable[Row]) -> None:

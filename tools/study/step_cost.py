@@ -1,14 +1,16 @@
 """What a whole training step costs under FrozenBN, GN, GN+WS, PGN and PGN+WS: Faster R-CNN and Panoptic FPN.
 
 Forward, backward and optimizer, on noise with eight objects an image; the norm is in backbone, FPN and semantic head,
-all layers are trained. The five models of a table run in turn, in one run: medians, to be read as ratios. Peak memory
-is a model's own, on CUDA alone. The share of weight standardization is its time, alone, over that of the step.
+all layers are trained. GN and GN+WS run a second time with the kernels of gng_d2 turned off, in PyTorch's own ops. The
+models of a table run in turn, in one run: medians, to be read as ratios. Peak memory is a model's own, on CUDA alone.
+The share of weight standardization is its time, alone, over that of the step.
 """
 
 import gc
 import itertools
 from dataclasses import asdict, dataclass
-from typing import Dict, Iterator, List, Optional
+from statistics import median
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -23,17 +25,19 @@ from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.files import prepare_outputs
 from gng_d2.layers import WSConv2d, standardize_weight
+from gng_d2.ops import set_kernels_enabled
 
-from .rows import machine, markdown, write_rows
-from .timing import add_timing, keep_freed_memory, milliseconds
+from .rows import machine, markdown, rows_to_keep, write_rows
+from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
 
-__all__ = ["MODELS", "NORMS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
+__all__ = ["IF_STOPPED", "MODELS", "NORMS", "SETUPS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
 
 MODELS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "pfpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
 }
 NORMS = ("FrozenBN", "GN", "GN+WS", "PGN", "PGN+WS")
+SETUPS = (*((norm, True) for norm in NORMS), ("GN", False), ("GN+WS", False))  # and whether our kernels are on
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,12 @@ class StepCostRow:
     memory_ratio_to_gn: Optional[float]
     share_of_weight_standardization: float
     machine: str
+    kernels: bool = True  # of gng_d2; False: turned off, so that PyTorch's own ops ran
+    # of the ratio, in a round, to GN (for a norm with +WS: to GN+WS) in PyTorch's own ops; None in older rows
+    quartiles_to_pytorch: Optional[List[float]] = None
+
+    def key(self) -> Tuple:
+        return self.model, self.amp, self.images, tuple(self.size)
 
 
 def config_of(model: str, norm: str, device: str, overrides=()) -> CfgNode:
@@ -96,32 +106,40 @@ def step_rows(
     """Time the steps under each norm in turn."""
     if device == "cuda":  # makes what all share, workspaces say
         _Job(config_of(model, "GN", device, overrides), amp, images, height, width)
-    jobs = {norm: _Job(config_of(model, norm, device, overrides), amp, images, height, width) for norm in NORMS}
-    times = milliseconds([job.step for job in jobs.values()], device, seconds)
-    step = dict(zip(jobs, times))
-    peak = {norm: job.peak_memory() for norm, job in jobs.items()}
-    for norm, job in jobs.items():
+    jobs = {
+        (norm, kernels): _Job(config_of(model, norm, device, overrides), amp, images, height, width, kernels)
+        for norm, kernels in SETUPS
+    }
+    times = dict(zip(jobs, rounds([job.step for job in jobs.values()], device, seconds)))
+    step = {setup: median(of_step) for setup, of_step in times.items()}
+    peak = {setup: job.peak_memory() for setup, job in jobs.items()}
+    frozen_bn, gn = ("FrozenBN", True), ("GN", True)
+    for setup, job in jobs.items():
+        norm, kernels = setup
+        pytorch = "GN+WS" if norm.endswith("+WS") else "GN", False
         yield StepCostRow(
             model=model,
             norm=norm,
             amp=amp,
             images=images,
             size=[height, width],
-            step_milliseconds=step[norm],
-            ratio_to_frozen_bn=step[norm] / step["FrozenBN"],
-            ratio_to_gn=step[norm] / step["GN"],
-            peak_memory_bytes=peak[norm],
-            memory_ratio_to_gn=peak[norm] / peak["GN"] if peak["GN"] else None,
-            share_of_weight_standardization=job.weight_standardization_milliseconds(device, seconds) / step[norm],
+            step_milliseconds=step[setup],
+            ratio_to_frozen_bn=step[setup] / step[frozen_bn],
+            ratio_to_gn=step[setup] / step[gn],
+            peak_memory_bytes=peak[setup],
+            memory_ratio_to_gn=peak[setup] / peak[gn] if peak[gn] else None,
+            share_of_weight_standardization=job.weight_standardization_milliseconds(device, seconds) / step[setup],
             machine=machine(device),
+            kernels=kernels,
+            quartiles_to_pytorch=ratio_quartiles(times[setup], times[pytorch]),
         )
 
 
 class _Job:
-    def __init__(self, cfg, amp, images, height, width):
+    def __init__(self, cfg, amp, images, height, width, kernels=True):
         torch.manual_seed(0)
         before = _allocated(cfg)
-        self.cfg = cfg
+        self.cfg, self.kernels = cfg, kernels
         self.model = DefaultTrainer.build_model(cfg).train()
         for module in self.model.modules():
             if isinstance(module, FrozenBatchNorm2d):
@@ -140,7 +158,7 @@ class _Job:
         self.held = _allocated(cfg) - before
 
     def step(self):
-        with EventStorage():
+        with EventStorage(), set_kernels_enabled(self.kernels):
             self.trainer.run_step()
 
     def peak_memory(self):
@@ -155,10 +173,11 @@ class _Job:
         weights = [layer.weight for layer in self.model.modules() if isinstance(layer, WSConv2d)]
 
         def standardize():
-            for weight in weights:
-                torch.autograd.grad(standardize_weight(weight), weight, weight.detach())
+            with set_kernels_enabled(self.kernels):
+                for weight in weights:
+                    torch.autograd.grad(standardize_weight(weight), weight, weight.detach())
 
-        return milliseconds([standardize], device, seconds)[0] if weights else 0.0
+        return milliseconds([standardize], device, min(seconds, 1.0))[0] if weights else 0.0
 
 
 def _allocated(cfg):
@@ -168,8 +187,16 @@ def _allocated(cfg):
 
 def table(rows: List[StepCostRow]) -> str:
     """A line for each row; what was not measured has no column."""
-    lines = [{**asdict(row), "size": f"{row.size[0]} x {row.size[1]}"} for row in rows]
-    headers = [key for key in lines[0] if key != "machine" and any(line[key] is not None for line in lines)]
+    lines = [
+        {
+            **asdict(row),
+            "norm": row.norm if row.kernels else f"{row.norm}, PyTorch's ops",
+            "size": f"{row.size[0]} x {row.size[1]}",
+        }
+        for row in rows
+    ]
+    hidden = ("machine", "kernels", "quartiles_to_pytorch")
+    headers = [key for key in lines[0] if key not in hidden and any(line[key] is not None for line in lines)]
     return markdown([[line[key] for key in headers] for line in lines], headers)
 
 
@@ -190,10 +217,17 @@ def main(args) -> None:
     if args.device == "cpu" and "amp" in args.precision:
         raise InputError("--precision amp: Detectron2's AMP needs CUDA")
     keep_freed_memory()
-    jobs = [(m, p == "amp", i) for m in args.models for p in args.precision for i in args.images]
-    rows = []
+    rows = rows_to_keep(args, StepCostRow)
+    done = {row.key() for row in rows}
+    jobs = [(m, p == "amp", i) for i in args.images for p in args.precision for m in args.models]
     for job in tqdm(jobs, unit="table"):
-        rows += step_rows(*job, *args.size, args.device, args.seconds, args.opts)
-    if args.json:
-        write_rows(args.json, rows)
-    print(table(rows))
+        if (*job, tuple(args.size)) in done:
+            continue
+        try:
+            rows += list(step_rows(*job, *args.size, args.device, args.seconds, args.opts))
+        except torch.cuda.OutOfMemoryError as error:
+            tqdm.write(f"{job} is left out: {error}")
+            torch.cuda.empty_cache()
+        if args.json:
+            write_rows(args.json, rows)
+    print(table(rows) if rows else "nothing was measured")

@@ -3,16 +3,18 @@
 import ctypes
 import time
 from contextlib import suppress
-from statistics import median
+from statistics import median, quantiles
 from typing import Callable, List, Sequence
 
 import torch
 
-__all__ = ["add_timing", "milliseconds", "copy_bandwidth", "keep_freed_memory"]
+__all__ = ["add_timing", "rounds", "milliseconds", "ratio_quartiles", "copy_bandwidth", "keep_freed_memory"]
+
+IF_STOPPED = "with --resume the same command goes on from the file of --json"
 
 
 def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None:
-    """Give ``parser`` the flags that both measurements of costs have; ``each``: what is timed for ``--seconds``."""
+    """Give ``parser`` the flags that the measurements of costs have; ``each``: what is timed for ``--seconds``."""
     parser.add_argument(
         "--images",
         type=int,
@@ -25,17 +27,32 @@ def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, default=seconds, help=f"for each {each}; default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file of --json")
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[float]:
-    """Median time of each of ``calls``, run in turn for about ``seconds`` each.
+def rounds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[List[float]]:
+    """Times of each of ``calls`` in milliseconds, one a round: they run in turn, for about ``seconds`` each.
 
     On CUDA with an empty cache, on a CPU right after the same call.
     """
-    timed, fewest = (_timer_on_cuda(), 20) if device == "cuda" else (_timed_on_cpu, 3)
-    rounds = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
-    times = [[timed(call) for call in calls] for _ in range(rounds)]
-    return [median(of_call) for of_call in zip(*times)]
+    timed, fewest = (_timer_on_cuda(), 10) if device == "cuda" else (_timed_on_cpu, 3)
+    count = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
+    times = [[timed(call) for call in calls] for _ in range(count)]
+    return [list(of_call) for of_call in zip(*times)]
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[float]:
+    """Median time of each of ``calls``, see :func:`rounds`."""
+    return [median(of_call) for of_call in rounds(calls, device, seconds)]
+
+
+def ratio_quartiles(times: Sequence[float], reference: Sequence[float]) -> List[float]:
+    """First and third quartile, over the rounds, of a call's time as a ratio to another's in the same round.
+
+    Above 1 the first says that the call is the slower one in three quarters of the rounds, beyond their noise.
+    """
+    first, _, third = quantiles([time / other for time, other in zip(times, reference)], n=4)
+    return [first, third]
 
 
 def _timed_on_cpu(call):

@@ -1,0 +1,155 @@
+"""What our kernels are to reach on a GPU, and whether they do: each goal from the rows of norm-cost or step-cost."""
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from typing import List, Optional
+
+import torch
+
+from .norm_cost import NormCostRow
+from .rows import markdown
+
+__all__ = ["Goal", "norm_goals", "step_goals", "table"]
+
+_LARGE = 64e6  # bytes
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal, and what a run says about it."""
+
+    goal: str
+    reached: Optional[str]  # None: not measured
+    met: Optional[bool] = None  # None of what is only reported
+
+
+def norm_goals(rows: List[NormCostRow]) -> List[Goal]:
+    """Those of the norms alone, from the rows of one run of norm-cost."""
+    return [no_slower_than_gn32(rows), five_times_at_one_group(rows), share_of_copy_bandwidth(rows)]
+
+
+def step_goals(rows: List) -> List[Goal]:
+    """Those of training steps, from the rows of one run of step-cost."""
+    return [
+        no_slower_step(rows, "PGN+WS"),
+        no_slower_step(rows, "PGN"),
+        ratio_to_frozen_bn(rows),
+        peak_memory(rows, amp=False),
+        peak_memory(rows, amp=True),
+    ]
+
+
+def no_slower_than_gn32(rows: List[NormCostRow]) -> Goal:
+    """Slower is an input on which ours takes longer than PyTorch's GN-32 in three quarters of the rounds or more."""
+    ours = [row for row in rows if row.implementation == "ours" and row.ratio_quartiles]
+    slower = [row for row in ours if row.ratio_quartiles[0] > 1]
+    reached = f"{len(slower)} of {len(ours)} slower" if ours else None
+    if slower:
+        worst = max(slower, key=lambda row: row.ratio_to_native_gn32)
+        reached += f", by {worst.ratio_to_native_gn32 - 1:.0%} at most ({_named(worst)})"
+    goal = "on no input slower than PyTorch's GN at G = 32, beyond the noise of the rounds"
+    return Goal(goal, reached, not slower if ours else None)
+
+
+def five_times_at_one_group(rows: List[NormCostRow]) -> Goal:
+    """Stride 4 is that of the second-largest maps: only the stem's are larger."""
+    maps = [row for row in rows if row.shape[0] == 2 and row.num_groups == 1 and row.direction == "forward"]
+    stride_4 = math.ceil(max((row.shape[2] for row in maps), default=0) / 2)
+    maps = [row for row in maps if row.shape[2] == stride_4]
+    native = {_input(row): row.milliseconds for row in maps if row.implementation == "native"}
+    times = [
+        (native[_input(row)] / row.milliseconds, row)
+        for row in maps
+        if row.implementation == "ours" and _input(row) in native
+    ]
+    goal = "forward 5 times as fast as PyTorch's at G = 1, 2 images, stride 4"
+    if not times:
+        return Goal(goal, None)
+    least, row = min(times, key=lambda pair: pair[0])
+    return Goal(goal, f"{least:.1f} times at least, of {len(times)} ({_named(row)})", least >= 5)
+
+
+def share_of_copy_bandwidth(rows: List[NormCostRow]) -> Goal:
+    """A row's own fraction counts 8 passes, or 6 where the tensor fits into L2."""
+    large = [
+        row
+        for row in rows
+        if row.implementation == "ours" and row.direction == "forward+backward" and _bytes(row) > _LARGE
+    ]
+    goal = "forward and backward at 75 % of the bandwidth of a copy, above 64 MB"
+    if not large:
+        return Goal(goal, None)
+    least = min(large, key=lambda row: row.fraction_of_copy_bandwidth)
+    share = least.fraction_of_copy_bandwidth
+    return Goal(goal, f"{share:.0%} at least, of {len(large)} ({_named(least)})", share >= 0.75)
+
+
+def no_slower_step(rows: List, norm: str) -> Goal:
+    """Slower is a step that takes longer than that with PyTorch's ops in three quarters of the rounds or more."""
+    pytorch = "GN+WS" if norm.endswith("+WS") else "GN"
+    goal = f"a training step with {norm} no slower than with {pytorch} in PyTorch's ops"
+    found = []
+    for setups in _tables(rows):
+        ours, theirs = setups.get((norm, True)), setups.get((pytorch, False))
+        if ours and theirs and ours.quartiles_to_pytorch:
+            found.append((ours.step_milliseconds / theirs.step_milliseconds, ours))
+    if not found:
+        return Goal(goal, None)
+    slower = [row for _, row in found if row.quartiles_to_pytorch[0] > 1]
+    highest, row = max(found, key=lambda pair: pair[0])
+    text = f"{len(slower)} of {len(found)} slower; {highest:.2f} times at most ({_step(row)})"
+    return Goal(goal, text, not slower)
+
+
+def ratio_to_frozen_bn(rows: List) -> Goal:
+    """Both have the same heads, and the same norm in the semantic one's place; FrozenBN's FPN has none."""
+    ratios = [f"{row.ratio_to_frozen_bn:.2f} ({_step(row)})" for row in rows if row.norm == "PGN+WS"]
+    return Goal("a step with PGN+WS, as a ratio to FrozenBN with the same head", ", ".join(ratios) or None)
+
+
+def peak_memory(rows: List, amp: bool) -> Goal:
+    """Of PGN to PyTorch's GN and of PGN+WS to PyTorch's GN+WS; to a thousandth, as an allocator rounds."""
+    goal = f"peak memory {'under AMP lower' if amp else 'no higher'} than with PyTorch's GN, with WS and without"
+    found = []
+    for setups in _tables([row for row in rows if row.amp == amp]):
+        for norm, pytorch in (("PGN", "GN"), ("PGN+WS", "GN+WS")):
+            ours, theirs = setups.get((norm, True)), setups.get((pytorch, False))
+            if ours and theirs and ours.peak_memory_bytes and theirs.peak_memory_bytes:
+                found.append((ours.peak_memory_bytes / theirs.peak_memory_bytes, ours))
+    if not found:
+        return Goal(goal, None)
+    highest, row = max(found, key=lambda pair: pair[0])
+    met = highest < 0.999 if amp else highest <= 1.001
+    return Goal(goal, f"{highest:.3f} times at most, of {len(found)} ({row.norm}, {_step(row)})", met)
+
+
+def table(goals: List[Goal]) -> str:
+    """A line for each goal: what was reached, and yes, no, not measured, or reported, where there is no goal."""
+    lines = []
+    for goal in goals:
+        answer = "not measured" if goal.reached is None else {True: "yes", False: "no", None: "reported"}[goal.met]
+        lines.append([goal.goal, goal.reached, answer])
+    return markdown(lines, ["goal", "measured", "reached"])
+
+
+def _tables(rows):
+    """For each table of step-cost its rows by (norm, kernels)."""
+    ordered = sorted(rows, key=lambda row: row.key())
+    return [{(row.norm, row.kernels): row for row in group} for _, group in groupby(ordered, lambda row: row.key())]
+
+
+def _input(row):
+    return tuple(row.shape), row.num_groups, row.dtype, row.layout
+
+
+def _named(row):
+    return f"{'x'.join(map(str, row.shape))}, G = {row.num_groups}, {row.dtype}, {row.layout}, {row.direction}"
+
+
+def _step(row):
+    return f"{row.model}, {'AMP' if row.amp else 'float32'}, {row.images} images"
+
+
+def _bytes(row):
+    return math.prod(row.shape) * getattr(torch, row.dtype).itemsize
