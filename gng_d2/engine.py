@@ -37,6 +37,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
@@ -266,6 +267,15 @@ def _check_checkpoint(cfg, resume, eval_only):
         check_norms(build_on_meta(cfg), checkpoint, path)
 
 
+def then_leave_group(main: Callable, *args):
+    """What a process of a job does: ``main(*args)``. One that ended with the threads of its process group still
+    running would now and then be aborted, and a job that was done would count as failed."""
+    result = main(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
 def run_job(args) -> None:
     """Run what Detectron2's command line arguments say, and ``--import`` where there is one, in as many processes.
 
@@ -283,12 +293,12 @@ def run_job(args) -> None:
     )
     try:
         launch(
-            train_or_evaluate,
+            then_leave_group,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(cfg, args),
+            args=(train_or_evaluate, cfg, args),
         )
     except (ProcessRaisedException, InputError) as error:
         # in a process of the job or of its data loader, the message stands at the end of a traceback

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gng_d2.analysis import build_on_meta, norm_summary, norm_table
 from gng_d2.config import load_config
-from gng_d2.engine import Trainer
+from gng_d2.engine import Trainer, then_leave_group
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = [
@@ -66,7 +66,7 @@ def one_image_each(path):
 @pytest.mark.slow
 def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     path = str(tmp_path / "gradients.pth")
-    launch(one_image_each, 2, dist_url="auto", args=(path,))
+    launch(then_leave_group, 2, dist_url="auto", args=(one_image_each, path))
     single, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     cfg, samples = two_images()
@@ -340,7 +340,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 import kill_in_checkpoints as tiny
-from gng_d2.engine import Trainer
+from gng_d2.engine import Trainer, then_leave_group
 tiny.register_dataset(Path(sys.argv[1]))
 cfg = tiny.config(sys.argv[2])
 cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 1000

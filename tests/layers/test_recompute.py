@@ -37,6 +37,7 @@ from gng_d2 import (
 )
 from gng_d2.analysis import build_on_meta
 from gng_d2.config import load_config
+from gng_d2.engine import then_leave_group
 from gng_d2.errors import InputError
 from gng_d2.layers import recompute
 from gng_d2.layers.recompute import original_class
@@ -559,7 +560,8 @@ def ddp_gradients(path, recomputed, static):
 @pytest.mark.parametrize("static", [False, True])
 def test_distributed(static, tmp_path):
     for recomputed in (False, True):
-        launch(ddp_gradients, 2, dist_url="auto", args=(str(tmp_path / f"{recomputed}.pth"), recomputed, static))
+        args = ddp_gradients, str(tmp_path / f"{recomputed}.pth"), recomputed, static
+        launch(then_leave_group, 2, dist_url="auto", args=args)
     assert_same(*(torch.load(tmp_path / f"{recomputed}.pth") for recomputed in (True, False)))
 
 
