@@ -179,6 +179,21 @@ def measured(name):
     return json.loads(Path(f"docs/results/{name}.json").read_text())
 
 
+def test_numbers_of_choosing_g():
+    page = " ".join(Path("docs/choosing-g.md").read_text().split())
+    camvid, bccd = (
+        {row["norm"]: row["difference"] for row in measured(name) if row["metric"] == metric}
+        for name, metric in (("camvid_semantic_fpn", "mIoU"), ("bccd_faster_rcnn", "AP"))
+    )
+    assert (
+        f"instance norm (`GN/1`) is {camvid['GN/1']:.1f} mIoU ahead of `GN`; G = 1 is {-camvid['GN1']:.1f} behind"
+        in page
+    )
+    assert f"PGN is {-camvid['PGN']:.1f} behind and `GN/16` {-camvid['GN/16']:.1f}" in page
+    assert f"PGN is {-bccd['PGN']:.1f} AP behind `GN`" in page
+    assert max(camvid["PGN"], bccd["PGN"]) < 0, "Nothing measured here on real images has PGN ahead of `GN`."
+
+
 def test_numbers_of_the_readme():
     readme = " ".join(Path("README.md").read_text().split())
     demo = json.loads(Path("docs/demo.json").read_text())
