@@ -76,7 +76,7 @@ def test_step_times_that_are_there_stay(monkeypatch):
     assert list(memory.with_step_times([row], "cpu", 1.0)) == [row]
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 11, 16])
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 11, 16])
 def test_as_many_images_as_fit(most, monkeypatch):
     class Job:
         def __init__(self, cfg, recomputed, images, height, width):
@@ -89,4 +89,4 @@ def test_as_many_images_as_fit(most, monkeypatch):
     monkeypatch.setattr(memory, "Job", Job)
     monkeypatch.setattr(memory, "random_batch", lambda cfg, images, height, width: range(images))
     monkeypatch.setattr(memory, "milliseconds", lambda calls, device, seconds: [500.0])
-    assert memory._most_images(None, False, 64, 96) == (most, most / 0.5)
+    assert memory._most_images(None, False, 64, 96) == (most, most / 0.5 if most else None)

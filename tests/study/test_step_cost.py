@@ -62,6 +62,8 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step_cost, "step_rows", None)  # would be called
     assert reproduce(*command, "--resume", *SMALL) == out and read_rows(path, step_cost.StepCostRow) == rows
+    with pytest.raises(TypeError):  # rows of other overrides are others
+        reproduce(*command, "--resume", *SMALL, "SOLVER.BASE_LR", "0.01")
 
 
 def test_our_kernels_are_off_where_pytorchs_ops_are_measured():

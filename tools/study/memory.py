@@ -195,8 +195,10 @@ def _most_images(cfg, recomputed, height, width):
     while too_many - most > 1:
         images = (most + too_many) // 2
         most, too_many = (images, too_many) if fits(images) else (most, images)
-    while not fits(most):  # next to the limit memory in pieces may decide
+    while most and not fits(most):  # next to the limit memory in pieces may decide
         most -= 1
+    if not most:
+        return 0, None
     (time,) = milliseconds([job.step], "cuda", 1.0)
     return most, most / (time / 1e3)
 

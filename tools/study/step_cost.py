@@ -10,7 +10,7 @@ import gc
 import itertools
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -59,9 +59,10 @@ class StepCostRow:
     kernels: bool = True  # of gng_d2; False: turned off, so that PyTorch's own ops ran
     # of the ratio, in a round, to GN (for a norm with +WS: to GN+WS) in PyTorch's own ops; None in older rows
     quartiles_to_pytorch: Optional[List[float]] = None
+    overrides: Sequence[str] = ()
 
     def key(self) -> Tuple:
-        return self.model, self.amp, self.images, tuple(self.size)
+        return self.model, self.amp, self.images, tuple(self.size), tuple(self.overrides)
 
 
 def config_of(model: str, norm: str, device: str, overrides=()) -> CfgNode:
@@ -132,6 +133,7 @@ def step_rows(
             machine=machine(device),
             kernels=kernels,
             quartiles_to_pytorch=ratio_quartiles(times[setup], times[pytorch]),
+            overrides=list(overrides),
         )
 
 
@@ -195,7 +197,7 @@ def table(rows: List[StepCostRow]) -> str:
         }
         for row in rows
     ]
-    hidden = ("machine", "kernels", "quartiles_to_pytorch")
+    hidden = ("machine", "kernels", "quartiles_to_pytorch", "overrides")
     headers = [key for key in lines[0] if key not in hidden and any(line[key] is not None for line in lines)]
     return markdown([[line[key] for key in headers] for line in lines], headers)
 
@@ -221,7 +223,7 @@ def main(args) -> None:
     done = {row.key() for row in rows}
     jobs = [(m, p == "amp", i) for i in args.images for p in args.precision for m in args.models]
     for job in tqdm(jobs, unit="table"):
-        if (*job, tuple(args.size)) in done:
+        if (*job, tuple(args.size), tuple(args.opts)) in done:
             continue
         try:
             rows += list(step_rows(*job, *args.size, args.device, args.seconds, args.opts))
