@@ -57,11 +57,11 @@ def five_times_at_one_group(rows: List[NormCostRow]) -> Goal:
     maps = [row for row in rows if row.shape[0] == 2 and row.num_groups == 1 and row.direction == "forward"]
     stride_4 = math.ceil(max((row.shape[2] for row in maps), default=0) / 2)
     maps = [row for row in maps if row.shape[2] == stride_4]
-    native = {_input(row): row.milliseconds for row in maps if row.implementation == "native"}
+    native = {row.input(): row.milliseconds for row in maps if row.implementation == "native"}
     times = [
-        (native[_input(row)] / row.milliseconds, row)
+        (native[row.input()] / row.milliseconds, row)
         for row in maps
-        if row.implementation == "ours" and _input(row) in native
+        if row.implementation == "ours" and row.input() in native
     ]
     goal = "forward 5 times as fast as PyTorch's at G = 1, 2 images, stride 4"
     if not times:
@@ -137,10 +137,6 @@ def _tables(rows):
     """For each table of step-cost its rows by (norm, kernels)."""
     ordered = sorted(rows, key=lambda row: row.key())
     return [{(row.norm, row.kernels): row for row in group} for _, group in groupby(ordered, lambda row: row.key())]
-
-
-def _input(row):
-    return tuple(row.shape), row.num_groups, row.dtype, row.layout
 
 
 def _named(row):

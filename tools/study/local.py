@@ -90,8 +90,7 @@ class Local:
         process, share, held = self._running.pop(run)
         self._free.append(share)
         with held:
-            reason = process.failure()
-            state = RunState("failed" if reason else "finished", reason, self.comparison.machine())
+            state = process.end(self.comparison.machine())
             try:
                 if self.machine_rank == 0:
                     run.record(state)

@@ -60,6 +60,9 @@ class NormCostRow:
     ratio_quartiles: Optional[List[float]] = None  # of the ratio to native_gn32 in a round; None in older rows
     kernels: Optional[bool] = None  # of `ours`: whether it picked our kernels; None of others
 
+    def input(self) -> Tuple:
+        return tuple(self.shape), self.num_groups, self.dtype, self.layout
+
 
 def _frozen_batch_norm(x, num_groups, weight, bias):
     # Detectron2's are buffers, which take no gradient
@@ -234,10 +237,19 @@ def table(rows: List[NormCostRow]) -> str:
             lines.append([*key, geometric_mean(ratios), min(ratios), max(ratios)])
     headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
     forward = [row for row in rows if row.direction == "forward"]
-    native = {_input(row): row.ratio_to_native_gn32 for row in forward if row.implementation == "native"}
+    native = {row.input(): row.ratio_to_native_gn32 for row in forward if row.implementation == "native"}
     ours = sorted((row for row in forward if row.implementation == "ours"), key=lambda row: -row.ratio_to_native_gn32)
-    slowest = [[*_input(row), row.milliseconds, row.ratio_to_native_gn32, native[_input(row)]] for row in ours[:8]]
-    inputs = len({_input(row)[:2] for row in ours})
+    slowest = [
+        [
+            "x".join(map(str, row.shape)),
+            *row.input()[1:],
+            row.milliseconds,
+            row.ratio_to_native_gn32,
+            native[row.input()],
+        ]
+        for row in ours[:8]
+    ]
+    inputs = len({row.input()[:2] for row in ours})
     ratios = [row.ratio_to_native_gn32 for row in ours]
     return "\n\n".join(
         [
@@ -255,10 +267,6 @@ def table(rows: List[NormCostRow]) -> str:
 
 def _kind(row):
     return row.dtype, row.layout, row.direction
-
-
-def _input(row):
-    return "x".join(map(str, row.shape)), row.num_groups, row.dtype, row.layout
 
 
 def add_arguments(parser) -> None:
@@ -281,14 +289,14 @@ def main(args) -> None:
     if args.device == "cpu" and not cpu_kernels.is_compiled():
         print("gng_d2 was installed without a C compiler: on the CPU ours is PyTorch's own op")
     rows = rows_to_keep(args, NormCostRow)
-    done = {(row.dtype, row.layout, tuple(row.shape), row.num_groups) for row in rows if row.implementation == "ours"}
+    done = {row.input() for row in rows if row.implementation == "ours"}
     inputs = dict.fromkeys(norm for images in args.images for norm in detector_norms(images, *args.size))
-    jobs = [(dtype, layout, *norm) for dtype in args.dtype for layout in args.layout for norm in inputs]
+    jobs = [(*norm, dtype, layout) for dtype in args.dtype for layout in args.layout for norm in inputs]
     bandwidth = copy_bandwidth(args.device)
     print(f"{machine(args.device)}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     for job in tqdm(jobs, unit="input"):
         if job not in done:
-            dtype, layout, shape, num_groups = job
+            shape, num_groups, dtype, layout = job
             setting = getattr(torch, dtype), layout == "channels_last"
             measured = norm_rows(
                 shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations

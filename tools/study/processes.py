@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import Mapping, Optional, Sequence
 
-from .comparison import Comparison, Run
+from .comparison import Comparison, Run, RunState
 
 __all__ = ["Process", "start_training"]
 
@@ -78,6 +78,11 @@ class Process:
         lines = [line.strip() for line in self.printed().splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
         return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
+
+    def end(self, machine: str) -> RunState:
+        """How a run whose command has ended, ended on ``machine``."""
+        reason = self.failure()
+        return RunState("failed" if reason else "finished", reason, machine)
 
     def printed(self) -> str:
         """What the command printed up to now."""

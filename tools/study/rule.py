@@ -48,8 +48,7 @@ def choices(rows: List[NormCostRow]) -> List[Choice]:
     inputs = {}
     for row in rows:
         if row.ratio_quartiles:
-            key = tuple(row.shape), row.num_groups, row.dtype, row.layout, row.direction
-            inputs.setdefault(key, {})[row.implementation] = row
+            inputs.setdefault((*row.input(), row.direction), {})[row.implementation] = row
     found = []
     for key, by_name in inputs.items():
         if {"ours", "our_kernels", "native"} <= by_name.keys():

@@ -201,12 +201,12 @@ class TrainingJob:
             code = process.wait()
         if code == -signal.SIGTERM:  # from Slurm, which then kills or requeues this job: it has not failed by itself
             time.sleep(600)
-        reason = process.failure()
+        state = process.end(self.comparison.machine())
         # of several that fail, the first: the others lose the connection
-        if (reason or rank == 0) and self.run.recorded_state().status == "not finished":
-            self.run.record(RunState("failed" if reason else "finished", reason, self.comparison.machine()))
-        if reason:
-            sys.exit(reason)
+        if (state.reason or rank == 0) and self.run.recorded_state().status == "not finished":
+            self.run.record(state)
+        if state.reason:
+            sys.exit(state.reason)
 
     def checkpoint(self):
         from submitit.helpers import DelayedSubmission

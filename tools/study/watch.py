@@ -40,11 +40,13 @@ class StatusTable:
 
     def __init__(self, comparison: Comparison, file: Optional[IO] = None):
         self._comparison, self._file = comparison, file or sys.stdout
+        self._total = comparison.cfg.SOLVER.MAX_ITER
         self._drawn, self._said = 0, {}
 
     def show(self, states: Dict[Run, RunState]) -> None:
         rows = [self._row(run, state) for run, state in states.items()]
         if self._file.isatty():
+            rows = [(run, status, f"{done} of {self._total}", left, why) for run, status, done, left, why in rows]
             self._draw(tabulate(rows, ["run", "", "iteration", "left", ""], tablefmt="plain").splitlines())
         else:
             for row in rows:
@@ -52,13 +54,12 @@ class StatusTable:
         self._file.flush()
 
     def _row(self, run, state):
-        """Run, status, iteration, time left, and why."""
-        total = self._comparison.cfg.SOLVER.MAX_ITER
-        iteration = f"{self._comparison.iterations_done(run)} of {total}"
+        """Run, status, iterations done, time left, and why."""
+        done = self._total if state.status == "finished" else self._comparison.iterations_done(run)
         seconds = last_record(run.path("metrics.json")).get("eta_seconds") if state.status == "running" else None
         left = "" if seconds is None else str(datetime.timedelta(seconds=int(seconds)))
         log = f" ({run.path('output.txt')})" if state.status == "failed" else ""
-        return str(run), state.status, iteration, left, (state.reason or "") + log
+        return str(run), state.status, done, left, (state.reason or "") + log
 
     def _draw(self, lines):
         width, height = shutil.get_terminal_size()
@@ -68,11 +69,10 @@ class StatusTable:
         self._file.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[0J")
         self._drawn = len(lines)
 
-    def _say(self, run, status, iteration, left, reason):
-        done, _, total = iteration.partition(" of ")
-        change = status, reason, 10 * int(done) // int(total)  # a line at each tenth too
+    def _say(self, run, status, done, left, reason):
+        change = status, reason, 10 * done // self._total  # a line at each tenth too
         if self._said.get(run) != change:
             self._said[run] = change
-            words = [f"{run}: {status}", f"at iteration {iteration}" * (status == "running")]
+            words = [f"{run}: {status}", f"at iteration {done} of {self._total}" * (status == "running")]
             words += [f"{left} left" * bool(left), reason]
             print(", ".join(filter(None, words)), file=self._file)
