@@ -2,6 +2,7 @@ import logging
 import os
 import random
 import resource
+import signal
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 # The tests name files from the root of the checkout, wherever pytest was started.
 os.chdir(Path(__file__).parents[1])
+
+# A shell lets its background jobs ignore it, and theirs, which the tests interrupt and wait for.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before triton is imported: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
