@@ -39,7 +39,9 @@ def run_step(self):
     if "SLURM_JOB_ID" in os.environ and mark.endswith("PGN/seed_1/preempted") and self.iter == 2:
         if not os.path.exists(mark):
             open(mark, "w").close()
-            subprocess.run(["scancel", "--signal=USR2", os.environ["SLURM_JOB_ID"]], check=True)
+            # SLURM_JOB_ID may be the whole array's, as it is in one of its tasks
+            job = os.environ["SLURM_ARRAY_JOB_ID"] + "_" + os.environ["SLURM_ARRAY_TASK_ID"]
+            subprocess.run(["scancel", "--signal=USR2", job], check=True)
             time.sleep(600)
 
 Trainer.run_step = run_step

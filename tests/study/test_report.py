@@ -109,5 +109,7 @@ def test_the_last_values_of_a_run(tmp_path):
     write([*losses[:2], {**losses[2], **evaluations[0]}, *losses[3:], evaluations[1]])
     assert report.final_values(run) == {"AP": 2.0, "AP50": None}
     assert report.curves_of(run, 99)["AP"] == [(59, 1.0), (99, 2.0)]
+    write([*losses, {"iteration": 99, "bbox/AP": 1.5}, evaluations[1]])  # ended after an evaluation, before run.json
+    assert report.curves_of(run, 99)["AP"] == [(99, 2.0)]
     write(losses)
     assert report.final_values(run) == {"total_loss": 96.5}  # of iterations 94 and 99

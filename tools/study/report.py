@@ -209,9 +209,9 @@ def curves_of(run: Run, max_iter: int) -> Dict[str, List]:
     records = read_metrics(run.path("metrics.json"))
     metric = next((short for short, name in METRICS.items() if any(name in record for record in records)), None)
     names = {LOSS: LOSS, **({metric: METRICS[metric]} if metric else {})}
-    # a run resumed for its last evaluation alone counts one more
-    curves = {k: [(min(r["iteration"], max_iter), r[name]) for r in records if name in r] for k, name in names.items()}
-    return {quantity: points for quantity, points in curves.items() if points}
+    # a run resumed for its last evaluation alone counts one more, and may have been evaluated before
+    curves = {k: {min(r["iteration"], max_iter): r[name] for r in records if name in r} for k, name in names.items()}
+    return {quantity: list(points.items()) for quantity, points in curves.items() if points}
 
 
 def plot_curves(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
