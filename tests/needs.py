@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-__all__ = ["HALF", "KERNELS", "LOOK", "PARAMETRIZED_WEIGHT_NORM", "RECOMPUTE", "needs_torch"]
-
-_INSTALLED = tuple(int(number) for number in torch.__version__.split(".")[:2])
+__all__ = ["EXPORT", "HALF", "KERNELS", "LOOK", "PARAMETRIZED_WEIGHT_NORM", "RECOMPUTE", "needs_torch"]
 
 
 def needs_torch(major, minor, what):
@@ -13,7 +11,7 @@ def needs_torch(major, minor, what):
 
     The version is the first that has it of those that were tried, so some between may have it too.
     """
-    return pytest.mark.skipif(_INSTALLED < (major, minor), reason=f"needs PyTorch {major}.{minor}: {what}")
+    return pytest.mark.skipif(torch.__version__ < (major, minor), reason=f"needs PyTorch {major}.{minor}: {what}")
 
 
 KERNELS = needs_torch(2, 4, "torch.library.register_fake, for kernels of ours")
@@ -21,3 +19,4 @@ LOOK = needs_torch(2, 5, "autograd's shapes in Python, for the look at who made 
 RECOMPUTE = needs_torch(2, 5, "checkpoints that choose what they keep, for recompute_norms")
 PARAMETRIZED_WEIGHT_NORM = needs_torch(2, 1, "torch.nn.utils.parametrizations.weight_norm")
 HALF = pytest.param(torch.float16, marks=needs_torch(2, 4, "PyTorch's ops of float16 on a CPU"))
+EXPORT = needs_torch(2, 6, "torch.export as the formats onnx and torch_export take it")
