@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from needs import EXPORT, needs_torch
+from needs import EXPORT, KERNELS, needs_torch
 from torch import nn
 
 import export as tool
@@ -138,6 +138,7 @@ def test_a_file_that_differs_is_not_written(export, monkeypatch):
 
 
 @pytest.mark.slow
+@KERNELS
 def test_a_file_that_needs_gng_d2_does_not_pass(tmp_path):
     class Plain(nn.Module):
         def forward(self, x):
