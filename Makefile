@@ -4,18 +4,21 @@
 # make lint    checks the format and the code, changing nothing
 # make docs    makes the pages of docs/ a site, in docs/_build
 # make slurm-test runs comparisons on a Slurm cluster of this machine alone, made for it; installs no Slurm
+# make oldest  runs the norms' tests with the oldest PyTorch that is supported, in an environment in build/versions
+# make versions runs the quick tests with several versions of Python, PyTorch and NumPy, in environments in ENVIRONMENTS
 # make results writes docs/results.md from the measurements in docs/results
 # make gpu     tests and measures the kernels on a GPU, in MINUTES=9; DEVICE=cpu tries it, ANEW=1 forgets what was measured
 # make gpu-train  trains Table 4's classifiers on Caltech-101 for MINUTES=9, DATA=its folders of classes; DEVICE=cpu tries it
 # Each makes .venv first if it is not there; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
+ENVIRONMENTS ?= ../gng_d2-versions
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 DEVICE ?= cuda
 MINUTES ?= 9
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)/caltech101
 
-.PHONY: demo test quick lint docs slurm-test results gpu gpu-train
+.PHONY: demo test quick lint docs slurm-test results gpu gpu-train oldest versions
 demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
@@ -35,6 +38,13 @@ docs: $(INSTALLED)
 slurm-test: $(INSTALLED)
 	$(VENV)/bin/python tests/slurm/cluster.py sinfo
 	$(VENV)/bin/python -m pytest -q tests/slurm
+
+oldest: $(INSTALLED)
+	$(VENV)/bin/python tests/versions.py build/versions --only torch2.0 --python $(PYTHON) \
+		--tests tests/ops tests/layers tests/test_norm_names.py
+
+versions: $(INSTALLED)
+	$(VENV)/bin/python tests/versions.py $(ENVIRONMENTS)
 
 results: $(INSTALLED)
 	$(VENV)/bin/python tools/reproduce.py page

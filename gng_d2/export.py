@@ -110,8 +110,14 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
     one image of any size in TorchScript and ONNX, and in torch.export one of the size that it was traced with.
 
     Raises:
-        InputError: the model cannot be exported in this format; says what can.
+        InputError: the model cannot be exported in this format; says what can. Or PyTorch is older than 2.6, and the
+            format not TorchScript.
     """
+    if format != "torchscript" and torch.__version__ < (2, 6):
+        raise InputError(
+            f"--format {format} needs PyTorch 2.6 or newer; this is {torch.__version__}. It can export torchscript, or "
+            f"install a newer one: pip install 'torch>=2.6'"
+        )
     try:
         with _quiet(), torch.no_grad():
             _EXPORT[format](adapter, path)
@@ -177,7 +183,7 @@ def _is_batch(adapter):
 def _program(adapter):
     auto = torch.export.Dim.AUTO
     shapes = (({0: auto, 2: auto, 3: auto},),) if _is_batch(adapter) else None
-    return torch.export.export(adapter, adapter.flattened_inputs, dynamic_shapes=shapes)
+    return torch.export.export(adapter, adapter.flattened_inputs, dynamic_shapes=shapes, strict=False)
 
 
 _LOAD_AND_RUN = """

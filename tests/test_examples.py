@@ -6,6 +6,7 @@ import pkgutil
 
 import pytest
 import torch
+from needs import LOOK, RECOMPUTE
 from torch import nn
 
 import gng_d2
@@ -15,7 +16,12 @@ GIVEN = {"torch": torch, "nn": nn, **{name: getattr(gng_d2, name) for name in gn
 MODULES = [m.name for m in pkgutil.walk_packages(gng_d2.__path__, "gng_d2.") if not m.name.endswith("__main__")]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if "_cpu_kernels" not in name])
+NEEDS = {"gng_d2.layers.look": LOOK, "gng_d2.layers.recompute": RECOMPUTE}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NEEDS.get(name, ())) for name in MODULES if "_cpu_kernels" not in name]
+)
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write a file
     try:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from needs import EXPORT, KERNELS, needs_torch
 from torch import nn
 
 import export as tool
@@ -74,8 +75,11 @@ def assert_equal(found, expected):
         torch.testing.assert_close(ours, expected[name], atol=1e-3 * scale, rtol=0, check_dtype=False)
 
 
+NEWER = [pytest.param(f, marks=() if f == "torchscript" else EXPORT) for f in gng_d2.export.FORMATS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("format", gng_d2.export.FORMATS)
+@pytest.mark.parametrize("format", NEWER)
 def test_a_backbone_takes_any_number_of_images_of_any_size(format, export):
     status, out, path, model = export(DETECTOR, format, ["--backbone"], WS)
     assert status is None and f"wrote {path}" in out and "multiples of 32" in out
@@ -85,7 +89,7 @@ def test_a_backbone_takes_any_number_of_images_of_any_size(format, export):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize("format", NEWER[:2])
 @pytest.mark.parametrize("config", [DETECTOR, PANOPTIC])
 def test_a_whole_model_takes_an_image_of_any_size(config, format, export):
     status, out, path, model = export(config, format)
@@ -103,6 +107,7 @@ def test_a_whole_model_takes_an_image_of_any_size(config, format, export):
 
 
 @pytest.mark.slow
+@needs_torch(2, 14, "torch.export of a semantic model")
 def test_torch_export_takes_a_semantic_model(export):
     status, _, path, model = export(PANOPTIC, "torch_export", opts=SEMANTIC)
     assert status is None
@@ -112,6 +117,7 @@ def test_torch_export_takes_a_semantic_model(export):
 
 
 @pytest.mark.slow
+@EXPORT
 def test_what_cannot_be_exported_says_what_can(export):
     status, _, path, _ = export(DETECTOR, "torch_export")
     assert status.startswith("error: --format torch_export cannot take this model")
@@ -132,6 +138,7 @@ def test_a_file_that_differs_is_not_written(export, monkeypatch):
 
 
 @pytest.mark.slow
+@KERNELS
 def test_a_file_that_needs_gng_d2_does_not_pass(tmp_path):
     class Plain(nn.Module):
         def forward(self, x):

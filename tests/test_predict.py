@@ -321,7 +321,7 @@ def test_an_image_that_the_model_cannot_take_costs_only_itself(tmp_path):
 
     def model(inputs):
         if any(x["image"].max() == 120 for x in inputs):  # the third
-            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory\nand more")
         return [{"sem_seg": x["image"]} for x in inputs]
 
     done = list(predict(prediction_settings(cfg), model, paths, batch_size=4))

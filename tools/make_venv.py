@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Make a virtual environment with Detectron2, everything it needs, and this project.
 
-Used by the Makefile. Needs nothing but Python's standard library. To use gng_d2 in an environment
-that has Detectron2 already, `pip install -e .` is all.
+Used by the Makefile and tests/versions.py. Needs nothing but Python's standard library. To use gng_d2 in an
+environment that has Detectron2 already, `pip install -e .` is all.
 """
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,18 @@ def strip_compiled(source, target):
             new.writestr(item, content)
 
 
+def requirements(others, path=os.path.join(ROOT, "constraints.txt")):
+    """The lines of constraints.txt, with each of ``others`` (name==version) in the place of the line of its name."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    for other in others:
+        name, equals, version = other.partition("==")
+        text, found = re.subn("^{}==.*$".format(re.escape(name)), other, text, flags=re.MULTILINE)
+        if not (found and version):
+            fail("reading --with", "  {}: give name==version of a name in constraints.txt".format(other))
+    return text
+
+
 def install_detectron2(python):
     with tempfile.TemporaryDirectory() as folder:
         run(
@@ -100,7 +113,17 @@ def install_detectron2(python):
 def main():
     parser = tool_parser(__doc__)
     parser.add_argument("folder", nargs="?", default=os.path.join(ROOT, ".venv"), help="default: .venv")
-    folder = os.path.abspath(parser.parse_args().folder)
+    parser.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        default=[],
+        metavar="NAME==VERSION",
+        help="install these instead of the versions in constraints.txt, for instance torch==2.4.1 torchvision==0.19.1",
+    )
+    args = parser.parse_args()
+    folder = os.path.abspath(args.folder)
+    wanted = requirements(args.others)
 
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         fail(
@@ -123,16 +146,19 @@ def main():
                 "  {}\n  Debian and Ubuntu keep venv in a package of its own: apt install python3-venv".format(error),
             )
     # PyPI's torchvision needs the CUDA build of torch, on a CPU too: 5 GB on disk.
-    run(
-        "installing PyTorch and the libraries (minutes on the first run)",
-        python,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "-r",
-        "constraints.txt",
-    )
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(wanted)
+        file.flush()
+        run(
+            "installing PyTorch and the libraries (minutes on the first run)",
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "-r",
+            file.name,
+        )
     install_detectron2(python)
     run("installing gng_d2", python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
     run("importing it", python, "-c", "import detectron2, gng_d2")

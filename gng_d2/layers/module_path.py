@@ -18,7 +18,7 @@ def module_path(module: nn.Module, modules: Optional[List[nn.Module]] = None) ->
         modules: by default all live ones.
     """
     if "torch._dynamo" in sys.modules:  # else torch.compile, if it runs this, walks into the search
-        return torch.compiler.disable(_module_path)(module, modules)
+        return torch._dynamo.disable(_module_path)(module, modules)
     return _module_path(module, modules)
 
 

@@ -25,7 +25,7 @@ __all__ = [
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
 # PyTorch 2.0 has no torch.compiler
-is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
+is_compiling = getattr(torch, "compiler", torch._utils).is_compiling
 try:
     import triton  # noqa: F401
 

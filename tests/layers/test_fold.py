@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from needs import HALF, PARAMETRIZED_WEIGHT_NORM, needs_torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
@@ -53,7 +54,10 @@ def test_every_convolution(make, kwargs):
     assert_folds(make(**kwargs))
 
 
-@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
+CIRCULAR = pytest.param("circular", marks=needs_torch(2, 4, "circular padding of an image that is in no batch"))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", CIRCULAR])
 @pytest.mark.parametrize("padding", [1, (2, 1), "same", "valid"])
 @pytest.mark.parametrize("layer", [nn.Conv2d, Conv2d])
 def test_a_standardized_layer_pads_as_it_did(layer, padding, padding_mode):
@@ -110,7 +114,7 @@ OBSTACLES = {
     "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "weight_norm": weight_norm,
     "spectral_norm": lambda layer: spectral_norm(layer).eval(),
-    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized weight_norm": lambda layer: weight_norm_of(layer),
     "parametrized spectral_norm": lambda layer: parametrizations.spectral_norm(layer).eval(),
     "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Twice()),
     "buffer": to_buffer,
@@ -121,7 +125,13 @@ OBSTACLES = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("obstacle", OBSTACLES.values(), ids=OBSTACLES)
+@pytest.mark.parametrize(
+    "obstacle",
+    [
+        pytest.param(f, id=name, marks=PARAMETRIZED_WEIGHT_NORM if name == "parametrized weight_norm" else ())
+        for name, f in OBSTACLES.items()
+    ],
+)
 @pytest.mark.parametrize("make", [detectron2_conv, own_conv])
 def test_refuses_by_name_what_it_cannot_fold(make, obstacle):
     model = nn.ModuleDict({"stem": own_conv(), "head": nn.Sequential(nn.Identity(), make())})
@@ -134,6 +144,7 @@ def test_refuses_by_name_what_it_cannot_fold(make, obstacle):
     assert "weight_standardization=True" in repr(model) or make is own_conv
 
 
+@PARAMETRIZED_WEIGHT_NORM
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_folds_what_is_undone():
     model = nn.Sequential(prune.l1_unstructured(own_conv(), "weight", 0.5))
@@ -177,7 +188,7 @@ def test_layers_that_share_a_weight_go_on_sharing_it():
 
 
 @pytest.mark.parametrize("scale", [1, 1e-2, 1e-4, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, HALF, torch.bfloat16])
 def test_any_type_and_scale_also_twice(dtype, scale):
     conv = own_conv().to(dtype)
     conv.weight.data *= scale
@@ -252,6 +263,7 @@ def test_hooks_stay():
     assert len(seen) == 2
 
 
+@needs_torch(2, 4, "nn.Module.compile")
 def test_a_compiled_layer():
     conv = own_conv()
     conv.compile(backend="eager")
@@ -265,6 +277,7 @@ def test_a_folded_layer_that_is_standardized_again():
     assert_folds(conv)
 
 
+@PARAMETRIZED_WEIGHT_NORM
 def test_in_ddp(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

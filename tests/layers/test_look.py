@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from needs import LOOK
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from gng_d2.errors import InputError
 from gng_d2.layers.group_norm import LOOKS
 from gng_d2.layers.look import made_by
 
+pytestmark = LOOK
 pgn = PracticalGroupNorm
 standardized = partial(PracticalGroupNorm, weight_standardization=True)
 

@@ -20,9 +20,9 @@ from detectron2.modeling.roi_heads import mask_head
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from needs import RECOMPUTE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 
 from gng_d2 import (
@@ -44,7 +44,7 @@ from gng_d2.layers.recompute import original_class
 from gng_d2.ops import set_kernels_enabled
 from study.comparison import Comparison
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, RECOMPUTE]
 
 SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 
@@ -328,12 +328,6 @@ def test_a_module_that_changes_its_buffers_is_an_error():
     model = recompute_norms(Counting())
     with pytest.raises(InputError, match="RecomputedCounting: running it changes its buffers"):
         model(images())
-
-
-def test_older_pytorch_is_an_error_that_says_what_to_install(monkeypatch):
-    monkeypatch.delattr(torch_checkpoint, "create_selective_checkpoint_contexts")
-    with pytest.raises(InputError, match=r"needs PyTorch 2\.5 or newer.*pip install 'torch>=2\.5'"):
-        recompute_norms(chain())
 
 
 # when not

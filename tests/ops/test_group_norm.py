@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from needs import KERNELS, needs_torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu  # noqa
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, KERNELS]
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def kernels(monkeypatch):
         return
     library = torch.library.Library("gng_d2", "IMPL")
     for name, op in ("group_norm", op_module._forward), ("group_norm_backward", op_module._backward):
-        library.impl(name, partial(op, triton_kernels), "CPU", allow_override=True)
+        library.m.impl(name, "CPU", partial(op, triton_kernels))
     yield
     library._destroy()
 
@@ -259,14 +260,14 @@ def test_tracing_scripting_and_export_take_pytorchs_op(monkeypatch):
     x, weight, bias = (t.detach() for t in leaves_of(1, 64, 128, 128, road="cpu_road"))
     assert op_module._backend(x, 1, weight, bias, 1e-5) is group_norm_cpu or not cpu_kernels.is_compiled()
 
-    class Norm(torch.nn.Module):
+    class Norm(torch.nn.GroupNorm):
         def forward(self, x):
-            return group_norm(x, 1, weight, bias)
+            return group_norm(x, 1, self.weight, self.bias)
 
     graphs = [
-        str(torch.jit.trace(Norm(), x, check_trace=False).graph),
+        str(torch.jit.trace(Norm(1, 64), x, check_trace=False).graph),
         str(torch.jit.script(group_norm).graph),
-        str(torch.export.export(Norm(), (x,)).graph),
+        str(torch.export.export(Norm(1, 64), (x,)).graph),
     ]
     assert not any("gng_d2::" in graph or "ops.gng_d2" in graph for graph in graphs)
     assert torch.equal(torch.jit.script(group_norm)(x, 1, weight, bias), F.group_norm(x, 1, weight, bias))
@@ -279,6 +280,7 @@ def fake(*shape, dtype=torch.float32, **kwargs):
 H100 = SimpleNamespace(multi_processor_count=132)
 
 
+@needs_torch(2, 13, "torch.compile on fake tensors of a GPU that is not there")
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     """On fake tensors, which need no GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
@@ -296,6 +298,7 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     assert "gng_d2.group_norm.default" in targets and "gng_d2.group_norm_backward.default" in targets, targets
 
 
+@needs_torch(2, 11, "fake tensors of a GPU that is not there")
 def test_choice_on_cuda(monkeypatch):
     """PyTorch's kernels where they fill the machine, ours where they do not or would copy the input."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from needs import KERNELS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu
+
+pytestmark = KERNELS
 
 if not cpu_kernels.is_compiled():
     assert not shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]), (

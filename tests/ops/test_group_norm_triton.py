@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from needs import KERNELS
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
 from gng_d2.ops import group_norm_triton  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.gpu]
+pytestmark = [pytest.mark.slow, pytest.mark.gpu, KERNELS]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

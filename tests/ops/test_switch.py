@@ -4,11 +4,15 @@ import sys
 
 import pytest
 import torch
+from needs import KERNELS
 from torch.nn import functional as F
 
 from gng_d2.ops import cpu_kernels, group_norm, set_kernels_enabled, standardize_weight
 
-pytestmark = pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")
+pytestmark = [
+    pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler"),
+    KERNELS,
+]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from needs import KERNELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -57,6 +58,7 @@ def kernels_of(road):
 ROADS = [("cpu", torch.float32), ("triton", torch.float32), ("triton", torch.float16), ("triton", torch.bfloat16)]
 
 
+@KERNELS
 @pytest.mark.slow
 @pytest.mark.parametrize("road, dtype", ROADS)
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (3, 7, 5, 3), (2, 512, 3, 3), (30, 31, 1, 1)])
@@ -82,6 +84,7 @@ def test_kernels_are_no_worse_than_pytorchs_ops(road, dtype, shape, scale, offse
         assert (one - exact).norm() <= 1.2 * (other - exact).norm() + 2e-7 * exact.norm()
 
 
+@KERNELS
 @pytest.mark.parametrize("road", ["cpu", "triton"])
 def test_kernels_on_equal_weights(road):
     kernels, device = kernels_of(road)
@@ -91,6 +94,7 @@ def test_kernels_on_equal_weights(road):
     torch.testing.assert_close(kernels.backward(gradient, weight, 1e-5), expected, rtol=1e-5, atol=1e-2)
 
 
+@KERNELS
 @pytest.mark.parametrize("road", ["cpu", "triton"])
 def test_autograd_takes_the_kernels(road, monkeypatch):
     kernels, device = kernels_of(road)
@@ -99,7 +103,7 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
     forward, backward = weight_standardization._forward, weight_standardization._backward
     for op, kernel in ("standardize", partial(forward, kernels)), ("standardize_backward", partial(backward, kernels)):
         spy = partial(lambda op, kernel, *args: calls.append(op) or kernel(*args), op, kernel)
-        library.impl(op, spy, device.upper(), allow_override=True)
+        library.m.impl(op, device.upper(), spy)
     monkeypatch.setattr(weight_standardization, "_backend", lambda weight: kernels)
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
@@ -115,6 +119,7 @@ def test_autograd_takes_the_kernels(road, monkeypatch):
     library._destroy()
 
 
+@KERNELS
 def test_kernels_are_for_plain_eager_tensors():
     weight = torch.randn(4, 3, 3, 3)
     backend, expected = (
@@ -142,6 +147,7 @@ def test_jacobian():
 
 
 @pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")
+@KERNELS
 def test_the_ops_keep_pytorchs_rules():
     weight, gradient = torch.randn(2, 4, 3, 3, 3)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar
 
@@ -37,7 +38,7 @@ def machine(device: str = "cpu") -> str:
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {pytorch}"
     threads = torch.get_num_threads()
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability = re.search(r"CPU capability usage: (\w+)", torch.__config__.show())[1]
     return f"{threads} thread{'s' * (threads > 1)} of {_processor()} ({capability}), {pytorch}"
 
 
