@@ -80,7 +80,7 @@ def test_step_times_that_are_there_stay(monkeypatch):
 def test_as_many_images_as_fit(most, monkeypatch):
     class Job:
         def __init__(self, cfg, recomputed, images, height, width):
-            self.batch, self.optimizer = range(images), torch.optim.SGD([torch.zeros(1)])
+            self.batch, self.optimizer = range(images), torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
         def step(self):
             if len(self.batch) > most:

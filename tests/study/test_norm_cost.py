@@ -2,6 +2,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
+from needs import KERNELS
 from torch.nn import functional as F
 
 from gng_d2.ops import cpu_kernels
@@ -30,6 +31,7 @@ def test_what_is_in_l2_is_not_read_again():
 
 
 @pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")
+@KERNELS
 def test_whether_the_rule_chose_our_kernels():
     names = ["our_kernels"]
     rows = list(norm_cost.norm_rows((1, 64, 64, 64), 1, torch.float32, False, "cpu", 1e10, 0.0, names))
@@ -37,6 +39,7 @@ def test_whether_the_rule_chose_our_kernels():
     assert [row.kernels for row in rows if row.implementation == "ours"] == [True, True]
 
 
+@KERNELS
 def test_implementations_compute_group_norm():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 12, 5, 7) + 3, torch.randn(12), torch.randn(12)

@@ -1,5 +1,6 @@
 import pytest
 from detectron2.modeling import build_model
+from needs import KERNELS
 from torch import nn
 
 from gng_d2.layers import WSConv2d
@@ -66,6 +67,7 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
         reproduce(*command, "--resume", *SMALL, "SOLVER.BASE_LR", "0.01")
 
 
+@KERNELS
 def test_our_kernels_are_off_where_pytorchs_ops_are_measured():
     seen = []
 

@@ -148,4 +148,4 @@ def _step(row):
 
 
 def _bytes(row):
-    return math.prod(row.shape) * getattr(torch, row.dtype).itemsize
+    return math.prod(row.shape) * torch.empty(0, dtype=getattr(torch, row.dtype)).element_size()
