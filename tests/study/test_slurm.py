@@ -256,7 +256,7 @@ def task(monkeypatch):
             monkeypatch.setenv(name, value)
         os.makedirs(run.folder, exist_ok=True)
         try:
-            pickle.loads(pickle.dumps(TrainingJob(comparison, run)))()
+            pickle.loads(pickle.dumps(TrainingJob(comparison, run, 60)))()
         except SystemExit as ended:
             return ended.code
 
@@ -320,13 +320,36 @@ def test_submitits_signal_ends_no_training(fake, small, task, tmp_path, monkeypa
 
 
 @needs_submitit
-def test_submitit_requeues_a_job(small):
+@pytest.mark.parametrize("minutes, checkpoint, requeued", [(9, False, True), (59, True, True), (59, False, False)])
+def test_submitit_requeues_a_job_that_gets_on(minutes, checkpoint, requeued, fake, small, monkeypatch):
     import submitit
 
     comparison = small(["GN"], [0])
-    job = TrainingJob(comparison, comparison.runs[0])
-    delayed = submitit.helpers.DelayedSubmission(job)._checkpoint_function()
-    assert isinstance(delayed, submitit.helpers.DelayedSubmission) and delayed.function is job
+    (run,) = comparison.runs
+    job, seconds = TrainingJob(comparison, run, 60), [0.0]
+    monkeypatch.setattr("study.slurm.time.time", lambda: seconds[0])
+
+    class Training:  # until Slurm's signal
+        def __enter__(self):
+            seconds[0] += 60 * minutes
+            if checkpoint:
+                Path(run.path("last_checkpoint")).write_text("model_0000099.pth")
+            delayed = submitit.helpers.DelayedSubmission(job)._checkpoint_function()
+            assert (delayed is not None) == requeued and (delayed is None or delayed.function is job)
+            raise InterruptedError
+
+        def __exit__(self, *error):
+            return None
+
+    os.makedirs(run.folder)
+    monkeypatch.setattr("study.slurm.start_training", lambda *args: Training())
+    for name, value in {**IN_A_JOB, "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InterruptedError):
+        job()
+    state = comparison.state(run)
+    assert state.status == ("not finished" if requeued else "failed")
+    assert requeued or "60 minutes of a job. Raise --slurm-time" in state.reason
 
 
 # the command line

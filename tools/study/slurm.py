@@ -126,7 +126,9 @@ class Slurm:
         self._executor.update_parameters(**self._settings, array_parallelism=free)
         try:
             with self._executor.batch():
-                jobs = [self._executor.submit(TrainingJob(self.comparison, run)) for run in runs]
+                jobs = [
+                    self._executor.submit(TrainingJob(self.comparison, run, self._settings["time"])) for run in runs
+                ]
         except (FailedJobError, FailedSubmissionError) as error:
             lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
             raise InputError(f"sbatch refused the runs: {(lines or [str(error)])[-1]}") from error
@@ -181,15 +183,16 @@ class Slurm:
 
 
 class TrainingJob:
-    """What each task of a run's job does; submitit requeues it because it has a ``checkpoint``."""
+    """What each task of a run's job does, in ``minutes`` at most. submitit requeues what has a ``checkpoint``."""
 
-    def __init__(self, comparison: Comparison, run: Run):
-        self.comparison, self.run = copy.copy(comparison), run
+    def __init__(self, comparison: Comparison, run: Run, minutes: int):
+        self.comparison, self.run, self.minutes = copy.copy(comparison), run, minutes
         vars(self.comparison).pop("cfg", None)  # its device is of the machine that submits
 
     def __call__(self):
         import submitit
 
+        self._began, self._began_from = time.time(), _read(self.run.path("last_checkpoint"))
         job = submitit.JobEnvironment()
         rank, url = job.global_rank, "auto"
         if self.comparison.num_machines > 1:
@@ -209,9 +212,17 @@ class TrainingJob:
             sys.exit(state.reason)
 
     def checkpoint(self):
+        """What to requeue when the job is preempted or reaches its time limit. None, so that the run has failed, if it
+        had most of its time for itself and wrote no checkpoint: it would do so each time."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        enough = 60 * min(0.8 * self.minutes, self.minutes - 10)  # from there on it is a time-out to submitit
+        if time.time() - self._began < enough or _read(self.run.path("last_checkpoint")) != self._began_from:
+            return DelayedSubmission(self)
+        if self.run.recorded_state().status == "not finished":
+            reason = f"no checkpoint in the {self.minutes} minutes of a job. Raise --slurm-time, or lower "
+            self.run.record(RunState("failed", reason + "SOLVER.CHECKPOINT_PERIOD"))
+        return None
 
 
 def job_of(run: Run) -> Optional[str]:
