@@ -1,9 +1,11 @@
 """What a test needs of the versions that are installed."""
 
+import sys
+
 import pytest
 import torch
 
-__all__ = ["EXPORT", "HALF", "KERNELS", "LOOK", "PARAMETRIZED_WEIGHT_NORM", "RECOMPUTE", "needs_torch"]
+__all__ = ["COMPILE", "EXPORT", "HALF", "KERNELS", "LOOK", "PARAMETRIZED_WEIGHT_NORM", "RECOMPUTE", "needs_torch"]
 
 
 def needs_torch(major, minor, what):
@@ -14,6 +16,7 @@ def needs_torch(major, minor, what):
     return pytest.mark.skipif(torch.__version__ < (major, minor), reason=f"needs PyTorch {major}.{minor}: {what}")
 
 
+COMPILE = needs_torch(2, 1, "torch.compile in Python 3.11") if sys.version_info >= (3, 11) else lambda test: test
 KERNELS = needs_torch(2, 4, "torch.library.register_fake, for kernels of ours")
 LOOK = needs_torch(2, 5, "autograd's shapes in Python, for the look at who made a norm's input")
 RECOMPUTE = needs_torch(2, 5, "checkpoints that choose what they keep, for recompute_norms")

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from needs import PARAMETRIZED_WEIGHT_NORM
+from needs import COMPILE, PARAMETRIZED_WEIGHT_NORM
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -244,6 +244,7 @@ def test_a_model_that_cannot_run_is_an_error_and_as_before():
     assert unbound_norms(model) == ["2"] and model.training and model[2].num_groups is None
 
 
+@COMPILE
 def test_works_within_inference_mode_and_under_torch_compile():
     model = nn.Sequential(conv(24), nn.Dropout(), pgn(8))
     with torch.inference_mode():

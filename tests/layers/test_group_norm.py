@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.fx
-from needs import HALF, LOOK, needs_torch
+from needs import COMPILE, HALF, LOOK, needs_torch
 from torch import nn
 
 from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d
@@ -254,6 +254,7 @@ def test_exports_with_any_size():
     torch.testing.assert_close(program.module()(x), block(x))
 
 
+@COMPILE
 def test_compiles_without_a_graph_break(block):
     x = torch.randn(2, 48, 6, 6)
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
