@@ -185,11 +185,9 @@ def test_numbers_of_choosing_g():
         {row["norm"]: row["difference"] for row in measured(name) if row["metric"] == metric}
         for name, metric in (("camvid_semantic_fpn", "mIoU"), ("bccd_faster_rcnn", "AP"))
     )
-    assert (
-        f"instance norm (`GN/1`) is {camvid['GN/1']:.1f} mIoU ahead of `GN`; G = 1 is {-camvid['GN1']:.1f} behind"
-        in page
-    )
-    assert f"PGN is {-camvid['PGN']:.1f} behind and `GN/16` {-camvid['GN/16']:.1f}" in page
+    assert f"instance norm (`GN/1`) is {camvid['GN/1']:.1f} mIoU ahead of `GN`" in page
+    behind = f"PGN is {-camvid['PGN']:.1f} behind, `GN/16` {-camvid['GN/16']:.1f} and G = 1 {-camvid['GN1']:.1f}"
+    assert behind in page
     assert f"PGN is {-bccd['PGN']:.1f} AP behind `GN`" in page
     assert max(camvid["PGN"], bccd["PGN"]) < 0, "Nothing measured here on real images has PGN ahead of `GN`."
 
