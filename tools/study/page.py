@@ -156,7 +156,7 @@ SECTIONS = {
         "camvid_semantic_fpn_curves.png",
     ),
     "bccd_faster_rcnn": _comparison(
-        f"{_REAL}faster_rcnn_bccd.yaml --norms GN GN1 PGN GN/16 --seeds 0 1 2 --output DIR",
+        f"{_REAL}faster_rcnn_bccd.yaml --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 --output DIR",
         "bccd_faster_rcnn_channels.png",
         "bccd_faster_rcnn_curves.png",
     ),
