@@ -4,8 +4,6 @@ Importing it is all that a Detectron2 program needs: every ``NORM`` key then tak
 ``GN<k>``, ``GN/<c>``, and each with ``+WS``.
 """
 
-from importlib.util import find_spec
-
 from .analysis import norm_table
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
@@ -23,6 +21,7 @@ from .layers.recompute import recompute_norms, recomputed_modules
 from .model_zoo import get_config_file
 from .norm_keys import check_norm_keys
 from .norm_names import extend_get_norm
+from .ops.backends import HAS_DETECTRON2
 
 __all__ = [
     "GroupNorm",
@@ -46,5 +45,5 @@ __all__ = [
 __version__ = "0.2.0"
 
 install_binding_hook()
-if find_spec("detectron2") is not None:
+if HAS_DETECTRON2:
     extend_get_norm()

@@ -1,7 +1,6 @@
 """Our configs, wherever the package is installed."""
 
 import os
-from importlib.util import find_spec
 
 from .errors import InputError
 
@@ -11,7 +10,7 @@ __all__ = ["get_config_file"]
 def get_config_file(name: str) -> str:
     """The path of one of our configs, as :func:`detectron2.model_zoo.get_config_file` gives those of Detectron2.
 
-    So a program that has installed gng_d2 from a wheel needs no checkout.
+    So a program needs no path to a checkout, whether gng_d2 was installed from a wheel or with ``pip install -e``.
 
     Args:
         name: below ``configs``, for instance "quick/pfpn_pgn.yaml", or the lazy config "pfpn_pgn.py".
@@ -19,7 +18,10 @@ def get_config_file(name: str) -> str:
     Raises:
         InputError: there is no such config; lists those that there are.
     """
-    (folder,) = find_spec("gng_d2.configs").submodule_search_locations
+    package = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.join(package, "configs")
+    if not os.path.isdir(folder):  # of a checkout, where they stand beside the package
+        folder = os.path.join(os.path.dirname(package), "configs")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise InputError(f"gng_d2 has no config {name!r}. It has {', '.join(_configs(folder))}")

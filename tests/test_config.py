@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
+import gng_d2
 from gng_d2.config import check_config, check_weights, load_config, norm_keys, prepare_output_dir
 from gng_d2.errors import InputError
 
@@ -195,3 +200,17 @@ def test_frozen_batch_norm_without_weights_is_a_warning(caplog):
     assert not caplog.records
     check_weights(quick("MODEL.RESNETS.NORM", "FrozenBN"))
     assert "MODEL.RESNETS.NORM PGN" in caplog.text
+
+
+def test_our_configs_are_found_from_any_folder(tmp_path):
+    program = "import gng_d2; print(gng_d2.get_config_file('quick/pfpn_pgn.yaml'))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert load_config(done.stdout.splitlines()[-1]).MODEL.SEM_SEG_HEAD.NORM == "PGN", done.stderr
+    with pytest.raises(InputError, match="has no config 'none.yaml'. It has .*pfpn_pgn.yaml"):
+        gng_d2.get_config_file("none.yaml")

@@ -152,11 +152,16 @@ def test_the_wheel_trains_in_an_empty_folder(wheel, shapes, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_works_without_detectron2(wheel, tmp_path):
+@pytest.mark.parametrize("beside_a_clone", [False, True])
+def test_the_wheel_works_without_detectron2(beside_a_clone, wheel, tmp_path):
+    if beside_a_clone:
+        (tmp_path / "detectron2" / "detectron2").mkdir(parents=True)
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     program = (
         "import sys; sys.modules['detectron2'] = None; import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.startswith('detectron2') else find(name, *a)\n"
+        "from importlib.machinery import PathFinder\n"
+        "here = lambda name: PathFinder.find_spec(name, ['.'])\n"
+        "u.find_spec = lambda name, *a: here(name) if name.startswith('detectron2') else find(name, *a)\n"
         "import gng_d2, torch\n"
         "model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64))\n"
         "print(gng_d2.norm_table(gng_d2.convert_norms(model)))\n"

@@ -3,8 +3,6 @@
 Paper: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization".
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -13,13 +11,14 @@ from torch.nn.utils import parametrize
 
 from gng_d2.errors import InputError
 from gng_d2.ops import standardize_weight
+from gng_d2.ops.backends import HAS_DETECTRON2
 
 from .fx_leaf import call_as_leaf
 from .recompute import change_class, original_class
 
 __all__ = ["WSConv2d", "standardize", "unstandardize", "fold_weight_standardization"]
 
-if find_spec("detectron2") is not None:
+if HAS_DETECTRON2:
     from detectron2.layers import Conv2d
 else:
 

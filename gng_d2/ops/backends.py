@@ -3,6 +3,7 @@
 import os
 import warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Optional
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from gng_d2.errors import InputError
 
 __all__ = [
+    "HAS_DETECTRON2",
     "HAS_OPS",
     "HAS_TRITON",
     "is_compiling",
@@ -22,6 +24,9 @@ __all__ = [
     "triton_works",
 ]
 
+_detectron2 = find_spec("detectron2")
+# Any folder of that name, such as a clone that is not installed, is a package too, but one without an origin.
+HAS_DETECTRON2 = _detectron2 is not None and _detectron2.origin is not None
 # Older versions of PyTorch have no way to register an op that torch.compile can go through.
 HAS_OPS = hasattr(torch.library, "register_fake")
 # PyTorch 2.0 has no torch.compiler
