@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
 
 def load_model(model: nn.Module, weights: str) -> nn.Module:
     """``model`` with the file ``weights``, ready for inference: in eval mode, weight standardization folded."""
-    model = bind_remaining_norms(model).eval()
+    bind_remaining_norms(model).eval()
     Checkpointer(model).load(weights)
     return fold_weight_standardization(model)
 

@@ -1,6 +1,7 @@
 """Which layer makes the input of each norm, found by running the model: any code, frozen or not, on meta too."""
 
 import random
+import re
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -52,7 +53,8 @@ def find_producers(
         with _unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:
             watch.take_inputs(inputs)
             try:
-                model.eval()(*args, **kwargs)
+                model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
+                model(*args, **kwargs)
                 return watch.found
             except InputError:
                 raise
@@ -76,10 +78,19 @@ def _calls(inputs):
 
 # what makes a tensor from an input and a weight, its first two arguments, and from a bias
 _WEIGHT_OPS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)} | {"deform_conv2d", "linear"}
-_PRODUCTS = {"mm", "matmul", "__matmul__"}
+_WEIGHT_OPS |= {"convolution", "_convolution"}
+_PRODUCTS = {"mm", "matmul", "__matmul__", "__rmatmul__", "bmm"}
+_PRODUCTS_AND_BIAS = {"addmm", "baddbmm"}
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+# what, with a number, leaves a layer's output one: a group norm's input may have any scale
+_SCALINGS = set("mul mul_ __mul__ __rmul__ __imul__ multiply div div_ __truediv__ __itruediv__ divide".split())
 # what may copy, and leaves values and channels as they are
 _COPIES = set("alias clone contiguous to type type_as float half bfloat16 double cpu cuda reshape flatten".split())
+# what adds or replaces single values
+_EDITS = {"pad", "masked_fill", "masked_fill_"}
+_IN_PLACE = re.compile("[a-z]_$|^__i[a-z]+__$")
+# the names of the arguments that are looked at, in their order
+_NAMES = ("input", "mat1", "batch1", "weight", "other", "mat2", "batch2")
 
 
 # PyTorch 2.0 calls no hook of a module that raises, which matters where the model catches that
@@ -103,6 +114,8 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self):
         for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and shows none of its ops
+                continue
             self._hooks += [
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, **_ALWAYS),
@@ -132,7 +145,9 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
-                self._record(func.__name__, args, tensor)
+                named = kwargs or {}
+                given = (*args, *(named[name] for name in _NAMES if name in named))
+                self._record(func.__name__, given, tensor)
         return out
 
     def _record(self, op, args, out):
@@ -146,14 +161,18 @@ class _Watch(TorchFunctionMode):
         if op in _WEIGHT_OPS:
             axis = -1 if op == "linear" else 1 - args[1].dim()  # of an input with or without a batch
             return Producer(op, args[0].shape[axis], out.shape[axis], self._running[-1] if self._running else None)
-        if op in _PRODUCTS and self._is_parameter(args[1]):
-            return Producer(op, args[0].shape[-1], out.shape[-1], self._running[-1] if self._running else None)
-        if op in _COPIES:
-            return self._maker(args[0]) or Producer(op)
-        if op in _SUMS and any(self._is_parameter(x) for x in args[:2]):  # a bias
-            changes = int(op in ("add_", "__iadd__"))
-            makers = (self._maker(x, changes) for x in args[:2] if not self._is_parameter(x))
-            return next(makers, None) or Producer(op)
+        a, b = (*args[op in _PRODUCTS_AND_BIAS :], None, None)[:2]
+        if op in _PRODUCTS | _PRODUCTS_AND_BIAS and self._is_parameter(b):
+            return Producer(op, a.shape[-1], out.shape[-1], self._running[-1] if self._running else None)
+        if op in _PRODUCTS and self._is_parameter(a) and min(a.dim(), b.dim()) > 1:  # channels come last but one
+            return Producer(op, b.shape[-2], out.shape[-2], self._running[-1] if self._running else None)
+        changes = int(bool(_IN_PLACE.search(op)))
+        if op in _COPIES or (op in _EDITS and out.shape[1:2] == a.shape[1:2]):
+            return self._maker(a, changes) or Producer(op)
+        if op in _SUMS and self._is_parameter(b) or op in _SCALINGS and _is_number(b):
+            return self._maker(a, changes) or Producer(op)
+        if op in _SUMS and self._is_parameter(a) or op in _SCALINGS and _is_number(a):
+            return self._maker(b, changes) or Producer(op)
         return Producer(op)
 
     def _maker(self, tensor, changes=0) -> Optional[Producer]:
@@ -167,10 +186,15 @@ class _Watch(TorchFunctionMode):
             return None
         if version != tensor._version - changes:
             return Producer("an op in place")
-        return producer if numel == tensor.numel() else Producer("a slice")
+        whole = numel == tensor.numel() or (tensor.dim() > 1 and tensor.shape[1] == producer.n_out)  # a crop of maps
+        return producer if whole else Producer("a slice")
 
     def _is_parameter(self, x):
         return isinstance(x, Tensor) and StorageWeakRef(x.untyped_storage()).cdata in self._parameters
+
+
+def _is_number(x):
+    return not isinstance(x, Tensor) or x.numel() == 1
 
 
 def _tensors_of(model):
@@ -182,6 +206,7 @@ def _tensors_of(model):
 def _unchanged(model):
     """Whatever happens within, ``model`` and the random number generators are the same again after it."""
     modes = {module: module.training for module in model.modules()}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in modes
@@ -197,6 +222,8 @@ def _unchanged(model):
         random.setstate(python), np.random.set_state(numpy)
         for module, training in modes.items():
             module.training = training
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)

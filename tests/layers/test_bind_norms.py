@@ -51,6 +51,12 @@ THROUGH = {
     "copied by a reshape": lambda h: h.transpose(2, 3).reshape(2, 8, 25),
     "whole slice": lambda h: h[:, :],
     "detach": lambda h: h.detach(),
+    "causal crop": lambda h: h[:, :, :-2],
+    "padding": lambda h: F.pad(h, (1, 2)),
+    "scaling": lambda h: torch.div(input=2.0 * h * 0.5, other=torch.tensor(3.0)),
+    "scaling in place": lambda h: h.mul_(2),
+    "mask": lambda h: h.masked_fill(torch.zeros(5, dtype=torch.bool, device=h.device), 0.0),
+    "reshape by name": lambda h: torch.reshape(input=h, shape=(2, 8, 25)),
     "checkpoint": lambda h: checkpoint(nn.Identity(), h, use_reentrant=True, preserve_rng_state=False),
 }
 NO_SINGLE_LAYER = {
@@ -64,6 +70,8 @@ NO_SINGLE_LAYER = {
     "pooling": lambda h: F.max_pool2d(h, 2),
     "upsampling": lambda h: F.interpolate(h, scale_factor=2),
     "batch norm": nn.BatchNorm2d(8),
+    "padding of channels": lambda h: F.pad(h, (0, 0, 0, 0, 4, 4))[:, 2:10],
+    "some of its channels": lambda h: torch.cat([h[:, :4], h[:, :4]], 1),
     "half of its channels": lambda h: h.repeat(1, 2, 1, 1).chunk(2, 1)[1],
 }
 
@@ -95,16 +103,25 @@ LAYERS = {
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 8, 1)), (2, 24, 5, 5)),
     "standardized": (lambda: WSConv2d(24, 8, 1), (2, 24, 5, 5)),
     "a product with a parameter": (lambda: Product(), (5, 24)),
+    "a product with a bias": (lambda: Product(lambda x, w, b: torch.addmm(b, x, w)), (5, 24)),
+    "arguments by name": (lambda: Product(lambda x, w, b: F.linear(input=x, weight=w.T, bias=b)), (5, 24)),
+    "a convolution by name": (lambda: Product(lambda x, w, b: F.conv1d(x, weight=w.T[:, :, None], bias=b)), (2, 24, 5)),
+    "a sum by name": (lambda: Product(lambda x, w, b: torch.add(input=torch.mm(x, mat2=w), other=b)), (5, 24)),
+    "a weight on the left": (lambda: Product(lambda x, w, b: w.T @ x), (2, 24, 5)),
+    "PyTorch's own convolution": (
+        lambda: Product(lambda x, w, b: torch.convolution(x, w.T[:, :, None], b, [1], [0], [1], False, [0], 1)),
+        (2, 24, 5),
+    ),
 }
 
 
 class Product(nn.Module):
-    def __init__(self):
+    def __init__(self, op=lambda x, w, b: x @ w + b):
         super().__init__()
-        self.weight, self.shift = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.zeros(8))
+        self.weight, self.shift, self.op = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.zeros(8)), op
 
     def forward(self, x):
-        return x @ self.weight + self.shift
+        return self.op(x, self.weight, self.shift)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy")

@@ -447,6 +447,23 @@ def test_inputs_that_do_not_fit_change_nothing():
     assert type(model.norm) is nn.BatchNorm2d and model.conv.training
 
 
+def test_a_scripted_module_inside():
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16), torch.jit.script(nn.ReLU()))
+    assert convert_norms(model, "PGN", IMAGE)[1].num_groups == brute_force_groups(64, 16)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model[:2].modules())
+
+
+def test_a_model_whose_train_freezes_and_returns_nothing():
+    class Frozen(TwoInputs):
+        def train(self, mode=True):
+            super().train(mode)
+            self.conv.requires_grad_(False)
+
+    model = Frozen()
+    assert convert_norms(model, "PGN", IMAGE).norm.num_groups == brute_force_groups(64, 16)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_detectron2_batch():
     def build(norm):
         cfg = get_cfg()
