@@ -232,7 +232,7 @@ def _run(module, method, args, kwargs):
 
     if module._changed_in_place is None:
         random_state = torch.get_rng_state(), torch_checkpoint.get_device_states(*tensors)
-        watch = _Watch(module)
+        watch = _Watch(module, tensors)
         output = run(watch)
         module._changed_in_place = watch.changed()
         if not module._changed_in_place:
@@ -259,10 +259,11 @@ def _policy(changed_in_place, counts, context, op, *args, **kwargs):
 
 
 class _Watch(TorchDispatchMode):
-    """Sees, when a module first runs, what it changes in place: its buffers, or outputs that would be kept."""
+    """Sees, when a module first runs, what it changes in place: inputs, its buffers, or outputs that would be kept."""
 
-    def __init__(self, module):
+    def __init__(self, module, inputs):
         super().__init__()
+        self._inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         self._name = type(module).__name__
         self._buffers = [(buffer, buffer._version) for buffer in module.buffers()]
         self._outputs = []
@@ -281,8 +282,15 @@ class _Watch(TorchDispatchMode):
         """The places of the outputs, a convolution's before a ReLU say.
 
         Raises:
-            InputError: buffers were changed.
+            InputError: inputs or buffers were changed.
         """
+        inputs, self._inputs = self._inputs, []
+        if any(tensor._version != version for tensor, version in inputs):
+            raise InputError(
+                f"{self._name}: it changes its input in place, so it cannot be computed again from it in the backward "
+                f"pass. Have its first layer not do so (inplace=False), or leave it out: "
+                f"recompute_norms(that_module, enable=False)"
+            )
         if any(buffer._version != version for buffer, version in self._buffers):
             raise InputError(
                 f"{self._name}: running it changes its buffers, so it cannot be computed again in the backward pass. "

@@ -216,6 +216,16 @@ def test_a_convolution_without_norm_may_be_changed_in_place():
     assert_same(gradients(model, inputs), expected)
 
 
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), nn.LeakyReLU(0.2, inplace=True)])
+def test_a_module_that_changes_its_input_is_an_error(first):
+    """With an input that needs no gradient, its gradients would be others without a word."""
+    module = nn.Sequential(first, *chain())
+    recompute_norms(module)
+    for inputs in (images(), images().requires_grad_() * 1):
+        with pytest.raises(InputError, match="changes its input in place.*inplace=False"):
+            module(inputs)
+
+
 def test_an_input_changed_in_place_is_an_error():
     model, inputs = recompute_norms(chain()), images()
     y = model(inputs)
