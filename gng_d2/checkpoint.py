@@ -176,7 +176,13 @@ class Checkpointer(DetectionCheckpointer):
         if not self._fine_tuning:
             check_norms(self.model, checkpoint, self._reading)
         batch_norms = _batch_norms(checkpoint)
+        given = next(iter(checkpoint["model"]), "nothing")
         incompatible = super()._load_model(checkpoint)
+        names = {name for name, _ in self.model.named_parameters()}
+        if names and names <= set(incompatible.missing_keys):
+            raise InputError(
+                f"{self._reading} holds no weight of this model: it has {given}, where the model has {min(names)}"
+            )
         self._warn_of_batch_norms(batch_norms, set(incompatible.missing_keys))
         return incompatible
 

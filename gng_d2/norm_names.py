@@ -4,7 +4,7 @@ import difflib
 import re
 import types
 from functools import partial
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence
 
 from torch import nn
 
@@ -12,14 +12,15 @@ from .errors import InputError
 from .groups import nearest_divisor
 from .layers import GroupNorm, PracticalGroupNorm
 
-__all__ = ["KNOWN_NORMS", "WS", "norm_from_name", "without_ws", "norm_name", "norm_in_path", "extend_get_norm"]
+__all__ = ["KNOWN_NORMS", "OURS", "WS", "norm_from_name", "without_ws", "norm_name", "norm_in_path", "extend_get_norm"]
 
 # what a name ends in whose convolution is weight-standardized
 WS = "+WS"
 
 # <k>: any number of groups, <c>: of channels in each group
-_OURS = ("PGN", "GN<k>", "GN/<c>", "GN")
-KNOWN_NORMS = (*_OURS, *(name + WS for name in _OURS), "LN", "BN", "FrozenBN", "SyncBN")
+_BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
+OURS = (*_BASES, *(name + WS for name in _BASES))
+KNOWN_NORMS = (*OURS, "LN", "BN", "FrozenBN", "SyncBN")
 
 _THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
 
@@ -106,12 +107,12 @@ def norm_in_path(name: str) -> str:
     return name.replace("/", "_")
 
 
-def unknown_norm(name: str) -> InputError:
-    examples = (known.replace("<k>", "1").replace("<c>", "1") for known in KNOWN_NORMS)
+def unknown_norm(name: str, known_norms: Sequence[str] = KNOWN_NORMS) -> InputError:
+    examples = (known.replace("<k>", "1").replace("<c>", "1") for known in known_norms)
     names = {example.upper(): example for example in examples}
     near = difflib.get_close_matches(name.upper(), names, 1)
     meant = f"; did you mean {names[near[0]]!r}?" if near else "."
-    known = ", ".join(KNOWN_NORMS)
+    known = ", ".join(known_norms)
     return InputError(
         f"unknown norm {name!r}{meant} Known norms: {known} (<k>: a number of groups, <c>: of channels in each group)"
     )

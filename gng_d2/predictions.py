@@ -32,9 +32,18 @@ class Prediction(NamedTuple):
 
 
 def load_model(model: nn.Module, weights: str) -> nn.Module:
-    """``model`` with the file ``weights``, ready for inference: in eval mode, weight standardization folded."""
+    """``model`` with the file ``weights``, ready for inference: in eval mode, weight standardization folded.
+
+    Raises:
+        InputError: the file holds no weights of this model, or some that are no numbers.
+    """
     bind_remaining_norms(model).eval()
     Checkpointer(model).load(weights)
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{weights}: {broken[0]} and {len(broken) - 1} more weights are not finite. Had its run diverged?"
+        )
     return fold_weight_standardization(model)
 
 

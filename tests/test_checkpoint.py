@@ -10,11 +10,14 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from torch import nn
 
 from gng_d2.checkpoint import Checkpointer
 from gng_d2.config import load_config
 from gng_d2.errors import InputError
 from gng_d2.layers.record import records_of
+from gng_d2.predictions import load_model
+from gng_d2.weight_files import save_weight_file
 
 
 def model(*overrides):
@@ -323,3 +326,18 @@ def test_twenty_kills_inside_checkpoint_writes_change_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("20 kills")
+
+
+@pytest.mark.parametrize("content", [{}, {"other.weight": torch.zeros(8)}, {"0.weight": torch.zeros(9, 3, 3, 3)}])
+def test_weights_of_which_none_fits_are_an_error(content, tmp_path):
+    save_weight_file(str(tmp_path / "a.pth"), {"model": content})
+    with pytest.raises(InputError, match="a.pth holds no weight of this model: .* where the model has 0.weight"):
+        Checkpointer(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).load(str(tmp_path / "a.pth"))
+
+
+def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    weights = {name: tensor * float("nan") for name, tensor in model.state_dict().items()}
+    save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
+    with pytest.raises(InputError, match="a.pth: 0.weight and 1 more weights are not finite"):
+        load_model(model, str(tmp_path / "a.pth"))

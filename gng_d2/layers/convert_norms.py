@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
-from gng_d2.norm_names import WS, norm_from_name, norm_name, unknown_norm, without_ws
+from gng_d2.norm_names import OURS, WS, norm_from_name, norm_name, unknown_norm, without_ws
 from gng_d2.ops import group_norm
 
 from .binding import bind_to_producers, layer_shape, named_norms, num_channels, runnable
@@ -95,8 +95,10 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
         >>> convert_norms(model)[1].num_groups
         8
     """
+    if not isinstance(norm, str):
+        raise InputError(f"convert_norms(model, norm, example_inputs): norm is a name, not {type(norm).__name__}")
     if norm_from_name(norm) is None:
-        raise unknown_norm(norm)
+        raise unknown_norm(norm, OURS)
     places = _find(model, example_inputs)
     changes: List[_Change] = []
     left: Dict[str, str] = {}
@@ -118,7 +120,7 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
             left[name] = why
     for change in changes:
         change.make()
-    _report(norm, already, changes, left)
+    _report(norm, already, changes, left, example_inputs is not None)
     return model
 
 
@@ -286,12 +288,15 @@ def _begin_anew(weight, bias):
                 bias.zero_()
 
 
-def _report(norm, already, changes, left):
+def _report(norm, already, changes, left, has_run):
     """One line on what became of which norm."""
     fresh = sum(change.is_fresh for change in changes)
     became = [(change.name, change.old) for change in changes]
     listed = {
         f"follow {NO_LAYER}, so n_in is their own width": [n for n, m in became if m.weight_layer == NO_LAYER],
+        "were not reached by example_inputs and follow the layer registered before them": [
+            change.name for change in changes if has_run and not change.found.shapes
+        ],
         "have no groups until bind_norms or a training step": [n for n, m in became if not m.is_bound()],
         "follow a layer that cannot be standardized": [
             n for n, m in became if norm.endswith(WS) and not m.weight_standardization

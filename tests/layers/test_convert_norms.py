@@ -497,8 +497,26 @@ def test_norms_that_take_turns():
 
 @pytest.mark.parametrize("name", ["BN", "LN", "pgn", "GN0", "XYZ"])
 def test_names_that_are_not_ours(name):
-    with pytest.raises(InputError, match="PGN"):
+    with pytest.raises(InputError, match=f"unknown norm '{name}'.*PGN") as error:
         convert_norms(nn.BatchNorm2d(8), name)
+    assert "SyncBN" not in str(error.value)
+
+
+@pytest.mark.parametrize("norm", [IMAGE, None, 5])
+def test_an_input_in_the_place_of_the_name(norm):
+    with pytest.raises(InputError, match="norm is a name, not "):
+        convert_norms(nn.BatchNorm2d(8), norm)
+
+
+def test_norms_that_the_run_does_not_reach_are_listed(caplog):
+    class Auxiliary(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if self.training else x
+
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16))
+    model.append(Auxiliary(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)))
+    convert_norms(model, "PGN", IMAGE)
+    assert "1 were not reached by example_inputs and follow the layer registered before them (2.1)" in caplog.text
 
 
 def test_groups_that_do_not_divide_name_the_norm_and_change_nothing():
