@@ -178,12 +178,13 @@ class Checkpointer(DetectionCheckpointer):
         batch_norms = _batch_norms(checkpoint)
         given = next(iter(checkpoint["model"]), "nothing")
         incompatible = super()._load_model(checkpoint)
+        missing = set(incompatible.missing_keys)
         names = {name for name, _ in self.model.named_parameters()}
-        if names and names <= set(incompatible.missing_keys):
+        if names and names <= missing:
             raise InputError(
                 f"{self._reading} holds no weight of this model: it has {given}, where the model has {min(names)}"
             )
-        self._warn_of_batch_norms(batch_norms, set(incompatible.missing_keys))
+        self._warn_of_batch_norms(batch_norms, missing)
         return incompatible
 
     def _warn_of_batch_norms(self, batch_norms, missing_keys):

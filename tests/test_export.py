@@ -5,8 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from needs import EXPORT, KERNELS, needs_torch
+from PIL import Image
 from torch import nn
 
 import export as tool
@@ -211,3 +213,10 @@ def test_an_image_of_ones_own_is_the_example(tmp_path):
     first, second = tool.example_images(cfg, str(tmp_path / "a.png"), one_size=False)
     assert (first[:, :, ::-1] == np.asarray(Image.open(tmp_path / "a.png"))).all() and second.shape == (30, 60, 3)
     assert len({image.shape for image in tool.example_images(cfg, None, one_size=True)}) == 1
+
+
+def test_the_smallest_image_gives_two(tmp_path):
+    path = tmp_path / "one.png"
+    Image.new("RGB", (1, 1)).save(path)
+    cfg = get_cfg()
+    assert [image.shape for image in tool.example_images(cfg, str(path), one_size=False)] == [(1, 1, 3), (1, 1, 3)]

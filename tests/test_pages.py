@@ -189,6 +189,8 @@ def test_numbers_of_choosing_g():
     behind = f"PGN is {-camvid['PGN']:.1f} behind, `GN/16` {-camvid['GN/16']:.1f} and G = 1 {-camvid['GN1']:.1f}"
     assert behind in page
     assert f"`GN/1` is {-bccd['GN/1']:.1f} AP behind `GN`" in page
+    (ap75,) = (r["difference"] for r in measured("bccd_faster_rcnn") if (r["norm"], r["metric"]) == ("GN/1", "AP75"))
+    assert f"and {-ap75:.1f} in AP75" in page
     ahead = f"PGN is {-bccd['PGN']:.1f} AP behind, `GN/16` {bccd['GN/16']:.1f} ahead and G = 1 {bccd['GN1']:.1f}"
     assert ahead in page
     assert max(camvid["PGN"], bccd["PGN"]) < 0, "nothing measured here on real images has PGN ahead"

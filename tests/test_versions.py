@@ -1,15 +1,12 @@
 """docs/versions.md is what tests/versions.py found, and a test is skipped only where PyTorch lacks something."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import versions
 
-spec = importlib.util.spec_from_file_location("versions", "tests/versions.py")
-versions = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(versions)
 ROWS = json.loads(Path("docs/versions.json").read_text())
 TRIED = [pytest.param(row, id=row["name"]) for row in ROWS if row["state"] == "tried"]
 

@@ -94,7 +94,7 @@ def example_images(cfg, path, one_size):
             image = read_image(path, cfg.INPUT.FORMAT)
         except Exception as error:  # broken files have raised a dozen kinds
             raise InputError(f"--image: {path} cannot be read as an image: {error}") from error
-    return image, image[:, ::-1] if one_size else image[: -(-len(image) * 3 // 4)]
+    return image, image[:, ::-1] if one_size else image[: max(1, len(image) * 3 // 4)]
 
 
 def describe(cfg, args, model, names, results):

@@ -295,7 +295,7 @@ def _report(norm, already, changes, left, has_run):
     listed = {
         f"follow {NO_LAYER}, so n_in is their own width": [n for n, m in became if m.weight_layer == NO_LAYER],
         "were not reached by example_inputs and follow the layer registered before them": [
-            change.name for change in changes if has_run and not change.found.shapes
+            change.name for change in changes if has_run and change.found.producers and not change.found.shapes
         ],
         "have no groups until bind_norms or a training step": [n for n, m in became if not m.is_bound()],
         "follow a layer that cannot be standardized": [

@@ -83,7 +83,8 @@ _PRODUCTS = {"mm", "matmul", "__matmul__", "__rmatmul__", "bmm"}
 _PRODUCTS_AND_BIAS = {"addmm", "baddbmm"}
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 # what, with a number, leaves a layer's output one: a group norm's input may have any scale
-_SCALINGS = set("mul mul_ __mul__ __rmul__ __imul__ multiply div div_ __truediv__ __itruediv__ divide".split())
+_SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
+_DIVISIONS = {"div", "div_", "__truediv__", "__itruediv__", "divide"}
 # what may copy, and leaves values and channels as they are
 _COPIES = set("alias clone contiguous to type type_as float half bfloat16 double cpu cuda reshape flatten".split())
 # what adds or replaces single values
@@ -166,14 +167,16 @@ class _Watch(TorchFunctionMode):
             return Producer(op, a.shape[-1], out.shape[-1], self._running[-1] if self._running else None)
         if op in _PRODUCTS and self._is_parameter(a) and min(a.dim(), b.dim()) > 1:  # channels come last but one
             return Producer(op, b.shape[-2], out.shape[-2], self._running[-1] if self._running else None)
-        changes = int(bool(_IN_PLACE.search(op)))
-        if op in _COPIES or (op in _EDITS and out.shape[1:2] == a.shape[1:2]):
-            return self._maker(a, changes) or Producer(op)
-        if op in _SUMS and self._is_parameter(b) or op in _SCALINGS and _is_number(b):
-            return self._maker(a, changes) or Producer(op)
-        if op in _SUMS and self._is_parameter(a) or op in _SCALINGS and _is_number(a):
-            return self._maker(b, changes) or Producer(op)
-        return Producer(op)
+        return self._maker(self._kept(op, a, b, out), int(bool(_IN_PLACE.search(op)))) or Producer(op)
+
+    def _kept(self, op, a, b, out):
+        """The argument whose layer is that of ``out`` too; None if there is none."""
+        if op in _COPIES or (op in _EDITS and out.shape[1:2] == a.shape[1:2]) or (op in _DIVISIONS and _is_number(b)):
+            return a
+        if op in _SUMS | _SCALINGS:
+            is_aside = self._is_parameter if op in _SUMS else _is_number  # a bias; a scale
+            return a if is_aside(b) else b if is_aside(a) else None
+        return None
 
     def _maker(self, tensor, changes=0) -> Optional[Producer]:
         """What made ``tensor``, before the last ``changes`` in place."""

@@ -263,8 +263,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, module, inputs):
         super().__init__()
-        self._inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         self._name = type(module).__name__
+        # in inference mode a tensor has no version
+        self._inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         self._buffers = [(buffer, buffer._version) for buffer in module.buffers()]
         self._outputs = []
 
@@ -284,20 +285,24 @@ class _Watch(TorchDispatchMode):
         Raises:
             InputError: inputs or buffers were changed.
         """
-        inputs, self._inputs = self._inputs, []
-        if any(tensor._version != version for tensor, version in inputs):
-            raise InputError(
-                f"{self._name}: it changes its input in place, so it cannot be computed again from it in the backward "
-                f"pass. Have its first layer not do so (inplace=False), or leave it out: "
-                f"recompute_norms(that_module, enable=False)"
-            )
-        if any(buffer._version != version for buffer, version in self._buffers):
-            raise InputError(
-                f"{self._name}: running it changes its buffers, so it cannot be computed again in the backward pass. "
-                f"Leave it out: recompute_norms(that_module, enable=False)"
-            )
-        outputs, self._outputs = self._outputs, []
-        return frozenset(index for index, (output, version) in enumerate(outputs) if output._version != version)
+        inputs, outputs = _changed(self._inputs), _changed(self._outputs)
+        self._inputs, self._outputs = [], []
+        if inputs:
+            raise self._error("input in place", "Have its first layer not do so (inplace=False), or leave it out")
+        if _changed(self._buffers):
+            raise self._error("buffers", "Leave it out")
+        return outputs
+
+    def _error(self, what, mend):
+        return InputError(
+            f"{self._name}: running it changes its {what}, so it cannot be computed again in the backward pass. "
+            f"{mend}: recompute_norms(that_module, enable=False)"
+        )
+
+
+def _changed(tensors):
+    """The places of those that are of another version than the one beside them."""
+    return frozenset(place for place, (tensor, version) in enumerate(tensors) if tensor._version != version)
 
 
 def _cost(op, args):

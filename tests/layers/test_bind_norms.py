@@ -70,6 +70,7 @@ NO_SINGLE_LAYER = {
     "pooling": lambda h: F.max_pool2d(h, 2),
     "upsampling": lambda h: F.interpolate(h, scale_factor=2),
     "batch norm": nn.BatchNorm2d(8),
+    "reciprocal": lambda h: torch.div(torch.tensor(1.0), h),
     "padding of channels": lambda h: F.pad(h, (0, 0, 0, 0, 4, 4))[:, 2:10],
     "some of its channels": lambda h: torch.cat([h[:, :4], h[:, :4]], 1),
     "half of its channels": lambda h: h.repeat(1, 2, 1, 1).chunk(2, 1)[1],

@@ -248,13 +248,23 @@ IN_A_JOB = {
 
 
 @pytest.fixture
-def task(monkeypatch):
-    """Does what a task of a rank does for a run; returns how it exited."""
+def enter(monkeypatch):
+    """Has this process be a run's task of a rank."""
 
-    def work(comparison, run, rank):
+    def enter(run, rank):
         for name, value in {**IN_A_JOB, "SLURM_PROCID": str(rank)}.items():
             monkeypatch.setenv(name, value)
         os.makedirs(run.folder, exist_ok=True)
+
+    return enter
+
+
+@pytest.fixture
+def task(enter):
+    """Does what a task of a rank does for a run; returns how it exited."""
+
+    def work(comparison, run, rank):
+        enter(run, rank)
         try:
             pickle.loads(pickle.dumps(TrainingJob(comparison, run, 60)))()
         except SystemExit as ended:
@@ -321,7 +331,7 @@ def test_submitits_signal_ends_no_training(fake, small, task, tmp_path, monkeypa
 
 @needs_submitit
 @pytest.mark.parametrize("minutes, checkpoint, requeued", [(9, False, True), (59, True, True), (59, False, False)])
-def test_submitit_requeues_a_job_that_gets_on(minutes, checkpoint, requeued, fake, small, monkeypatch):
+def test_submitit_requeues_a_job_that_gets_on(minutes, checkpoint, requeued, fake, small, enter, monkeypatch):
     import submitit
 
     comparison = small(["GN"], [0])
@@ -341,10 +351,8 @@ def test_submitit_requeues_a_job_that_gets_on(minutes, checkpoint, requeued, fak
         def __exit__(self, *error):
             return None
 
-    os.makedirs(run.folder)
     monkeypatch.setattr("study.slurm.start_training", lambda *args: Training())
-    for name, value in {**IN_A_JOB, "SLURM_PROCID": "0"}.items():
-        monkeypatch.setenv(name, value)
+    enter(run, 0)
     with pytest.raises(InterruptedError):
         job()
     state = comparison.state(run)
