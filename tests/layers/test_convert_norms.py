@@ -1,18 +1,10 @@
-import copy
-import os
-import pickle
-import subprocess
-import sys
-
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
-from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from survey_timm import brute_force_groups, check, fed_by, is_norm, randomize
 from timm import layers as timm_layers
@@ -25,7 +17,6 @@ from torchvision.ops import FrozenBatchNorm2d
 import gng_d2
 from gng_d2 import GroupNorm, PracticalGroupNorm, convert_norms
 from gng_d2.errors import InputError
-from gng_d2.layers.convert_norms import PracticalGroupNormAct
 
 # whole models
 
@@ -109,6 +100,16 @@ def test_activations_inside_timm_norms_stay():
     assert len(names) == 49
     convert_norms(model)
     assert {name: m for name, m in model.named_modules() if isinstance(m, nn.SiLU)} == names
+
+
+def test_norms_that_take_turns():
+    """Detectron2's RetinaNet has a batch norm for each level behind one convolution, and one affine for all."""
+    shapes = [ShapeSpec(channels=128)] * 2
+    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+    features = [torch.rand(1, 128, 8, 8), torch.rand(1, 128, 4, 4)]
+    convert_norms(head, "PGN", (features,))
+    assert [norm.num_groups for norm in head.cls_subnet[1]] == [16, 16] and not replaceable(head)
+    assert head(features)[0][1].shape == (1, 3, 4, 4)
 
 
 # every kind of norm
@@ -294,11 +295,6 @@ def test_converting_twice_changes_nothing(norm, with_inputs):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_what_was_found_by_running_is_not_forgotten():
-    model = convert_norms(TwoInputs(), "PGN", torch.randn(2, 64, 4, 4))
-    assert convert_norms(convert_norms(model, "GN4")).norm.num_groups == brute_force_groups(64, 16)
-
-
 # +WS
 
 
@@ -405,93 +401,6 @@ def test_a_model_without_norms_says_so(caplog):
     assert "0 norms are PGN now" in caplog.text
 
 
-# inputs
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.other, self.norm = nn.Conv2d(64, 16, 1), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16)
-
-    def forward(self, x, scale=1.0):
-        return self.other(x[:, :8]) + self.norm(input=self.conv(x * scale))
-
-
-IMAGE = torch.randn(2, 64, 4, 4)
-INPUTS = {
-    "tensor": IMAGE,
-    "arguments": (IMAGE, 2.0),
-    "keywords": {"x": IMAGE, "scale": 2.0},
-    "loader": next(iter(torch.utils.data.DataLoader([(image, 1, "name") for image in IMAGE], batch_size=2))),
-}
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-def test_inputs(kind):
-    model = convert_norms(TwoInputs(), "PGN", INPUTS[kind])
-    assert model.norm.num_groups == brute_force_groups(64, 16) != convert_norms(TwoInputs()).norm.num_groups
-    model.train()(IMAGE).sum().backward()
-
-
-def test_inputs_in_inference_mode():
-    model = TwoInputs()
-    with torch.inference_mode():
-        convert_norms(model, "PGN", IMAGE * 2)
-    assert model.norm.num_groups == brute_force_groups(64, 16)
-
-
-def test_inputs_that_do_not_fit_change_nothing():
-    model = TwoInputs().train()
-    with pytest.raises(InputError, match="TwoInputs cannot be run.*channels"):
-        convert_norms(model, "PGN", [IMAGE[:, :9], torch.ones(2)])
-    assert type(model.norm) is nn.BatchNorm2d and model.conv.training
-
-
-def test_a_scripted_module_inside():
-    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16), torch.jit.script(nn.ReLU()))
-    assert convert_norms(model, "PGN", IMAGE)[1].num_groups == brute_force_groups(64, 16)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model[:2].modules())
-
-
-def test_a_model_whose_train_freezes_and_returns_nothing():
-    class Frozen(TwoInputs):
-        def train(self, mode=True):
-            super().train(mode)
-            self.conv.requires_grad_(False)
-
-    model = Frozen()
-    assert convert_norms(model, "PGN", IMAGE).norm.num_groups == brute_force_groups(64, 16)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_detectron2_batch():
-    def build(norm):
-        cfg = get_cfg()
-        cfg.merge_from_file("configs/quick/faster_rcnn_pgn_ws.yaml")
-        for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
-            node.NORM = norm
-        cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
-        return build_model(cfg)
-
-    model, right = build("BN"), build("PGN")
-    convert_norms(model, "PGN", [{"image": torch.zeros(3, 64, 64)}])
-    groups = [
-        {name: m.num_groups for name, m in each.named_modules() if isinstance(m, PracticalGroupNorm)}
-        for each in (model, right)
-    ]
-    assert groups[0] == groups[1] and len(groups[0]) > 20
-
-
-def test_norms_that_take_turns():
-    """Detectron2's RetinaNet has a batch norm for each level behind one convolution, and one affine for all."""
-    shapes = [ShapeSpec(channels=128)] * 2
-    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
-    features = [torch.rand(1, 128, 8, 8), torch.rand(1, 128, 4, 4)]
-    convert_norms(head, "PGN", (features,))
-    assert [norm.num_groups for norm in head.cls_subnet[1]] == [16, 16] and not replaceable(head)
-    assert head(features)[0][1].shape == (1, 3, 4, 4)
-
-
 # errors
 
 
@@ -500,23 +409,6 @@ def test_names_that_are_not_ours(name):
     with pytest.raises(InputError, match=f"unknown norm '{name}'.*PGN") as error:
         convert_norms(nn.BatchNorm2d(8), name)
     assert "SyncBN" not in str(error.value)
-
-
-@pytest.mark.parametrize("norm", [IMAGE, None, 5])
-def test_an_input_in_the_place_of_the_name(norm):
-    with pytest.raises(InputError, match="norm is a name, not "):
-        convert_norms(nn.BatchNorm2d(8), norm)
-
-
-def test_norms_that_the_run_does_not_reach_are_listed(caplog):
-    class Auxiliary(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) if self.training else x
-
-    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16))
-    model.append(Auxiliary(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)))
-    convert_norms(model, "PGN", IMAGE)
-    assert "1 were not reached by example_inputs and follow the layer registered before them (2.1)" in caplog.text
 
 
 def test_groups_that_do_not_divide_name_the_norm_and_change_nothing():
@@ -540,98 +432,3 @@ def test_norm_layer(make):
         str(m).replace("Act", "") for m in converted.modules() if isinstance(m, PracticalGroupNorm)
     ]
     assert not gng_d2.unbound_norms(model)
-
-
-# what a model is used for
-
-
-@pytest.fixture
-def model():
-    """timm's norm with an activation inside, converted, small."""
-    model = nn.Sequential(
-        timm_layers.ConvNormAct(3, 16, 3, act_layer=nn.SiLU), timm_layers.ConvNormAct(16, 8, 1, apply_act=False)
-    )
-    convert_norms(model)
-    assert type(model[0].bn) is PracticalGroupNormAct and model[1].bn.num_groups == 2
-    return model
-
-
-X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-
-
-def test_state_dict_deepcopy_pickle(model):
-    other = convert_norms(
-        nn.Sequential(
-            timm_layers.ConvNormAct(3, 16, 3, act_layer=nn.SiLU), timm_layers.ConvNormAct(16, 8, 1, apply_act=False)
-        )
-    )
-    assert "0.bn.weight" in model.state_dict() and "0.bn.running_mean" not in model.state_dict()
-    other.load_state_dict(model.state_dict())
-    for copied in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(X), model(X))
-
-
-def test_ema(model):
-    ema = torch.optim.swa_utils.AveragedModel(model)
-    ema.update_parameters(model)
-    assert torch.equal(ema(X), model(X))
-
-
-def test_autocast(model):
-    with torch.autocast("cpu", torch.bfloat16):
-        y = model(X)
-    torch.testing.assert_close(y.float(), model(X), atol=0.1, rtol=0.1)
-    y.sum().backward()
-
-
-@pytest.mark.slow
-def test_compile(model):
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(X), model(X))
-
-
-def test_fx(model):
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), model(X))
-    whole = convert_norms(torchvision.models.resnet18())
-    extractor = torchvision.models.feature_extraction.create_feature_extractor(whole.eval(), ["layer1"])
-    assert extractor(X)["layer1"].shape == (2, 64, 2, 2)
-
-
-def test_torchscript(model):
-    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
-    torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X))
-
-
-def test_distributed(model, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped(X).square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model(X).square().sum().backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-
-
-WITHOUT_DETECTRON2 = """
-import sys
-sys.modules["detectron2"] = None
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name.startswith("detectron2") else find(name, *args)
-import torch, torchvision, gng_d2
-model = gng_d2.convert_norms(torchvision.models.resnet18(), "PGN+WS", torch.rand(1, 3, 64, 64))
-model(torch.rand(2, 3, 64, 64)).sum().backward()
-assert not any(name.startswith("detectron2.") for name in sys.modules)
-print(model.layer2[0].bn1.num_groups)
-"""
-
-
-@pytest.mark.slow
-def test_without_detectron2():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_DETECTRON2], capture_output=True, text=True, env=os.environ
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr

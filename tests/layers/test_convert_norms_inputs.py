@@ -1,0 +1,107 @@
+"""What convert_norms learns by running a model, and what it says of inputs that it cannot use."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from survey_timm import brute_force_groups
+from torch import nn
+
+from gng_d2 import PracticalGroupNorm, convert_norms
+from gng_d2.errors import InputError
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other, self.norm = nn.Conv2d(64, 16, 1), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x, scale=1.0):
+        return self.other(x[:, :8]) + self.norm(input=self.conv(x * scale))
+
+
+IMAGE = torch.randn(2, 64, 4, 4)
+INPUTS = {
+    "tensor": IMAGE,
+    "arguments": (IMAGE, 2.0),
+    "keywords": {"x": IMAGE, "scale": 2.0},
+    "loader": next(iter(torch.utils.data.DataLoader([(image, 1, "name") for image in IMAGE], batch_size=2))),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_inputs(kind):
+    model = convert_norms(TwoInputs(), "PGN", INPUTS[kind])
+    assert model.norm.num_groups == brute_force_groups(64, 16) != convert_norms(TwoInputs()).norm.num_groups
+    model.train()(IMAGE).sum().backward()
+
+
+def test_what_was_found_by_running_is_not_forgotten():
+    model = convert_norms(TwoInputs(), "PGN", torch.randn(2, 64, 4, 4))
+    assert convert_norms(convert_norms(model, "GN4")).norm.num_groups == brute_force_groups(64, 16)
+
+
+def test_inputs_in_inference_mode():
+    model = TwoInputs()
+    with torch.inference_mode():
+        convert_norms(model, "PGN", IMAGE * 2)
+    assert model.norm.num_groups == brute_force_groups(64, 16)
+
+
+def test_inputs_that_do_not_fit_change_nothing():
+    model = TwoInputs().train()
+    with pytest.raises(InputError, match="TwoInputs cannot be run.*channels"):
+        convert_norms(model, "PGN", [IMAGE[:, :9], torch.ones(2)])
+    assert type(model.norm) is nn.BatchNorm2d and model.conv.training
+
+
+def test_a_scripted_module_inside():
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16), torch.jit.script(nn.ReLU()))
+    assert convert_norms(model, "PGN", IMAGE)[1].num_groups == brute_force_groups(64, 16)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model[:2].modules())
+
+
+def test_a_model_whose_train_freezes_and_returns_nothing():
+    class Frozen(TwoInputs):
+        def train(self, mode=True):
+            super().train(mode)
+            self.conv.requires_grad_(False)
+
+    model = Frozen()
+    assert convert_norms(model, "PGN", IMAGE).norm.num_groups == brute_force_groups(64, 16)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_detectron2_batch():
+    def build(norm):
+        cfg = get_cfg()
+        cfg.merge_from_file("configs/quick/faster_rcnn_pgn_ws.yaml")
+        for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
+            node.NORM = norm
+        cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+        return build_model(cfg)
+
+    model, right = build("BN"), build("PGN")
+    convert_norms(model, "PGN", [{"image": torch.zeros(3, 64, 64)}])
+    groups = [
+        {name: m.num_groups for name, m in each.named_modules() if isinstance(m, PracticalGroupNorm)}
+        for each in (model, right)
+    ]
+    assert groups[0] == groups[1] and len(groups[0]) > 20
+
+
+@pytest.mark.parametrize("norm", [IMAGE, None, 5])
+def test_an_input_in_the_place_of_the_name(norm):
+    with pytest.raises(InputError, match="norm is a name, not "):
+        convert_norms(nn.BatchNorm2d(8), norm)
+
+
+def test_norms_that_the_run_does_not_reach_are_listed(caplog):
+    class Auxiliary(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if self.training else x
+
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16))
+    model.append(Auxiliary(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)))
+    convert_norms(model, "PGN", IMAGE)
+    assert "1 were not reached by example_inputs and follow the layer registered before them (2.1)" in caplog.text
