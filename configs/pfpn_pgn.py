@@ -2,7 +2,7 @@
 from detectron2.model_zoo import get_config
 
 import gng_d2  # noqa: F401  its names for norms
-from gng_d2.data.images import read_labels
+from gng_d2.job.data.images import read_labels
 
 model = get_config("common/models/panoptic_fpn.py").model
 model.backbone.bottom_up.freeze_at = 2

@@ -4,23 +4,21 @@ Importing it is all that a Detectron2 program needs: every ``NORM`` key then tak
 ``GN<k>``, ``GN/<c>``, and each with ``+WS``.
 """
 
-from .analysis import norm_table
+from importlib import import_module
+
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
-from .layers import (
-    GroupNorm,
-    PracticalGroupNorm,
-    WSConv2d,
-    bind_norms,
-    fold_weight_standardization,
-    unbound_norms,
-)
+from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
 from .layers.binding import install_binding_hook
-from .layers.convert_norms import convert_norms
-from .layers.recompute import recompute_norms, recomputed_modules
-from .model_zoo import get_config_file
-from .norm_keys import check_norm_keys
-from .norm_names import extend_get_norm
+from .layers.norm_names import extend_get_norm
+from .models import (
+    bind_norms,
+    convert_norms,
+    fold_weight_standardization,
+    norm_table,
+    recompute_norms,
+    recomputed_modules,
+)
 from .ops.backends import HAS_DETECTRON2
 
 __all__ = [
@@ -43,6 +41,16 @@ __all__ = [
 ]
 
 __version__ = "0.2.0"
+
+# what needs Detectron2 is loaded when it is asked for
+_OF_THE_JOB = {"check_norm_keys": "norm_keys", "get_config_file": "model_zoo"}
+
+
+def __getattr__(name):
+    if name not in _OF_THE_JOB:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.job.{_OF_THE_JOB[name]}"), name)
+
 
 install_binding_hook()
 if HAS_DETECTRON2:

@@ -60,7 +60,7 @@ def loggers_propagate():
 @pytest.fixture(scope="session")
 def shapes():
     """The dataset root, with a few images of the embedded dataset."""
-    from gng_d2.data import embedded
+    from gng_d2.job.data import embedded
 
     embedded.draw(embedded.datasets_root(), {"train": 8, "val": 6})
     return embedded.datasets_root()

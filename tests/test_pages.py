@@ -144,7 +144,7 @@ def page_module(name):
 def test_block(code, folder, monkeypatch):
     """Each in names of its own, so that any of them can be copied alone. `print(x)  # y` prints y."""
     import gng_d2
-    from gng_d2.config import load_config
+    from gng_d2.job.config import load_config
 
     monkeypatch.chdir(folder)
     if "predictions/results" in code or "model.pt" in code:

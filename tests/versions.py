@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from gng_d2.files import write_json
+from gng_d2.job.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"

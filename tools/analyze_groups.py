@@ -31,15 +31,16 @@ def main():
     args = parse_args()
     from dataclasses import asdict
 
-    from gng_d2.analysis import NormTable, bind_remaining_norms, build_on_meta, norm_summary, norm_table
     from gng_d2.errors import InputError
-    from gng_d2.files import prepare_outputs, write_json
-    from gng_d2.imports import import_modules
+    from gng_d2.job.build import bind_remaining_norms, build, build_on_meta
+    from gng_d2.job.config import load_any_config
+    from gng_d2.job.files import prepare_outputs, write_json
+    from gng_d2.job.imports import import_modules
+    from gng_d2.job.norm_keys import check_norm_keys
     from gng_d2.layers import unbound_norms
-    from gng_d2.lazy_config import build, load_any_config
-    from gng_d2.norm_keys import check_norm_keys
-    from gng_d2.norm_names import norm_from_name
-    from gng_d2.visualize import plot_groups
+    from gng_d2.layers.norm_names import norm_from_name
+    from gng_d2.models.norm_table import NormTable, norm_summary, norm_table
+    from gng_d2.predict.pictures import plot_groups
 
     import_modules(args.imports)
     cfg = load_any_config(args.config_file, args.opts)

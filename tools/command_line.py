@@ -57,7 +57,7 @@ def add_config_file(parser):
 
 
 def add_import(parser):
-    """Give ``parser`` the flag ``--import``: ``args.imports``, for :func:`gng_d2.imports.import_modules`."""
+    """Give ``parser`` the flag ``--import``: ``args.imports``, for :func:`gng_d2.job.imports.import_modules`."""
     parser.add_argument(
         "--import",
         dest="imports",
@@ -69,7 +69,7 @@ def add_import(parser):
 
 
 def add_trust(parser):
-    """Give ``parser`` the flag ``--trust-files``, by which :mod:`gng_d2.weight_files` opens files that run code.
+    """Give ``parser`` the flag ``--trust-files``, by which :mod:`gng_d2.job.weight_files` opens files that run code.
 
     It is kept in the environment, so that the processes of a job have it too.
     """

@@ -16,7 +16,7 @@ from command_line import run_tool, tool_parser
 
 
 def parse_args():
-    from gng_d2.convert import DEPTHS
+    from gng_d2.job.resnet_weights import DEPTHS
 
     parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet under torchvision's names")
@@ -27,7 +27,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from gng_d2.convert import abbreviated, config_keys, convert_file
+    from gng_d2.job.resnet_weights import abbreviated, config_keys, convert_file
 
     done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}

@@ -41,12 +41,13 @@ def main():
 
     import torch
 
-    from gng_d2 import export
-    from gng_d2.config import check_config, check_weights, load_config
-    from gng_d2.files import atomic_open, prepare_outputs
-    from gng_d2.imports import import_modules
-    from gng_d2.lazy_config import build, prediction_settings
-    from gng_d2.predictions import load_model, model_input
+    from gng_d2.job.build import build
+    from gng_d2.job.config import check_config, check_weights, load_config
+    from gng_d2.job.files import atomic_open, prepare_outputs
+    from gng_d2.job.imports import import_modules
+    from gng_d2.predict import export
+    from gng_d2.predict.predictions import load_model, model_input
+    from gng_d2.predict.settings import prediction_settings
 
     export.check_installed(args.format)
     import_modules(args.imports)
@@ -83,8 +84,8 @@ def example_images(cfg, path, one_size):
     from detectron2.data.detection_utils import convert_PIL_to_numpy, read_image
     from PIL import Image
 
-    from gng_d2.data.shapes import draw_scene
     from gng_d2.errors import InputError
+    from gng_d2.job.data.shapes import draw_scene
 
     if path is None:
         scene = draw_scene(np.random.default_rng(0)).image
@@ -99,7 +100,7 @@ def example_images(cfg, path, one_size):
 
 def describe(cfg, args, model, names, results):
     """What goes into the file and what comes out, for whoever runs it."""
-    from gng_d2 import export
+    from gng_d2.predict import export
 
     if args.backbone:
         taken = f"images: (N, 3, H, W), float32, {cfg.INPUT.FORMAT}, minus {cfg.MODEL.PIXEL_MEAN}, divided by "

@@ -132,7 +132,7 @@ def main():
     if args.device == "cuda" and missing(["triton"]):
         sys.exit("error: Triton is not there: ours would be PyTorch's own ops, and the numbers those of nothing")
     sys.path.insert(0, ROOT)  # gng_d2, where it is not installed
-    from gng_d2.files import prepare_folder
+    from gng_d2.job.files import prepare_folder
 
     folder = args.output or os.path.join(ROOT, *(("docs", "results") if args.device == "cuda" else ("output", "gpu")))
     prepare_folder(folder)

@@ -50,13 +50,14 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from gng_d2.coco_results import CocoResults, class_metadata, image_ids
-    from gng_d2.config import check_weight_file
     from gng_d2.errors import InputError
-    from gng_d2.files import prepare_folder, prepare_outputs
-    from gng_d2.imports import import_modules
-    from gng_d2.lazy_config import build, check_test_classes, load_any_config, prediction_settings
-    from gng_d2.predictions import find_images, load_model, output_names, set_threshold
+    from gng_d2.job.build import build
+    from gng_d2.job.config import check_weight_file, load_any_config
+    from gng_d2.job.files import prepare_folder, prepare_outputs
+    from gng_d2.job.imports import import_modules
+    from gng_d2.predict.coco_results import CocoResults, class_metadata, image_ids
+    from gng_d2.predict.predictions import find_images, load_model, output_names, set_threshold
+    from gng_d2.predict.settings import check_test_classes, prediction_settings
 
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
@@ -112,8 +113,8 @@ def write_predictions(args, settings, model, metadata, names, ids, results):
     """Write a picture for each image, and collect ``results`` if they are asked for. Returns how many were skipped."""
     from tqdm import tqdm
 
-    from gng_d2.predictions import predict, save_png
-    from gng_d2.visualize import draw_output
+    from gng_d2.predict.pictures import draw_output
+    from gng_d2.predict.predictions import predict, save_png
 
     skipped = 0
     predictions = predict(settings, model, list(names), args.batch_size)

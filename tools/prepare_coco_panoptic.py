@@ -25,9 +25,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from gng_d2.data.coco_format import split_files
-    from gng_d2.data.embedded import datasets_root
-    from gng_d2.data.semantic import make_semantic_maps
+    from gng_d2.job.data.coco_format import split_files
+    from gng_d2.job.data.embedded import datasets_root
+    from gng_d2.job.data.semantic import make_semantic_maps
 
     if args.json:
         datasets = [(args.json, args.panoptic_root, args.output)]

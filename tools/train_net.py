@@ -15,7 +15,7 @@ from command_line import add_import, add_recompute_norms, add_trust, check_overr
 def main():
     from detectron2.engine import default_argument_parser
 
-    from gng_d2.engine import run_job
+    from gng_d2.job.engine import run_job
 
     parser = default_argument_parser(epilog=__doc__)
     add_import(parser)

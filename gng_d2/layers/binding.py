@@ -1,76 +1,32 @@
-"""How a norm finds the weight layer that feeds it: when it is registered, or when the model runs.
+"""How a norm finds the weight layer that feeds it when it is registered.
 
-PyTorch calls a global hook whenever a module becomes a child of another, so a norm meets its layer
-while the model is being built, and no class of Detectron2 has to know of it. Where the order in which a model is built
-does not tell, :func:`bind_norms` looks what the model does.
+PyTorch calls a global hook whenever a module becomes a child of another, so a norm meets its layer while the model is
+being built, and no class of Detectron2 has to know of it. Where the order in which a model is built does not tell,
+:func:`gng_d2.bind_norms` looks what the model does.
 """
 
-import logging
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from gng_d2.errors import InputError
 
 from .group_norm import GroupNorm
-from .look import NO_LAYER
-from .producers import Producer, find_producers
-from .recompute import original_class
-from .ws_conv import WSConv2d, standardize, unstandardize
+from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels
+from .ws_conv import standardize
 
 __all__ = [
     "bind",
-    "bind_norms",
-    "bind_to_producers",
     "build_naming_norms",
-    "describe",
+    "has_given_in_channels",
     "install_binding_hook",
-    "layer_shape",
     "named_norms",
-    "num_channels",
-    "runnable",
     "unbound_norms",
     "weight_layer",
 ]
-
-# what weight layers call their sizes
-_SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
-
-
-def num_channels(module: nn.Module) -> Optional[int]:
-    """Channels of a normalization layer (PyTorch's and Detectron2's); None for any other module."""
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, _NormBase):
-        return module.num_features
-    if type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d"):  # not every one has num_features
-        return module.weight.numel() if isinstance(getattr(module, "weight", None), Tensor) else None
-    if type(module).__name__ == "LayerNorm":
-        return getattr(module, "normalized_shape", (None,))[-1]
-    return None
-
-
-def layer_shape(module: nn.Module) -> Optional[Tuple[int, int]]:
-    """(n_in, n_out) of a weight layer (convolution, transposed, deformable, linear); None for others."""
-    return _sizes(module) if isinstance(getattr(module, "weight", None), Tensor) else None
-
-
-def _sizes(module):
-    for names in _SIZES:
-        n_in, n_out = (getattr(module, name, None) for name in names)
-        if n_in and n_out:
-            return n_in, n_out
-    return None
-
-
-def describe(layer: nn.Module) -> str:
-    """For instance "Conv2d(256, 128)"."""
-    return f"{type(layer).__name__}({', '.join(map(str, _sizes(layer)))})"
 
 
 def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> Optional[nn.Module]:
@@ -91,7 +47,7 @@ def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> Optional[nn.M
         return None if claimed else before
     # Detectron2's deformable convolutions take their norm before they make their weight.
     unfinished = name == "norm" and before is None and hasattr(parent, "kernel_size")
-    return parent if unfinished and (_sizes(parent) or (0, 0))[1] == num_channels(norm) else None
+    return parent if unfinished and (layer_sizes(parent) or (0, 0))[1] == num_channels(norm) else None
 
 
 def _feeds(layer, norm):
@@ -118,7 +74,7 @@ def _agrees(norm, layer):
     """Whether ``layer`` can be the one that ``norm`` was bound to, if it was to any."""
     if norm.weight_layer == NO_LAYER:
         return False
-    return layer is None or norm.in_channels in (None, _sizes(layer)[0])
+    return layer is None or norm.in_channels in (None, layer_sizes(layer)[0])
 
 
 def bind(norm: GroupNorm, layer: nn.Module) -> None:
@@ -130,7 +86,7 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     description = describe(layer)
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
-    norm.bind(_sizes(layer)[0], description)
+    norm.bind(layer_sizes(layer)[0], description)
 
 
 def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
@@ -138,18 +94,18 @@ def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Modul
     the place of another, the norm right after it is bound anew."""
     if isinstance(child, GroupNorm):
         child.look_again()
-        layer = None if _has_given_in_channels(child) else weight_layer(parent, name, child)
+        layer = None if has_given_in_channels(child) else weight_layer(parent, name, child)
         # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
             _bind_or_defer(child, layer)
     elif parent._modules.get(name) is not None and child is not None:
         names = list(parent._modules)
         after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
-        if isinstance(after, GroupNorm) and not _has_given_in_channels(after) and _feeds(child, after):
+        if isinstance(after, GroupNorm) and not has_given_in_channels(after) and _feeds(child, after):
             _bind_or_defer(after, child)
 
 
-def _has_given_in_channels(norm):
+def has_given_in_channels(norm):
     """Whether its in_channels were given, and not taken from a layer."""
     return norm.in_channels is not None and norm.weight_layer is None
 
@@ -196,50 +152,6 @@ def install_binding_hook() -> None:
     register_module_module_registration_hook(_bind_on_registration)
 
 
-def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
-
-    Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
-    the optimizer, EMA or DDP is made. A norm that no single weight layer feeds (after a sum, a concatenation, a
-    pooling, an activation, on the model's input) takes its own width as its input channels, so that PGN has one group
-    there; its weight layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms
-    whose ``in_channels`` were given keep them, and norms that the run does not reach stay as they are
-    (:func:`unbound_norms`).
-
-    The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
-    modes and the random number generators are afterwards what they were.
-
-    Args:
-        example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument. A loader's (images, labels) will
-            do, where the model takes the images alone.
-
-    Raises:
-        InputError: the model cannot be run with them, a norm follows several layers with different input channels, or a
-            layer cannot be standardized. No norm is bound then.
-
-    Examples::
-        >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))
-        >>> bind_norms(model, torch.ones(1, 64, 8, 8))[2].num_groups
-        16
-    """
-    names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
-    norms = [norm for norm in names if not _has_given_in_channels(norm)]
-    with runnable(norms):
-        found = find_producers(model, norms, example_inputs)
-    layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}
-    _give_back_weights(model, layers)
-    for norm, producers in layers.items():
-        bind_to_producers(norm, producers)
-    without = [names[norm] for norm, producers in layers.items() if not producers]
-    unbound = unbound_norms(model)
-    logging.getLogger(__name__).info(
-        f"{len(layers) - len(without)} norms are bound to the layers that make their inputs; {len(without)} follow "
-        f"{NO_LAYER} ({', '.join(without) or '-'}); {len(unbound)} stay unbound ({', '.join(unbound) or '-'})"
-    )
-    return model
-
-
 def unbound_norms(model: nn.Module) -> List[str]:
     """Names of the norms of ``model`` that cannot run yet, for they have not met the weight layer that they need.
 
@@ -248,52 +160,3 @@ def unbound_norms(model: nn.Module) -> List[str]:
         ['2']
     """
     return [name for name, norm in model.named_modules() if isinstance(norm, GroupNorm) and not norm.is_bound()]
-
-
-@contextmanager
-def runnable(norms):
-    """Norms that are not bound have a group while within."""
-    unbound = {norm: norm.num_groups for norm in norms if not norm.is_bound()}
-    for norm in unbound:
-        norm.num_groups, norm.weight_layer = norm.num_groups or 1, NO_LAYER
-    try:
-        yield
-    finally:
-        for norm, num_groups in unbound.items():
-            norm.num_groups, norm.weight_layer = num_groups, None
-
-
-def _layers(norm, name, producers) -> List[Producer]:
-    """The weight layers that made the inputs of ``norm``, all with as many input channels."""
-    layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
-    others = [made.op for made in producers if made.n_out != norm.num_channels]
-    if norm.needs_layer() and layers and (others or len({made.n_in for made in layers}) > 1):
-        made_by = ", ".join([*(_describe_producer(made) for made in layers), *dict.fromkeys(others)])
-        raise InputError(
-            f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "
-            f"place a norm of its own"
-        )
-    return [] if others else layers
-
-
-def bind_to_producers(norm, producers):
-    if not producers:
-        norm.bind(norm.num_channels, NO_LAYER)
-    for made in producers:
-        norm.bind(made.n_in, _describe_producer(made))
-        if norm.weight_standardization:
-            standardize(made.layer, norm.norm_name())
-
-
-def _describe_producer(made):
-    sizes = made.n_in, made.n_out
-    return describe(made.layer) if _sizes(made.layer) == sizes else f"{made.op}{sizes}"
-
-
-def _give_back_weights(model, layers):
-    """Convolutions that were standardized for norms which do not follow them are plain ones again."""
-    norms = {norm for norm in layers if norm.weight_standardization}
-    standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
-    for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
-        if original_class(layer) is WSConv2d:
-            unstandardize(layer)

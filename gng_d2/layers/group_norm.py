@@ -20,6 +20,7 @@ from .fx_leaf import call_as_leaf
 from .look import MEND, look
 from .module_path import module_path
 from .record import take_record, write_record
+from .ws_conv import WS
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
 
@@ -105,9 +106,11 @@ class GroupNorm(nn.GroupNorm):
 
     def norm_name(self) -> str:
         """The name by which a config asks for this norm, for instance "GN16+WS"."""
-        from gng_d2.norm_names import norm_name  # which imports this file
-
-        return norm_name(self)
+        if self.channels_per_group:
+            name = f"GN/{self.channels_per_group}"
+        else:
+            name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
+        return name + WS * self.weight_standardization
 
     def needs_layer(self) -> bool:
         """Whether it depends on which weight layer it follows."""
@@ -252,6 +255,9 @@ class PracticalGroupNorm(GroupNorm):
         self.num_groups = None if in_channels is None else num_groups
         self.in_channels = in_channels
         self.gain_ratio = gain_ratio
+
+    def norm_name(self) -> str:
+        return "PGN" + WS * self.weight_standardization
 
     def needs_layer(self) -> bool:
         return True

@@ -6,33 +6,22 @@ again, or fails, where activations are checkpointed.
 
 import re
 import warnings
-from typing import Any, NamedTuple, Optional, Union
+from typing import Optional
 
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
+from .kinds import NO_LAYER, Producer
 from .module_path import live_modules, module_path, owner_of
 
-__all__ = ["MEND", "NO_LAYER", "Layer", "look", "made_by"]
-
-# what a norm has for its weight layer that follows none, or several
-NO_LAYER = "no single weight layer"
+__all__ = ["MEND", "look", "made_by"]
 
 MEND = (
     "Register it as `norm` of its layer or right after it in the same module, or call "
     "gng_d2.bind_norms(model, example_inputs) before the optimizer is made (PGN without WS also takes in_channels=)"
 )
-
-
-class Layer(NamedTuple):
-    """A convolution or linear layer, as the graph of autograd has it."""
-
-    op: str
-    n_in: int
-    n_out: int
-    weight: Any  # the node from which its weight comes; None where it has no gradient
 
 
 # the edge of a node that leads to the weight; the one before it leads to the input
@@ -50,12 +39,12 @@ _NO_LAYER_OP = re.compile(
 )
 
 
-def made_by(tensor: Tensor) -> Union[Layer, str, None]:
+def made_by(tensor: Tensor) -> Optional[Producer]:
     """The layer that made ``tensor``, the op that did and surely is none, or None where that cannot be seen.
 
     Examples::
         >>> x = nn.Conv2d(24, 8, 1)(torch.ones(1, 24, 2, 2))
-        >>> made_by(x.flatten(2))[:3], made_by(x.relu()), made_by(x.detach())
+        >>> made_by(x.flatten(2))[:3], made_by(x.relu()).op, made_by(x.detach())
         (('Convolution', 24, 8), 'Relu', None)
     """
     node = tensor.grad_fn
@@ -71,12 +60,12 @@ def made_by(tensor: Tensor) -> Union[Layer, str, None]:
             inputs = [n for n, _ in node.next_functions if n is not None]
             computed = [n for n in inputs if _parameter(n) is None]
             if len(computed) > 1:
-                return op
+                return Producer(op)
             if op != "Add" or len(inputs) == 1 or not computed:
                 return None
             node = computed[0]  # what is added is a bias
             continue
-        return op if _NO_LAYER_OP.search(op) else None
+        return Producer(op) if _NO_LAYER_OP.search(op) else None
     return None
 
 
@@ -96,7 +85,7 @@ def _layer(node, name):
         n_in = source._input_metadata[index].shape[1]
     else:
         return None
-    return Layer(name.rpartition("Backward")[0], int(n_in), int(node._input_metadata[0].shape[1]), weight)
+    return Producer(name.rpartition("Backward")[0], int(n_in), int(node._input_metadata[0].shape[1]), weight=weight)
 
 
 def _parameter(node) -> Optional[nn.Parameter]:
@@ -114,7 +103,7 @@ def look(norm: nn.Module, input: Tensor) -> None:
         InputError: they differ, or no single layer made ``input``.
     """
     made = made_by(input)
-    if isinstance(made, Layer) and made.n_out != norm.num_channels:
+    if made is not None and made.is_layer and made.n_out != norm.num_channels:
         return
     if not norm.is_bound():
         _bind(norm, made)
@@ -125,11 +114,11 @@ def look(norm: nn.Module, input: Tensor) -> None:
 
 
 def _bind(norm, made):
-    if isinstance(made, str):
+    if made is not None and not made.is_layer:
         raise norm.unbound_error(f"its input is made by {made}, which has no weight")
     if made is None or norm.weight_standardization:  # whose convolution has already run
         return
-    norm.bind(made.n_in, f"{made.op}({made.n_in}, {made.n_out})")
+    norm.bind(made.n_in, str(made))
     warnings.warn(
         "PracticalGroupNorm layers that met no weight layer when the model was built take their groups in this "
         "training step, from the layers that made their inputs. Copies of the model that were made earlier (EMA, "
@@ -139,7 +128,7 @@ def _bind(norm, made):
 
 
 def _compare_with_given(norm, made):
-    if isinstance(made, Layer) and made.n_in != norm.in_channels:
+    if made is not None and made.is_layer and made.n_in != norm.in_channels:
         path, layer = _paths(norm, made)
         warnings.warn(
             f"{path}: this norm was given in_channels={norm.in_channels}, which stands, but the layer that made its "
@@ -149,14 +138,16 @@ def _compare_with_given(norm, made):
 
 
 def _compare(norm, made):
-    if isinstance(made, str):
+    if made is None:
+        return
+    if not made.is_layer:
         why = ", which has no weight"
-    elif isinstance(made, Layer) and made.n_in != norm.in_channels:
+    elif made.n_in != norm.in_channels:
         why = ""
         if hasattr(norm, "gain_ratio"):
             groups = practical_num_groups(made.n_in, norm.num_channels, norm.gain_ratio)
             why = f", for which it would have num_groups={groups}, not {norm.num_groups}"
-    elif isinstance(made, Layer) and norm.weight_standardization and _is_raw(made.weight):
+    elif norm.weight_standardization and _is_raw(made.weight):
         why = ", whose weight is not standardized"
     else:
         return
@@ -177,10 +168,8 @@ def _paths(norm, made):
     """Of ``norm``, and what made its input: "neck.conv (Conv2d(512, 64))", where its weight is a parameter."""
     modules = live_modules()
     path = module_path(norm, modules)
-    if isinstance(made, str):
-        return path, made
-    sizes, parameter = f"({made.n_in}, {made.n_out})", _parameter(made.weight)
+    parameter = _parameter(made.weight)
     owner = None if parameter is None else owner_of(parameter, modules)
     if owner is None:
-        return path, f"{made.op}{sizes}"
-    return path, f"{module_path(owner, modules)} ({type(owner).__name__}{sizes})"
+        return path, str(made)
+    return path, f"{module_path(owner, modules)} ({type(owner).__name__}({made.n_in}, {made.n_out}))"

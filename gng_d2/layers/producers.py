@@ -4,7 +4,7 @@ import random
 import re
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,16 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from gng_d2.errors import InputError
 
-__all__ = ["Producer", "find_producers"]
+from .kinds import Producer
 
-
-class Producer(NamedTuple):
-    """What made a tensor: a weight layer, or an op that is none and has no sizes."""
-
-    op: str
-    n_in: Optional[int] = None
-    n_out: Optional[int] = None
-    layer: Optional[nn.Module] = None  # the module that called the op
+__all__ = ["find_producers"]
 
 
 def find_producers(

@@ -1,8 +1,6 @@
 """Whether kernels of ours may run: what is installed, what PyTorch is doing, and a switch that turns them off."""
 
 import os
-import warnings
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Optional
 
@@ -21,7 +19,6 @@ __all__ = [
     "is_transformed",
     "kernels_may_run",
     "set_kernels_enabled",
-    "triton_works",
 ]
 
 _detectron2 = find_spec("detectron2")
@@ -104,25 +101,3 @@ def is_plain(*tensors: Optional[Tensor]) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_neg() and t.data_ptr()) for t in tensors
     )
-
-
-def triton_works(device_index: int) -> bool:
-    """Whether Triton is installed and can launch a kernel on this CUDA device."""
-    return HAS_TRITON and _try_triton(device_index)
-
-
-# What torch.compiler.assume_constant_result does, which first imports torch._dynamo: a second
-triton_works._dynamo_marked_constant = True
-
-
-@lru_cache(maxsize=None)
-def _try_triton(device_index):
-    """Triton needs a C compiler when it first launches, which a slim container may not have."""
-    from . import group_norm_triton  # which imports this module
-
-    try:
-        group_norm_triton.forward(torch.zeros(1, 1, 2, device=f"cuda:{device_index}"), None, None, 1, 1e-5)
-    except Exception as error:  # of any kind: it runs a compiler
-        warnings.warn(f"Triton does not work here, so PyTorch's own ops are used: {error}", stacklevel=2)
-        return False
-    return True

@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .backends import triton_works
 from .checks import memory_format
 from .group_norm_triton_kernels import (
     gradient_sums_kernel,
@@ -24,6 +23,7 @@ from .group_norm_triton_kernels import (
     moments_kernel,
     normalize_kernel,
 )
+from .triton_probe import triton_works
 
 __all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .backends import triton_works
+from .triton_probe import triton_works
 
 __all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
 

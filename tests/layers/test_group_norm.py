@@ -11,7 +11,7 @@ from torch import nn
 
 from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d
 from gng_d2.errors import InputError
-from gng_d2.norm_names import norm_from_name
+from gng_d2.layers.norm_names import norm_from_name
 
 DTYPES = [torch.float64, torch.float32, HALF, torch.bfloat16]
 

@@ -8,7 +8,7 @@ from torch.utils import checkpoint
 
 from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, recompute_norms
 from gng_d2.errors import InputError
-from gng_d2.export import export
+from gng_d2.predict.export import export
 
 
 def test_recompute_norms_names_the_version_that_it_needs(monkeypatch):

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gng_d2 import WSConv2d
-from gng_d2.analysis import build_on_meta
-from gng_d2.config import load_config
 from gng_d2.errors import InputError
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
 from gng_d2.ops import standardize_weight
 
 

@@ -29,7 +29,7 @@ TINY += ["DATALOADER.NUM_WORKERS", "0"]
 # Preempts one run, as a cluster would: by submitit's signal, in its third iteration, after a checkpoint
 PREEMPT = """
 import os, subprocess, time
-from gng_d2.engine import Trainer
+from gng_d2.job.engine import Trainer
 
 step = Trainer.run_step
 

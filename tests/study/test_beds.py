@@ -4,9 +4,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.config import load_config
-from gng_d2.imports import import_modules
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
+from gng_d2.job.imports import import_modules
+from gng_d2.models.norm_table import norm_table
 
 MODULE = "configs/study/bccd_camvid.py"
 

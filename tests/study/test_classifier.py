@@ -15,8 +15,8 @@ from PIL import Image
 
 import study.classifier
 from gng_d2 import practical_num_groups
-from gng_d2.convert import write_weights
 from gng_d2.errors import InputError
+from gng_d2.job.resnet_weights import write_weights
 from study.classifier import PET, Classifier, ClassifierRow, ClassifierRun, load_images, train
 from study.rows import read_rows
 

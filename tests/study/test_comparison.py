@@ -11,9 +11,9 @@ import quick_models
 import torch
 from detectron2.engine import default_setup
 
-from gng_d2.config import load_config
-from gng_d2.engine import Trainer
 from gng_d2.errors import InputError
+from gng_d2.job.config import load_config
+from gng_d2.job.engine import Trainer
 from study.comparison import Comparison, default_norm_keys
 from study.local import Local
 from study.report import ComparisonRow, write_report
@@ -124,7 +124,7 @@ KILL = """
 import os, runpy, signal, sys, time
 sys.path.insert(0, "tools")
 import study.comparison
-from gng_d2.engine import Trainer
+from gng_d2.job.engine import Trainer
 sys.argv[0] = "compare.py"
 if len(sys.argv) > 1 and sys.argv[1] == "--resume":  # the job
     step = Trainer.run_step

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from gng_d2.analysis import build_on_meta
-from gng_d2.config import load_config
 from gng_d2.errors import InputError
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
 from study.detector_norms import detector_norms
 
 

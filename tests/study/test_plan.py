@@ -5,8 +5,8 @@ import os
 import pytest
 from detectron2.engine import DefaultTrainer
 
-from gng_d2.config import load_config
 from gng_d2.errors import InputError
+from gng_d2.job.config import load_config
 from study import plan as planning
 from study.comparison import RunState
 from study.plan import compare_times, evaluation_seconds, plan, rotated, time_iteration

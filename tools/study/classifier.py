@@ -38,11 +38,11 @@ from torchvision.datasets import ImageFolder, OxfordIIITPet
 from tqdm import tqdm
 
 from command_line import add_outputs
-from gng_d2.checkpoint import Checkpointer
-from gng_d2.data.loader import PlaceSampler, SeededDataset, seed_everything
 from gng_d2.errors import InputError
-from gng_d2.files import prepare_outputs
-from gng_d2.norm_names import norm_in_path
+from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.data.loader import PlaceSampler, SeededDataset, seed_everything
+from gng_d2.job.files import prepare_outputs
+from gng_d2.layers.norm_names import norm_in_path
 
 from .paper import TABLE_4
 from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows

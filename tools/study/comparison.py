@@ -19,14 +19,16 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.config import load_config, norm_keys
-from gng_d2.engine import setup_job
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open, last_iteration, prepare_outputs
-from gng_d2.imports import import_modules
-from gng_d2.layers.recompute import recompute_norms
-from gng_d2.norm_names import WS, norm_from_name, norm_in_path
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config, norm_keys
+from gng_d2.job.engine import setup_job
+from gng_d2.job.files import atomic_open, last_iteration, prepare_outputs
+from gng_d2.job.imports import import_modules
+from gng_d2.layers.norm_names import norm_from_name, norm_in_path
+from gng_d2.layers.ws_conv import WS
+from gng_d2.models.norm_table import norm_table
+from gng_d2.models.recompute_norms import recompute_norms
 
 from . import ROOT
 from .rows import differences, machine
@@ -89,7 +91,8 @@ class Comparison:
     Args:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
-        imports: modules and files that are run first, here and in each run (:func:`~gng_d2.imports.import_modules`).
+        imports: modules and files that are run first, here and in each run
+            (:func:`~gng_d2.job.imports.import_modules`).
         recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 

@@ -33,16 +33,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 from command_line import add_import, add_outputs, add_overrides, add_trust
-from gng_d2.analysis import norm_table
-from gng_d2.checkpoint import Checkpointer
-from gng_d2.config import check_config, check_weights, load_config
-from gng_d2.data.checks import prepare_datasets
-from gng_d2.data.loader import build_train_loader, seed_everything
 from gng_d2.errors import InputError
-from gng_d2.files import prepare_outputs, save_figure
 from gng_d2.groups import GROUP_CHOICES
-from gng_d2.imports import import_modules
-from gng_d2.layers.binding import layer_shape, named_norms
+from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.config import check_config, check_weights, load_config
+from gng_d2.job.data.checks import prepare_datasets
+from gng_d2.job.data.loader import build_train_loader, seed_everything
+from gng_d2.job.files import prepare_outputs, save_figure
+from gng_d2.job.imports import import_modules
+from gng_d2.layers.binding import named_norms
+from gng_d2.layers.kinds import layer_shape
+from gng_d2.models.norm_table import norm_table
 
 from .rows import machine, markdown, write_rows
 

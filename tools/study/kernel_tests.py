@@ -14,7 +14,7 @@ from typing import List
 import pytest
 
 from command_line import add_outputs
-from gng_d2.files import prepare_outputs
+from gng_d2.job.files import prepare_outputs
 
 from . import ROOT
 from .rows import machine, markdown, write_rows

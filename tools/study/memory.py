@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from command_line import add_outputs, add_overrides
-from gng_d2.files import prepare_outputs
-from gng_d2.layers.recompute import recompute_norms
+from gng_d2.job.files import prepare_outputs
+from gng_d2.models.recompute_norms import recompute_norms
 
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .step_cost import MODELS, NORMS, config_of, random_batch

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from command_line import add_outputs
 from gng_d2.errors import InputError
-from gng_d2.files import prepare_outputs, save_figure
 from gng_d2.groups import practical_num_groups
+from gng_d2.job.files import prepare_outputs, save_figure
 
 from .paper import TABLE_3
 from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from command_line import add_outputs
-from gng_d2.files import prepare_outputs
+from gng_d2.job.files import prepare_outputs
 from gng_d2.ops import cpu_kernels
 from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 

@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass
 from typing import Callable, List, Tuple
 
-from gng_d2.analysis import build_on_meta, norm_table
-from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open, prepare_outputs
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
+from gng_d2.job.files import atomic_open, prepare_outputs
+from gng_d2.models.norm_table import norm_table
 
 from . import (
     ROOT,

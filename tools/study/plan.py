@@ -13,9 +13,10 @@ from typing import Dict, List, Optional, Sequence
 from scipy import stats
 from tqdm import tqdm
 
-from gng_d2.analysis import build_on_meta, norm_table
 from gng_d2.errors import InputError
-from gng_d2.files import read_metrics
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.files import read_metrics
+from gng_d2.models.norm_table import norm_table
 
 from .comparison import Comparison, Run
 from .processes import Process

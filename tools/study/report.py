@@ -12,9 +12,9 @@ from detectron2.config import CfgNode
 from matplotlib.figure import Figure
 from scipy import stats
 
-from gng_d2.config import load_config
-from gng_d2.files import atomic_open, read_metrics, save_figure
-from gng_d2.norm_names import without_ws
+from gng_d2.job.config import load_config
+from gng_d2.job.files import atomic_open, read_metrics, save_figure
+from gng_d2.layers.ws_conv import WS
 
 from . import ROOT
 from .comparison import Comparison, Run
@@ -257,7 +257,7 @@ def plot_channels_per_group(rows: List[ComparisonRow], path: str) -> None:
         channels, layers = np.array(row.channels_per_group, dtype=float).T
         middle = np.exp2(np.average(np.log2(channels), weights=layers))
         mean = np.mean(values)
-        colour = colours.get(without_ws(row.norm), "0.35")
+        colour = colours.get(row.norm.removesuffix(WS), "0.35")
         axes.plot([channels.min(), channels.max()], [mean, mean], color=colour, lw=0.8, alpha=0.5)
         axes.plot([middle] * len(values), values, "o", color=colour, ms=5, alpha=0.7)
         axes.plot(middle, mean, "_", color=colour, ms=18, mew=2)

@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open, prepare_outputs
+from gng_d2.job.files import atomic_open, prepare_outputs
 
 __all__ = [
     "machine",

@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Dict, Mapping, NamedTuple, Optional, Sequence
 
 from gng_d2.errors import InputError
-from gng_d2.files import atomic_open
-from gng_d2.imports import import_modules
+from gng_d2.job.files import atomic_open
+from gng_d2.job.imports import import_modules
 
 from . import ROOT
 from .comparison import Comparison, Run, RunState

@@ -21,11 +21,12 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from command_line import add_outputs, add_overrides
-from gng_d2.config import load_config
 from gng_d2.errors import InputError
-from gng_d2.files import prepare_outputs
-from gng_d2.layers import WSConv2d, standardize_weight
+from gng_d2.job.config import load_config
+from gng_d2.job.files import prepare_outputs
+from gng_d2.layers import WSConv2d
 from gng_d2.ops import set_kernels_enabled
+from gng_d2.ops.weight_standardization import standardize_weight
 
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from command_line import add_outputs
-from gng_d2.files import prepare_outputs, save_figure
+from gng_d2.job.files import prepare_outputs, save_figure
 
 from .rows import machine, markdown, write_rows
 from .unit_block import (

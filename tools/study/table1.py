@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from command_line import add_outputs
-from gng_d2.files import prepare_outputs
+from gng_d2.job.files import prepare_outputs
 
 from .paper import TABLE_1
 from .rows import machine, markdown, write_rows

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import List
 
 from command_line import add_outputs
-from gng_d2.files import prepare_outputs
 from gng_d2.gains import activation_gains
+from gng_d2.job.files import prepare_outputs
 
 from .paper import TABLE_2
 from .rows import machine, markdown, write_rows

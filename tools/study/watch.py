@@ -8,7 +8,7 @@ from typing import IO, Dict, Iterator, Optional, Union
 
 from tabulate import tabulate
 
-from gng_d2.files import last_record
+from gng_d2.job.files import last_record
 
 from .comparison import Comparison, Run, RunState
 from .local import Local

@@ -1,0 +1,301 @@
+"""Detectron2's checkpointer, which knows the groups that its weights were trained with and what is damaged."""
+
+import glob
+import logging
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Dict, Optional, Tuple
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor, nn
+
+from gng_d2.errors import InputError
+from gng_d2.layers.kinds import num_channels
+from gng_d2.layers.record import describe_record, fits, norm_record, put_records, records_of
+from gng_d2.models.norm_table import num_groups
+
+from .files import atomic_open
+from .weight_files import read_weight_file, save_weight_file
+
+__all__ = ["Checkpointer", "check_norms"]
+
+
+class Checkpointer(DetectionCheckpointer):
+    """:class:`detectron2.checkpoint.DetectionCheckpointer` that lets no damaged or unfit weights pass.
+
+    - What it writes appears when it is whole, with a checksum. What it reads is compared with its checksums, and
+      runs no code (:mod:`gng_d2.job.weight_files`). Any Detectron2 loads it.
+    - GroupNorm weights fit any number of groups. So the state_dict records each norm's groups, and whether its
+      convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model where they differ is an
+      :class:`InputError`; at the start of fine-tuning it is one warning.
+    - BatchNorm weights that arrive in a GroupNorm (same names, same shapes, other meaning) are one warning.
+    - A run resumes from the newest whole checkpoint where the one that ``last_checkpoint`` names is not.
+    """
+
+    _fine_tuning = False
+    _reading = ""
+
+    def save(self, name, **kwargs):
+        if not self.save_dir or not self.save_to_disk:
+            return
+        weights = self.model.state_dict()
+        put_records(weights, _records_of_other_norms(self.model))
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        save_weight_file(path, {"model": weights, **parts, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        with atomic_open(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename)
+
+    def load(self, path, *args, **kwargs):
+        if path and "://" in path:
+            try:
+                self.path_manager.get_local_path(path.split("?")[0])
+            except Exception as error:  # each way of fetching raises its own
+                raise InputError(f"the weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None
+
+    def resume_or_load(self, path, *, resume=True):
+        """Go on from :meth:`find_checkpoint`. Without ``resume``, or where there is none, load the weights ``path``."""
+        if resume:
+            self._remove_partial_files()
+        if resume and self.has_checkpoint():
+            return self.load(self.find_checkpoint()[0])
+        self._fine_tuning = True
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._fine_tuning = False
+
+    def has_checkpoint(self):
+        return super().has_checkpoint() or self._newest_whole() is not None
+
+    def get_checkpoint_file(self):
+        try:
+            return super().get_checkpoint_file()
+        except ValueError:  # no text
+            return self.save_dir
+
+    def find_checkpoint(self) -> Tuple[str, Dict]:
+        """The checkpoint to resume from, and what it holds: the one that ``last_checkpoint`` names, or, with a
+        warning, the newest whole one.
+
+        Raises:
+            InputError: no checkpoint is whole; says what is wrong with the one that is named.
+        """
+        named, last = self.get_checkpoint_file(), os.path.join(self.save_dir, "last_checkpoint")
+        if not named:
+            trouble = f"{last} is not there"
+        elif os.path.isdir(named):
+            trouble = f"{last} names no file"
+        elif not os.path.isfile(named):
+            trouble = f"{last} names {named!r}, which is not there"
+        else:
+            try:
+                checkpoint = self.read(named)
+                if self._can_go_on_from(checkpoint):
+                    return named, checkpoint
+                trouble = f"{last} names {named}, which holds weights alone and not what a run goes on from"
+            except InputError as error:
+                trouble = str(error)
+        newest = self._newest_whole()
+        if newest is None:
+            raise InputError(f"--resume: {trouble}, and no other checkpoint of {self.save_dir} is whole")
+        self.logger.warning(f"{trouble}. Resuming from {newest[0]}, the newest checkpoint there that is whole")
+        return newest
+
+    def _newest_whole(self) -> Optional[Tuple[str, Dict]]:
+        newest = None
+        for path in sorted(glob.glob(os.path.join(glob.escape(self.save_dir or os.devnull), "model_*.pth"))):
+            if re.fullmatch(r"model_(\d{7,}|final)\.pth", os.path.basename(path)):
+                try:
+                    checkpoint = self.read(path)
+                except InputError:
+                    continue
+                if self._can_go_on_from(checkpoint):
+                    if newest is None or checkpoint["iteration"] >= newest[1]["iteration"]:
+                        newest = path, checkpoint
+        return newest
+
+    def _can_go_on_from(self, checkpoint):
+        """Whether a trainer saved it. Detectron2 would go on from any other at iteration 1."""
+        parts = (checkpoint.get(key) for key in self.checkpointables)
+        return type(checkpoint.get("iteration")) is int and all(isinstance(part, Mapping) for part in parts)
+
+    def _remove_partial_files(self):
+        """What a run leaves that is killed while it writes a checkpoint."""
+        if self.save_dir and self.save_to_disk:
+            for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
+                os.remove(path)
+
+    def read(self, path: str) -> Dict:
+        """What the local file ``path`` holds, under ``model`` its weights.
+
+        Raises:
+            InputError: it is damaged, wants to run code, or is no checkpoint.
+        """
+        self._parsed_url_during_load = urlparse(path)
+        try:
+            return self._load_file(path.split("?")[0])
+        finally:
+            self._parsed_url_during_load = None
+
+    def _load_file(self, filename):
+        self._reading = filename
+        checkpoint = _as_detectron2s(filename, read_weight_file(filename))
+        queries = parse_qs(self._parsed_url_during_load.query)
+        if queries.pop("matching_heuristics", None) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if queries:
+            raise InputError(
+                f"{filename}: its address ends in ?{self._parsed_url_during_load.query}, of which only "
+                f"matching_heuristics=True is known"
+            )
+        weights = checkpoint["model"]
+        if not isinstance(weights, Mapping) or not all(isinstance(v, (Tensor, np.ndarray)) for v in weights.values()):
+            raise InputError(
+                f"{filename} holds no weights by name under 'model', as Detectron2's checkpoints do. "
+                f"tools/convert_weights.py converts ResNets of torchvision, timm and mmdetection"
+            )
+        metadata = getattr(weights, "_metadata", {})
+        if not isinstance(metadata, Mapping) or not all(isinstance(entry, Mapping) for entry in metadata.values()):
+            raise InputError(f"{filename}: the metadata of its state_dict is damaged")
+        _take_old_record(filename, checkpoint)
+        return checkpoint
+
+    def _load_model(self, checkpoint):
+        if not self._fine_tuning:
+            check_norms(self.model, checkpoint, self._reading)
+        batch_norms = _batch_norms(checkpoint)
+        given = next(iter(checkpoint["model"]), "nothing")
+        incompatible = super()._load_model(checkpoint)
+        missing = set(incompatible.missing_keys)
+        names = {name for name, _ in self.model.named_parameters()}
+        if names and names <= missing:
+            raise InputError(
+                f"{self._reading} holds no weight of this model: it has {given}, where the model has {min(names)}"
+            )
+        self._warn_of_batch_norms(batch_norms, missing)
+        return incompatible
+
+    def _warn_of_batch_norms(self, batch_norms, missing_keys):
+        taken = [
+            (name, norm)
+            for name, norm in self.model.named_modules()
+            if isinstance(norm, nn.GroupNorm)
+            and norm.affine
+            and f"{name}.weight" not in missing_keys
+            and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in batch_norms)
+        ]
+        if not taken:
+            return
+        frozen = sum(not norm.weight.requires_grad for _, norm in taken)
+        logging.getLogger(__name__).warning(
+            f"{len(taken)} GroupNorm layers ({taken[0][0]}, ...) took the weights of BatchNorm layers, {frozen} of "
+            f"them are frozen that way by MODEL.BACKBONE.FREEZE_AT. They do not fit: a BatchNorm's weight and bias "
+            f"belong to its running statistics. Set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
+            f"catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or "
+            f"MODEL.WEIGHTS '' with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch."
+        )
+
+
+def _as_detectron2s(filename, content):
+    """A file's content as a checkpoint of Detectron2, by the rules of its own checkpointer."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
+    if filename.endswith(".pkl"):
+        if "model" in content and "__author__" in content:
+            return content
+        content = content.get("blobs", content)  # Caffe2's detectors have them, its ImageNet models do not
+        weights = {name: value for name, value in content.items() if not name.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    if filename.endswith(".pyth"):
+        weights = content.get("model_state")
+        if not isinstance(weights, Mapping):
+            raise InputError(f"{filename} has no 'model_state', as the .pyth files of pycls do")
+        weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+    return content if "model" in content else {"model": content}
+
+
+def _take_old_record(filename, checkpoint):
+    """Up to this version a checkpoint had its record under ``norms``, beside the weights."""
+    records = checkpoint.pop("norms", None)
+    if records is None:
+        return
+    weights = checkpoint["model"]
+    if not hasattr(weights, "_metadata"):
+        checkpoint["model"] = weights = OrderedDict(weights)
+        weights._metadata = OrderedDict()
+    if isinstance(records, Mapping):
+        put_records(weights, records)
+    if not isinstance(records, Mapping) or not records_of(weights).keys() >= records.keys():
+        raise InputError(f"{filename}: its record of the norms ('norms') is damaged. Delete that entry to go without")
+
+
+def _records_of_other_norms(model):
+    """Records of the norms that are not ours, which write none: a BatchNorm's is that it has no groups."""
+    return {
+        name: {"num_groups": num_groups(norm), "weight_standardized": False}
+        for name, norm in model.named_modules()
+        if num_channels(norm) is not None and not hasattr(norm, "norm_name")
+    }
+
+
+def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
+    """Compare the norms of ``model`` with those that the checkpoint in ``path`` was trained with, where it says.
+
+    Raises:
+        InputError: a norm of one is not in the other, or is otherwise there. Norms of parts that ``model``
+            lacks as a whole (a mask head, say) do not count.
+    """
+    differ = _differences(model, checkpoint["model"])
+    if differ:
+        more = [f"and {len(differ) - 10} more"] if len(differ) > 10 else []
+        lines = "\n  ".join([*differ[:10], *more])
+        raise InputError(
+            f"the checkpoint was trained with other norms than this config has, {len(differ)} differ:\n  {lines}\n"
+            f"Use the NORM keys that {path} was trained with (the config.yaml beside it)"
+        )
+
+
+def _differences(model, weights):
+    recorded = {name.removeprefix("module."): record for name, record in records_of(weights).items()}
+    if not recorded:
+        return []
+    modules = dict(model.named_modules())
+    here = _records_of_other_norms(model)
+    here.update((name, norm_record(norm)) for name, norm in modules.items() if hasattr(norm, "norm_name"))
+    here = {name: here[name] for name in modules if name in here}  # in the model's order
+    with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in weights}
+    names = [name for name in here if name in recorded or name not in with_weights and modules[name].state_dict()]
+    names += [name for name in recorded if name not in here and name.rpartition(".")[0] in modules]
+    return [
+        f"{name}: {describe_record(recorded.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
+        for name in names
+        if name not in recorded or name not in here or not (_is_open(modules[name]) or fits(recorded[name], here[name]))
+    ]
+
+
+def _is_open(norm):
+    """Whether it has no groups yet, and will take those of the record."""
+    return hasattr(norm, "is_bound") and norm.num_groups is None
+
+
+def _batch_norms(checkpoint):
+    """Names, as far as the file has them, of the BatchNorm layers in a checkpoint; "" stands for all layers."""
+    keys = [key.removeprefix("module.") for key in checkpoint["model"]]
+    if checkpoint.get("__author__") == "Caffe2":
+        # Caffe2's names change on the way; its files hold one kind of norm: ..._bn_s or ..._gn_s
+        return {""} if any("_bn_" in key for key in keys) else set()
+    return {key[: -len(".running_mean")] for key in keys if key.endswith(".running_mean")}

@@ -1,0 +1,283 @@
+"""Load a config, a YAML or a lazy (Python) one, and refuse, before any work, what a run could not finish with.
+
+Reading a lazy config runs it. Every refusal is an :class:`~gng_d2.errors.InputError` that names the key, file or folder
+and the mend.
+"""
+
+import copy
+import difflib
+import inspect
+import logging
+import os
+from typing import Iterator, Sequence, Tuple, Union
+
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.layers import get_norm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from gng_d2.errors import InputError
+
+from .files import prepare_folder
+from .weight_files import files_are_trusted
+
+__all__ = ["Config", "find_config_file", "load_any_config", "load_config", "norm_keys", "with_value", "check_config"]
+__all__ += ["check_weights", "check_weight_file", "prepare_output_dir"]
+
+Config = Union[CfgNode, DictConfig]
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults, then ``config_file`` (a path, or a name in the model zoo), then ``KEY VALUE`` pairs.
+
+    On a machine without CUDA ``MODEL.DEVICE`` becomes cpu.
+
+    Raises:
+        InputError: a file or a pair cannot be used, or a file has Python tags (:class:`_JudgedConfig`).
+    """
+    if config_file.endswith(".py"):
+        raise InputError(
+            f"config file {config_file} is a lazy (Python) config. Detectron2's lazyconfig_train_net.py trains it; "
+            f"norm names are the same there, after `import gng_d2` in it or in the config"
+        )
+    cfg = get_cfg()
+    vars(cfg)["load_yaml_with_base"] = _JudgedConfig.load_yaml_with_base  # what merge_from_file reads files by
+    try:
+        cfg.merge_from_file(find_config_file(config_file))
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"config file {config_file}: {error.filename or error} does not exist") from error
+    except RecursionError as error:
+        raise InputError(f"config file {config_file}: its _BASE_ leads back to itself") from error
+    except OSError as error:
+        raise InputError(f"config file {config_file} cannot be read: {error.strerror or _message(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise InputError(f"config file {config_file} is no YAML config: {_message(error)}") from error
+    except (KeyError, ValueError, AssertionError) as error:
+        raise InputError(f"config file {config_file}: {_message(error)}") from error
+    finally:
+        vars(cfg).pop("load_yaml_with_base", None)
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"config overrides {' '.join(overrides)!r}: {_message(error)}. They are pairs, KEY VALUE, of keys "
+            f"that Detectron2's config has"
+        ) from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).info("no CUDA device here: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
+    """A checked config: a lazy one, which is run, from a .py file, else a YAML one.
+
+    Args:
+        config_file: a path, or a name in Detectron2's model zoo.
+        overrides: ``KEY VALUE`` pairs of words for a YAML config, words ``path.key=value`` for a lazy one.
+
+    Raises:
+        InputError: the file or an override cannot be used, or a lazy config has no ``model``.
+    """
+    if not config_file.endswith(".py"):
+        cfg = load_config(config_file, overrides)
+        check_config(cfg)
+        return cfg
+    try:
+        cfg = LazyConfig.load(find_config_file(config_file))
+    except SyntaxError as error:
+        if error.__cause__:  # Detectron2 says which file, and Python why
+            raise InputError(f"{error} {error.__cause__}") from error
+        raise InputError(f"config file {config_file}: {error}") from error
+    for word in overrides:
+        _override(cfg, word)
+    if not isinstance(cfg.get("model"), DictConfig) or "_target_" not in cfg.model:
+        raise InputError(
+            f"config file {config_file} has no `model` that is a LazyCall, as those of Detectron2's "
+            f"configs/common/models are. It has {', '.join(cfg) or 'nothing'}"
+        )
+    return cfg
+
+
+def _override(cfg, word):
+    key, equals, _ = word.partition("=")
+    if not equals:
+        raise InputError(
+            f"config override {word!r}: a lazy config takes path.key=value, such as model.backbone.norm=PGN, "
+            f"not KEY VALUE pairs"
+        )
+    node, parts = cfg, key.removeprefix("+").split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        names = _names(node, of_call=last)
+        if names is None or last and key.startswith("+"):  # Hydra's sign of a new key
+            break
+        if part not in names:
+            near = difflib.get_close_matches(part, names, 1)
+            raise InputError(
+                f"config override {word!r}: there is no {part!r} in {'.'.join(parts[:depth]) or 'the config'}"
+                + (f"; did you mean {near[0]!r}?" if near else f". It has {', '.join(names) or 'nothing below it'}")
+            )
+        node = node[int(part)] if isinstance(node, ListConfig) else node.get(part)
+    try:
+        LazyConfig.apply_overrides(cfg, [word])
+    except Exception as error:  # Hydra's and OmegaConf's have no base of their own
+        raise InputError(f"config override {word!r}: {str(error).splitlines()[0]}") from error
+
+
+def _names(node, of_call):
+    """What can be set below ``node``, for a call also the arguments that it leaves out; None: anything."""
+    if isinstance(node, ListConfig):
+        return [str(index) for index in range(len(node))]
+    if not isinstance(node, DictConfig):
+        return []
+    if not of_call or "_target_" not in node:
+        return list(node)
+    target = node._target_
+    try:
+        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
+    except (TypeError, ValueError):  # of a class in C
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return list(dict.fromkeys([*node, *(name for name in parameters if name != "self")]))
+
+
+class _JudgedConfig(CfgNode):
+    """Reads a YAML file and the files of its ``_BASE_``, each judged by itself.
+
+    A Python tag (``!!python/object/apply:...``) runs code on reading. Detectron2's model zoo has one, in
+    Base-RetinaNet.yaml; in any other folder it is refused, unless files are trusted.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename, allow_unsafe=False):
+        zoo = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+        inside = os.path.realpath(filename).startswith(os.path.realpath(zoo) + os.sep)
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=inside or files_are_trusted())
+        except yaml.constructor.ConstructorError as error:
+            if "tag:yaml.org,2002:python/" not in str(error):
+                raise
+            tag = str(error.problem).partition("tag:yaml.org,2002:")[2].strip("'")
+            raise InputError(
+                f"config file {filename} has the Python tag !!{tag}, which would run code on reading. Nothing of it "
+                f"was run. Write its value in its place; or, where you trust the file, --trust-files opens it"
+            ) from None
+
+
+def find_config_file(config_file: str) -> str:
+    """``config_file`` itself, or where it is in Detectron2's model zoo."""
+    if not config_file:
+        raise InputError("no config file: give --config-file FILE")
+    if os.path.isfile(config_file):
+        return config_file
+    try:
+        return model_zoo.get_config_file(config_file)
+    except RuntimeError:
+        raise InputError(f"config file {config_file} does not exist, here or in Detectron2's model zoo") from None
+
+
+def _message(error):
+    """In one line."""
+    text = str(error) if isinstance(error, (yaml.YAMLError, UnicodeError)) or not error.args else str(error.args[0])
+    return " ".join(text.split()) or type(error).__name__
+
+
+def norm_keys(cfg: Config) -> Iterator[Tuple[str, str]]:
+    """(key, value) of each name of a norm, such as ("MODEL.FPN.NORM", "PGN") or ("model.backbone.norm", "PGN")."""
+    if isinstance(cfg, CfgNode):
+        return _yaml_norm_keys(cfg)
+    return _lazy_norm_keys(OmegaConf.to_container(cfg.model), "model")
+
+
+def _yaml_norm_keys(cfg, prefix=""):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _yaml_norm_keys(value, f"{prefix}{key}.")
+        elif key == "NORM":
+            yield f"{prefix}{key}", value
+
+
+def _lazy_norm_keys(node, path):
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, (dict, list)):
+            yield from _lazy_norm_keys(value, f"{path}.{key}")
+        elif isinstance(value, str) and (key == "norm" or str(key).endswith("_norm")):
+            yield f"{path}.{key}", value
+
+
+def with_value(cfg: Config, key: str, value: str) -> Config:
+    """A copy of ``cfg`` in which ``key`` is ``value``."""
+    if isinstance(cfg, CfgNode):
+        changed = cfg.clone()
+        changed.defrost()
+        changed.merge_from_list([key, value])
+        return changed
+    changed = copy.deepcopy(cfg)
+    OmegaConf.update(changed, key, value)
+    return changed
+
+
+def check_config(cfg: CfgNode, world_size: int = 1) -> None:
+    """See that each NORM is a norm's name, the device one, and that a batch divides among ``world_size`` processes.
+
+    Raises:
+        InputError: names the key.
+    """
+    for key, value in norm_keys(cfg):
+        try:
+            get_norm(value, 32)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise InputError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cpu, cuda, cuda:1 are") from None
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):  # without images Detectron2 waits for good
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key} {cfg.SOLVER[key]}: at least 1")
+    images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if images % (reference or max(world_size, 1)):
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {images} does not divide among "
+            + (f"SOLVER.REFERENCE_WORLD_SIZE {reference}" if reference else f"{world_size} processes")
+            + ". Set it to a multiple; SOLVER.REFERENCE_WORLD_SIZE scales a schedule to fewer or more processes"
+        )
+
+
+def check_weights(cfg: CfgNode, source: str = "MODEL.WEIGHTS") -> None:
+    """The file of MODEL.WEIGHTS is there, and a model without any needs none.
+
+    Args:
+        source: what the user set: the key, or the flag of a tool.
+    """
+    path = cfg.MODEL.WEIGHTS
+    check_weight_file(path, source)
+    if not path and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
+        logging.getLogger(__name__).warning(
+            "MODEL.WEIGHTS '' with MODEL.RESNETS.NORM FrozenBN: without weights a FrozenBN normalizes nothing, and "
+            "training will likely diverge. From scratch, set MODEL.RESNETS.NORM PGN and MODEL.BACKBONE.FREEZE_AT 0"
+        )
+
+
+def check_weight_file(path: str, source: str) -> None:
+    """Raises: InputError: there is no such file; names what it was said by."""
+    path = path.split("?")[0]
+    if path and "://" not in path and not PathManager.isfile(path):
+        scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""
+        raise InputError(f"{source}: the file {path} does not exist{scratch}")
+
+
+def prepare_output_dir(cfg: CfgNode) -> None:
+    """Make OUTPUT_DIR where it is not there, and see that files can be written in it."""
+    try:
+        prepare_folder(cfg.OUTPUT_DIR)
+    except OSError as error:
+        raise InputError(f"OUTPUT_DIR: cannot write to {cfg.OUTPUT_DIR!r}: {error.strerror}") from error

@@ -1,0 +1,220 @@
+"""Datasets that fit the config and the model: refused before a run, not in its first step or last evaluation."""
+
+import difflib
+import importlib.util
+import itertools
+import logging
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, SemanticSegmentor
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+from gng_d2.errors import InputError
+from gng_d2.job.weight_files import read_pickle
+
+from . import embedded
+
+__all__ = ["prepare_datasets", "check_classes", "check_records", "compare", "learned_classes", "naming_datasets"]
+
+# where Detectron2's registrations keep what they read
+_PATHS = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir", "dirname")
+
+
+def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
+    """See that every dataset of the config is registered, is there and has the classes that the model learns.
+
+    The embedded dataset is drawn where it is missing.
+
+    Raises:
+        InputError: names the key and the dataset, and how to mend it.
+    """
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            _prepare_dataset(f"DATASETS.{key}", name)
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
+            try:
+                read_pickle(PathManager.get_local_path(path))  # Detectron2 unpickles it
+            except InputError as error:
+                raise InputError(f"DATASETS.PROPOSAL_FILES_{key}: {error}") from None
+    if not eval_only and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name what to train on")
+    check_classes(cfg, eval_only)
+
+
+def _prepare_dataset(key, name):
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), 1)
+        raise InputError(
+            f"{key}: no dataset named {name!r} is registered"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + " Your own is registered by a module of yours: --import FILE.py runs it first"
+        )
+    if name.startswith(embedded.NAME):
+        embedded.draw_if_missing()
+    metadata = MetadataCatalog.get(name)
+    for field in _PATHS:
+        path = metadata.get(field)
+        if path and not PathManager.exists(path):
+            raise InputError(
+                f"{key}: the {field} of dataset {name!r} is not there: {path}. Datasets are looked for in "
+                f"{embedded.datasets_root().resolve()}; the environment variable DETECTRON2_DATASETS sets that folder"
+            )
+    if key == "DATASETS.TEST" and metadata.get("evaluator_type") == "coco_panoptic_seg":
+        if importlib.util.find_spec("panopticapi") is None:
+            raise InputError(f"{key}: to evaluate {name!r}, install panopticapi: pip install panopticapi-lite")
+
+
+def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Compare the numbers of classes and keypoints that the model learns with those that its datasets have.
+
+    A dataset with more classes than the model is an error, one with fewer a warning: labels beyond the model's
+    are taken for its background, or index past the end. What a dataset does not tell is not compared.
+
+    Raises:
+        InputError: names the key, the dataset and both numbers.
+    """
+    names = [] if eval_only else list(cfg.DATASETS.TRAIN)
+    for key, count, field in learned_classes(cfg):
+        _check_same(names, field)
+        for name in dict.fromkeys([*names, *cfg.DATASETS.TEST]):
+            known = MetadataCatalog.get(name).get(field)
+            if known is not None:
+                compare(key, count, field, name, len(known))
+                _compare_names(names, name, field)
+    if cfg.MODEL.KEYPOINT_ON:
+        _check_same(names, "keypoint_flip_map")
+        for name in names:
+            if not MetadataCatalog.get(name).get("keypoint_names"):
+                raise InputError(f"MODEL.KEYPOINT_ON: the metadata of dataset {name!r} has no keypoint_names")
+    if any(field == "stuff_classes" for _, _, field in learned_classes(cfg)):
+        for name in dict.fromkeys([*names, *cfg.DATASETS.TEST]):
+            label, ignored = MetadataCatalog.get(name).get("ignore_label"), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+            if label is not None and label != ignored:
+                raise InputError(
+                    f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignored}, but dataset {name!r} marks what is not annotated "
+                    f"by {label} (its ignore_label). Set it to {label}"
+                )
+
+
+def learned_classes(cfg) -> Iterator[Tuple[str, int, str]]:
+    """(key, its number, metadata of a dataset that has as many entries) of what the model learns."""
+    model = cfg.MODEL
+    architecture = META_ARCH_REGISTRY._obj_map.get(model.META_ARCHITECTURE)
+    if isinstance(architecture, type):
+        if issubclass(architecture, GeneralizedRCNN):
+            yield "MODEL.ROI_HEADS.NUM_CLASSES", model.ROI_HEADS.NUM_CLASSES, "thing_classes"
+        if issubclass(architecture, (PanopticFPN, SemanticSegmentor)):
+            yield "MODEL.SEM_SEG_HEAD.NUM_CLASSES", model.SEM_SEG_HEAD.NUM_CLASSES, "stuff_classes"
+    # RETINANET, and FCOS, CENTERNET or SOLOV2 of other projects
+    used = {model.META_ARCHITECTURE.lower(), model.PROPOSAL_GENERATOR.NAME.lower()}
+    for section, node in model.items():
+        if section.lower() in used and isinstance(node, CfgNode) and isinstance(node.get("NUM_CLASSES"), int):
+            yield f"MODEL.{section}.NUM_CLASSES", node.NUM_CLASSES, "thing_classes"
+    if model.KEYPOINT_ON:
+        yield "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, "keypoint_names"
+
+
+def compare(key: str, count: int, field: str, name: str, known: int) -> None:
+    """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``."""
+    message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
+    if count < known or count != known and field == "keypoint_names":
+        raise InputError(message)
+    if count > known:
+        logging.getLogger(__name__).warning(f"{message}, unless the weights were made for {count}")
+
+
+def _compare_names(trained, name, field):
+    learned, known = (MetadataCatalog.get(n).get(field) for n in (trained[0] if trained else name, name))
+    if learned is not None and len(learned) == len(known) and list(learned) != list(known):
+        logging.getLogger(__name__).warning(
+            f"DATASETS.TEST {name!r} has other {field} than DATASETS.TRAIN {trained[0]!r}, "
+            f"{_first_difference(learned, known)}"
+        )
+
+
+def _check_same(names: Sequence[str], field: str) -> None:
+    """Detectron2 trains on several datasets as one."""
+    lists = {name: MetadataCatalog.get(name).get(field) for name in names}
+    first = next(iter(lists), None)
+    for name, entries in lists.items():
+        if entries is not None and lists[first] is not None and list(entries) != list(lists[first]):
+            raise InputError(
+                f"DATASETS.TRAIN: {first!r} and {name!r} are trained on together, but have different {field}: "
+                f"{len(lists[first])} and {len(entries)}, {_first_difference(lists[first], entries)}"
+            )
+
+
+def _first_difference(a, b):
+    index, pair = next((i, p) for i, p in enumerate(itertools.zip_longest(a, b)) if p[0] != p[1])
+    return f"the first difference is {pair[0]!r} and {pair[1]!r} at {index}"
+
+
+@contextmanager
+def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
+    """Turns what goes wrong with a dataset's files while Detectron2 loads it into an :class:`InputError` that names it.
+
+    Args:
+        key: of the config, such as "DATASETS.TRAIN".
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AssertionError, ValueError, LookupError) as error:  # LookupError: what a JSON lacks
+        files = [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
+        kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"{key} {', '.join(names)}: {kind}{message}{' in ' * bool(files)}{', '.join(files)}"
+        ) from error
+
+
+def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
+    """Refuse training data from which the model would learn nothing, or with labels that it does not have.
+
+    Raises:
+        InputError: names the key, the datasets and for a label an image.
+    """
+    if not isinstance(records, list):
+        return  # a user's own dataset
+    learned = {field: (key, count) for key, count, field in learned_classes(cfg)}
+    names = ", ".join(cfg.DATASETS.TRAIN)
+    annotations = [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
+    if isinstance(mapper, DatasetMapper):  # another may find them elsewhere
+        has = {"annotations": annotations, "sem_seg_file_name": any("sem_seg_file_name" in r for r in records)}
+        for field, wanted in (("thing_classes", "annotations"), ("stuff_classes", "sem_seg_file_name")):
+            if field in learned and not has[wanted]:
+                raise InputError(
+                    f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
+                )
+        if "thing_classes" in learned:
+            for annotation, record in annotations:
+                box = annotation.get("bbox")
+                if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
+                    raise InputError(
+                        f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
+                    )
+    if annotations and not any(_has_area(a) for a, _ in annotations):
+        raise InputError(
+            f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
+            f"{list(annotations[0][0]['bbox'])} of {annotations[0][1].get('file_name')}. Is their bbox_mode right?"
+        )
+    if "thing_classes" in learned:
+        key, count = learned["thing_classes"]
+        for annotation, record in annotations:
+            if not 0 <= annotation.get("category_id", 0) < count:
+                raise InputError(
+                    f"{key} is {count}, but {record.get('file_name')} in DATASETS.TRAIN {names} has the category_id "
+                    f"{annotation['category_id']}; they count from 0 to {count - 1}"
+                )
+
+
+def _has_area(annotation):
+    box: List[float] = annotation.get("bbox") or [0, 0, 1, 1]
+    if annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
+        return box[2] > box[0] and box[3] > box[1]
+    return box[2] > 0 and box[3] > 0

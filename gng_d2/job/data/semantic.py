@@ -1,0 +1,135 @@
+"""The semantic maps that Detectron2's panoptic datasets need beside a panoptic dataset in COCO's format.
+
+Detectron2's rule: 0 for all things, 1, 2, ... for the stuff categories in the order of their ids, 255 where
+nothing is annotated.
+"""
+
+import json
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Dict, List, Sequence
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from gng_d2.errors import InputError
+from gng_d2.job.files import prepare_outputs
+
+__all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
+
+VOID = 255
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def semantic_values(categories: Sequence[Dict]) -> Dict[int, int]:
+    """The value of each category id in a semantic map, from the ``categories`` of a panoptic JSON."""
+    stuff = sorted(category["id"] for category in categories if not category["isthing"])
+    if len(stuff) >= VOID:
+        raise InputError(f"{len(stuff)} stuff categories, a semantic map has room for {VOID - 1}")
+    return {**{category["id"]: 0 for category in categories}, **{id: value for value, id in enumerate(stuff, 1)}}
+
+
+def semantic_map(ids: np.ndarray, values: Dict[int, int]) -> np.ndarray:
+    """(H, W) uint8 from (H, W) segment ids and the value of each; id 0 is not annotated.
+
+    Raises:
+        InputError: names the ids that have no value.
+    """
+    present, indices = np.unique(ids, return_inverse=True)
+    unknown = [int(id) for id in present if id and int(id) not in values]
+    if unknown:
+        raise InputError(f"segment ids {', '.join(map(str, unknown[:10]))} are not in the panoptic JSON")
+    lookup = np.array([values[int(id)] if id else VOID for id in present], dtype=np.uint8)
+    return lookup[indices].reshape(ids.shape)
+
+
+def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str) -> int:
+    """Write ``sem_seg_root``/NAME.png for each annotation of ``panoptic_json``, on all cores; returns how many.
+
+    A map that is there whole is kept, so that an interrupted work goes on. A map appears under its name
+    when it is whole.
+
+    Raises:
+        InputError: what is missing, unknown or not readable, with its file.
+    """
+    tasks = _tasks(panoptic_json, panoptic_root, sem_seg_root)
+    prepare_outputs(os.path.join(sem_seg_root, "map.png"))
+    tasks = [task for task in tasks if not _is_whole(task[2])]
+    if not tasks:
+        return 0
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_leave_interrupts_to_the_parent) as pool:
+        try:
+            maps = pool.map(_write_map, tasks, chunksize=8)
+            for _ in tqdm(maps, desc=os.path.basename(sem_seg_root), total=len(tasks), unit="map"):
+                pass
+        except BrokenProcessPool as error:
+            raise InputError("a worker process was killed (out of memory?). The same command goes on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return len(tasks)
+
+
+def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> List[tuple]:
+    """(panoptic PNG, value of each segment id, semantic PNG) of each annotation."""
+    try:
+        with open(panoptic_json) as file:
+            content = json.load(file)
+        values = semantic_values(content["categories"])
+        annotations = [(a["file_name"], a["segments_info"]) for a in content["annotations"]]
+        segments = [{s["id"]: s["category_id"] for s in info} for _, info in annotations]
+    except OSError as error:
+        raise InputError(f"panoptic JSON {panoptic_json}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{panoptic_json} is no panoptic JSON in COCO's format ({type(error).__name__}: {error})"
+        ) from error
+    tasks = []
+    for (name, _), of_segment in zip(annotations, segments):
+        unknown = set(of_segment.values()) - values.keys()
+        if unknown:
+            raise InputError(f"{panoptic_json}: category ids {sorted(unknown)} of {name} are not among its categories")
+        source = os.path.join(panoptic_root, name)
+        target = os.path.join(sem_seg_root, name)
+        tasks.append((source, {segment: values[category] for segment, category in of_segment.items()}, target))
+    missing = [source for source, _, _ in tasks if not os.path.isfile(source)]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(tasks)} panoptic PNGs are not there, for instance {missing[0]}")
+    return tasks
+
+
+def _write_map(task):
+    source, values, target = task
+    try:
+        with Image.open(source) as image:
+            rgb = np.asarray(image.convert("RGB"), dtype=np.int64)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"panoptic PNG {source} cannot be read: {error}") from error
+    try:
+        semantic = semantic_map(rgb @ [1, 256, 256**2], values)
+    except InputError as error:
+        raise InputError(f"panoptic PNG {source}: {error}") from None
+    partial = f"{target}.partial"
+    try:
+        Image.fromarray(semantic).save(partial, format="PNG")
+        os.replace(partial, target)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(partial)
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _is_whole(path):
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _leave_interrupts_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

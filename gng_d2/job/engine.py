@@ -1,0 +1,310 @@
+"""Train or evaluate a Detectron2 model from a config, as Detectron2's tools/train_net.py does.
+
+Whatever would end a job early is refused before it starts; a job that was killed resumes as if it had not been; and
+it runs in one process, on many GPUs, or on CPUs.
+"""
+
+import inspect
+import logging
+import os
+import textwrap
+import weakref
+from typing import Callable, List, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    hooks,
+    launch,
+)
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import distributed as dist
+from torch import nn
+from torch.multiprocessing import ProcessRaisedException
+
+from gng_d2.errors import InputError
+from gng_d2.job.data.checks import naming_datasets, prepare_datasets
+from gng_d2.job.data.images import NamingMapper, read_labels
+from gng_d2.job.data.loader import build_train_loader, seed_step, start_at
+from gng_d2.layers.binding import build_naming_norms
+from gng_d2.models.fold import fold_weight_standardization
+from gng_d2.models.norm_table import norm_summary, norm_table
+from gng_d2.models.recompute_norms import recompute_norms
+
+from .build import bind_remaining_norms, build_on_meta
+from .checkpoint import Checkpointer, check_norms
+from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
+from .imports import import_modules
+from .norm_keys import check_norm_keys
+
+__all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
+
+
+def _semantic(dataset_name, output_folder):
+    # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
+    takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
+    reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
+    return SemSegEvaluator(dataset_name, output_dir=output_folder, **reader)
+
+
+def _coco(dataset_name, output_folder):
+    return COCOEvaluator(dataset_name, output_dir=output_folder)
+
+
+# what each `evaluator_type` of Detectron2's metadata is evaluated with
+EVALUATORS = {
+    "coco": [_coco],
+    "coco_panoptic_seg": [_semantic, _coco, COCOPanopticEvaluator],
+    "sem_seg": [_semantic],
+    "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
+    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
+    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
+}
+
+
+def evaluators_of(dataset_name: str) -> List[Callable]:
+    """What makes the evaluators of a dataset, from its name and an output folder."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise InputError(f"DATASETS.TEST: {dataset_name!r} has evaluator_type {kind!r}; known: {', '.join(EVALUATORS)}")
+    return EVALUATORS[kind]
+
+
+class Trainer(DefaultTrainer):
+    """:class:`detectron2.engine.DefaultTrainer` with evaluators by dataset, our checkpointer, and DDP on CPUs.
+
+    With a SEED, a run that was interrupted and resumed does what an uninterrupted one does.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer.__init__, but for the two lines that are marked
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        # 1: DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # 2: our Checkpointer for Detectron2's
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume=True):
+        super().resume_or_load(resume)
+        if self.start_iter > 0 and self.cfg.SEED >= 0:
+            start_at(self._trainer.data_loader, self.start_iter)
+            if not hasattr(self._trainer, "_data_loader_iter_obj"):  # Detectron2 0.6 has begun already
+                self._trainer._data_loader_iter = iter(self._trainer.data_loader)
+        if self.start_iter >= self.max_iter:
+            self._save_final_checkpoint()
+
+    def _save_final_checkpoint(self):
+        """Of a run that has no step left, but was killed before its model_final was whole."""
+        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        try:
+            final = self.checkpointer.read(path)
+        except InputError:
+            final = {}
+        if final.get("iteration") != self.iter or self.checkpointer.get_checkpoint_file() != path:
+            self.checkpointer.save("model_final", iteration=self.iter)
+
+    def run_step(self):
+        if self.cfg.SEED >= 0:
+            seed_step(self.cfg, self.iter)
+        super().run_step()
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = bind_remaining_norms(build_naming_norms(super().build_model, cfg))
+        logging.getLogger(__name__).info(norm_summary(model))
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg, start_iter=0):
+        return build_train_loader(cfg, start_iter)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        with naming_datasets("DATASETS.TEST", [dataset_name]):
+            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    def build_hooks(self):
+        """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+
+            def evaluate():
+                results = self.test_with_TTA(self.cfg, self.model)
+                self._last_eval_results.update(results)
+                return results
+
+            writers = sum(isinstance(hook, hooks.PeriodicWriter) for hook in built)  # come last, to write it too
+            built.insert(len(built) - writers, hooks.EvalHook(0, evaluate))
+        return built
+
+    def train(self):
+        """Train, evaluate, and return the metrics by task (in the main process)."""
+        if comm.is_main_process():
+            self._write_norm_table()
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def _write_norm_table(self):
+        """As a text for TensorBoard, in an event file of its own beside that of Detectron2's writer."""
+        from torch.utils.tensorboard import SummaryWriter  # training needs it, as in Detectron2, evaluating does not
+
+        model = getattr(self.model, "module", self.model)
+        table = textwrap.indent(str(norm_table(model)), "    ")  # in Markdown, as it stands
+        with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
+            writer.add_text("norms", f"{norm_summary(model)}\n\n{table}", self.start_iter)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return DatasetEvaluators([make(dataset_name, output_folder) for make in evaluators_of(dataset_name)])
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model):
+        """Evaluate with the test-time augmentation of TEST.AUG; the metrics are under names that end in _TTA."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        results = cls.test(
+            cfg,
+            GeneralizedRCNNWithTTA(cfg, getattr(model, "module", model)),
+            [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST],
+        )
+        return {f"{name}_TTA": metrics for name, metrics in results.items()}
+
+
+def train_or_evaluate(cfg: CfgNode, args) -> None:
+    """What each process of a job does."""
+    import_modules(getattr(args, "imports", ()))  # a launched process starts without them
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="gng_d2")
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        if getattr(args, "recompute_norms", False):
+            recompute_norms(trainer.model)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        return
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    resume = args.resume and checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.find_checkpoint()[0] if resume else cfg.MODEL.WEIGHTS)
+    fold_weight_standardization(model)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+
+
+def setup_job(
+    config_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 1,
+    resume: bool = False,
+    eval_only: bool = False,
+) -> CfgNode:
+    """The config of a job, after checking all that can be checked before it starts.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+    """
+    cfg = load_config(config_file, overrides)
+    check_config(cfg, world_size)
+    check_norm_keys(cfg)
+    _check_checkpoint(cfg, resume, eval_only)
+    prepare_output_dir(cfg)
+    prepare_datasets(cfg, eval_only)
+    for name in cfg.DATASETS.TEST:
+        evaluators_of(name)
+    cfg.freeze()
+    return cfg
+
+
+def _check_checkpoint(cfg, resume, eval_only):
+    """The file that the job will load can be read, and was trained with the norms of the config."""
+    checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
+    resume = resume and checkpointer.has_checkpoint()
+    if resume:
+        path, checkpoint = checkpointer.find_checkpoint()
+    else:
+        check_weights(cfg)
+        path = cfg.MODEL.WEIGHTS
+        if not path or "://" in path:
+            return
+        try:
+            checkpoint = checkpointer.read(path)
+        except InputError as error:
+            raise InputError(f"MODEL.WEIGHTS: {error}") from None
+    if resume or eval_only:
+        check_norms(build_on_meta(cfg), checkpoint, path)
+
+
+def then_leave_group(main: Callable, *args):
+    """What a process of a job does: ``main(*args)``. One that ended with the threads of its process group still
+    running would now and then be aborted, and a job that was done would count as failed."""
+    result = main(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+def run_job(args) -> None:
+    """Run what Detectron2's command line arguments say, and ``--import`` where there is one, in as many processes.
+
+    Raises:
+        InputError: as :func:`setup_job`, or in one of the processes.
+    """
+    import_modules(getattr(args, "imports", ()))
+    args.config_file = find_config_file(args.config_file)  # default_setup reads it again
+    cfg = setup_job(
+        args.config_file,
+        args.opts,
+        world_size=args.num_gpus * args.num_machines,
+        resume=args.resume,
+        eval_only=args.eval_only,
+    )
+    try:
+        launch(
+            then_leave_group,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(train_or_evaluate, cfg, args),
+        )
+    except (ProcessRaisedException, InputError) as error:
+        # in a process of the job or of its data loader, the message stands at the end of a traceback
+        _, found, message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")
+        if not found:
+            raise
+        raise InputError(message.strip()) from None

@@ -1,0 +1,299 @@
+"""ResNet weights under torchvision's names (timm's and mmdetection's too) become Detectron2's.
+
+Nothing that a file holds is run on the way: only tensors, numbers, texts and containers of them are read.
+"""
+
+import errno
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gng_d2.errors import InputError
+
+from .files import atomic_open
+from .weight_files import read_weight_file
+
+__all__ = [
+    "DEPTHS",
+    "Conversion",
+    "convert_file",
+    "read_checkpoint",
+    "convert_resnet",
+    "write_weights",
+    "config_keys",
+    "abbreviated",
+]
+
+# blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+DEPTHS = tuple(_BLOCKS)
+_A_BLOCK = "layer1.0.conv1.weight"  # every ResNet has it
+_PREFIX = r"(?:module\.)*(backbone\.)?(?:module\.)*"  # what is stripped
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert_resnet` made of a checkpoint."""
+
+    weights: Dict[str, np.ndarray]  # by Detectron2's names, in float32
+    depth: int
+    norm: str  # "BN" where the norms have running statistics, otherwise "GN"
+    num_groups: int  # of the 3x3 convolutions, and
+    width_per_group: int  # as MODEL.RESNETS has them
+    dropped: Dict[str, List[str]]  # names by the reason
+
+
+def convert_file(path: str, out: str, depth: Optional[int] = None) -> Conversion:
+    """Convert the checkpoint ``path`` to ``out``, a .pkl that Detectron2's checkpointer loads.
+
+    Raises:
+        InputError: names the file, and what it lacks or has too much.
+    """
+    if not out.endswith(".pkl"):
+        raise InputError(f"the output {out} must end in .pkl: by that Detectron2 tells such a file")
+    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+        raise InputError(f"the output {out} is the input: give it another name")
+    checkpoint = read_checkpoint(path)
+    try:
+        conversion = convert_resnet(checkpoint, depth)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    write_weights(out, conversion.weights, author=f"gng_d2, from {os.path.basename(path)}")
+    return conversion
+
+
+def read_checkpoint(path: str) -> Any:
+    """What ``torch.save``, safetensors or pickle wrote to ``path``, on the CPU, without running any of it.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds more than plain data.
+    """
+    if not path.endswith(".safetensors"):
+        return read_weight_file(path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {path}: {os.strerror(errno.ENOENT)}") from error
+    except Exception as error:  # of any kind: a damaged file has even raised OSError
+        raise InputError(
+            f"{path} cannot be read as weights ({type(error).__name__}). Is the download whole?"
+        ) from error
+
+
+def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> None:
+    """Write ``weights`` in the format of Detectron2's model zoo, whole or not at all.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+    """
+    # by matching_heuristics the names get the prefix that they have in a model, such as backbone.bottom_up.
+    content = {"model": dict(weights), "__author__": author, "matching_heuristics": True}
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    with atomic_open(path, "wb") as file:
+        pickle.dump(content, file)
+
+
+def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -> Conversion:
+    """Rename a ResNet's weights from torchvision's names to Detectron2's.
+
+    Args:
+        checkpoint: tensors by name, or a dict that has them under ``state_dict`` or ``model``; the names
+            may begin with ``module.`` and ``backbone.``. A norm is called bn1, gn1 or norm1. Where some
+            names begin with ``backbone.``, the others are dropped.
+        depth: of the ResNet that is expected; None takes any.
+
+    Raises:
+        InputError: it is no ResNet, one that Detectron2's cannot hold, one of another depth, or not whole.
+    """
+    state, beside = _unwrap(checkpoint)
+    _check_prefixes(state)
+    state, outside = _strip_prefixes(state)
+    classifier = [name for name in state if name.startswith("fc.")]
+    counters = [name for name in state if name.endswith(".num_batches_tracked")]
+    state = {name: value for name, value in state.items() if name not in {*classifier, *counters}}
+
+    found = _depth(state)
+    if depth not in (None, found):
+        raise InputError(f"it is a ResNet-{found}, not a ResNet-{depth}")
+    norm = next((n for n in ("bn", "gn", "norm") if any(re.search(rf"\b{n}\d\.", name) for name in state)), "bn")
+    statistics = any(name.endswith(".running_mean") for name in state)
+    names = {source: target for source, target, _ in _tensors(found, norm, statistics)}
+    _check_names(state, names, found)
+    in_channels, width, per_group = _sizes(state, found)
+    num_groups = max(width // per_group, 1)
+    for source, _, shape in _tensors(found, norm, statistics, in_channels, width, num_groups):
+        if tuple(state[source].shape) != shape:
+            raise InputError(
+                f"{source} has the shape {tuple(state[source].shape)}; Detectron2's ResNet-{found} has {shape} there"
+            )
+
+    reasons = {
+        "beside the weights": beside,
+        "outside the backbone": outside,
+        "the classifier": classifier,
+        "counters of BatchNorm's steps": counters,
+    }
+    weights = {names[name]: value.detach().float().numpy() for name, value in state.items()}
+    broken = [name for name in state if not np.isfinite(weights[names[name]]).all()]
+    if broken:
+        raise InputError(f"it has NaN or infinite weights, in {abbreviated(broken)}")
+    return Conversion(
+        weights=weights,
+        depth=found,
+        norm="BN" if statistics else "GN",
+        num_groups=num_groups,
+        width_per_group=per_group,
+        dropped={reason: dropped for reason, dropped in reasons.items() if dropped},
+    )
+
+
+def config_keys(conversion: Conversion) -> List[str]:
+    """The config that such weights need, as lines of ``KEY VALUE`` pairs: the model's, then the images'.
+
+    The names do not tell how images were made numbers. These are torchvision's, timm's and mmdetection's ways.
+    """
+    resnets = {
+        "DEPTH": conversion.depth,
+        "NUM_GROUPS": conversion.num_groups,
+        "WIDTH_PER_GROUP": conversion.width_per_group,
+        "STRIDE_IN_1X1": False,
+    }
+    if conversion.depth < 50:
+        resnets["RES2_OUT_CHANNELS"] = 64
+    return [
+        " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in resnets.items()),
+        "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
+    ]
+
+
+def abbreviated(names: Sequence[str], most: int = 4) -> str:
+    """The first of the names, and how many there are if these are not all."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def _unwrap(checkpoint):
+    """The state dict in a checkpoint, and the names of what lies beside it."""
+    beside = []
+    while isinstance(checkpoint, Mapping):
+        wrapper = next((k for k in ("state_dict", "model") if isinstance(checkpoint.get(k), Mapping)), None)
+        if wrapper is None:
+            break
+        beside += [str(key) for key in checkpoint if key != wrapper]
+        checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, Mapping) or not all(isinstance(key, str) for key in checkpoint):
+        raise InputError("it has no weights by name")
+    for key, value in checkpoint.items():  # "state_dict_ema", say
+        if isinstance(value, Mapping) and any(str(name).endswith(_A_BLOCK) for name in value):
+            raise InputError(f"its weights are under {key!r}. Save that alone: torch.save(checkpoint[{key!r}], OUT)")
+    return checkpoint, beside
+
+
+def _check_prefixes(names):
+    """The prefixes of MoCo, Lightning, torch.compile, EMA and others: which of several is wanted, the user knows."""
+    prefixes = [name.removesuffix(_A_BLOCK) for name in names if name.endswith(_A_BLOCK)]
+    if prefixes and not any(re.fullmatch(_PREFIX, prefix) for prefix in prefixes):
+        raise InputError(
+            f"the names of its ResNet begin with {' or '.join(map(repr, prefixes))}. Strip that: torch.save("
+            f"{{k.removeprefix({prefixes[0]!r}): v for k, v in weights.items() if k.startswith({prefixes[0]!r})}}, OUT)"
+        )
+
+
+def _strip_prefixes(state):
+    """The state dict without ``module.`` and ``backbone.``, and the names outside a backbone, if it has one."""
+    prefixes = {name: re.match(_PREFIX, name) for name in state}
+    has_backbone = any(prefix.group(1) for prefix in prefixes.values())
+    outside = [name for name, prefix in prefixes.items() if has_backbone and not prefix.group(1)]
+    stripped = {}
+    for name in state:
+        if name not in outside:
+            short = name[prefixes[name].end() :]
+            if short in stripped:
+                raise InputError(f"it has {short} twice, with and without a prefix")
+            stripped[short] = state[name]
+    return stripped, outside
+
+
+def _depth(names):
+    blocks = [re.match(r"layer([1-4])\.(\d+)\.", name) for name in names]
+    numbers = [[int(block.group(2)) for block in blocks if block and int(block.group(1)) == i] for i in range(1, 5)]
+    counts = tuple(max(n) + 1 if n else 0 for n in numbers)
+    if not any(counts):
+        raise InputError(
+            f"no ResNet under torchvision's names (conv1.weight, layer1.0.conv1.weight, ...): "
+            f"{'it has ' + abbreviated(list(names)) if names else 'it is empty'}"
+        )
+    bottleneck = any(".conv3." in name for name in names)
+    for depth, known in _BLOCKS.items():
+        if known == counts and (depth >= 50) == bottleneck:
+            return depth
+    raise InputError(
+        f"no ResNet of depth {', '.join(map(str, DEPTHS))}: its layer1 to layer4 have "
+        f"{', '.join(map(str, counts))} {'bottleneck' if bottleneck else 'basic'} blocks"
+    )
+
+
+def _convolutions(depth, norm, in_channels, width, num_groups) -> Iterator[Tuple[str, str, str, tuple]]:
+    """(name, its norm's name, Detectron2's name, shape) of each convolution of a ResNet."""
+    yield "conv1", f"{norm}1", "stem.conv1", (64, in_channels, 7, 7)
+    n_in = 64
+    for layer, blocks in enumerate(_BLOCKS[depth], 1):
+        inner = width * 2 ** (layer - 1)
+        n_out = (64 if depth < 50 else 256) * 2 ** (layer - 1)
+        for block in range(blocks):
+            source, target = f"layer{layer}.{block}.", f"res{layer + 1}.{block}."
+            if depth < 50:
+                shapes = [(n_out, n_in, 3, 3), (n_out, n_out, 3, 3)]
+            else:
+                shapes = [(inner, n_in, 1, 1), (inner, inner // num_groups, 3, 3), (n_out, inner, 1, 1)]
+            for i, shape in enumerate(shapes, 1):
+                yield f"{source}conv{i}", f"{source}{norm}{i}", f"{target}conv{i}", shape
+            if n_in != n_out:
+                yield f"{source}downsample.0", f"{source}downsample.1", f"{target}shortcut", (n_out, n_in, 1, 1)
+            n_in = n_out
+
+
+def _tensors(depth, norm, statistics, in_channels=3, width=64, num_groups=1) -> Iterator[Tuple[str, str, tuple]]:
+    """(name, Detectron2's name, shape) of each tensor of a ResNet."""
+    of_a_norm = ("weight", "bias", "running_mean", "running_var") if statistics else ("weight", "bias")
+    for conv, its_norm, target, shape in _convolutions(depth, norm, in_channels, width, num_groups):
+        yield f"{conv}.weight", f"{target}.weight", shape
+        for name in of_a_norm:
+            yield f"{its_norm}.{name}", f"{target}.norm.{name}", shape[:1]
+
+
+def _check_names(state, names, depth):
+    unknown = [name for name in state if name not in names]
+    if unknown:
+        raise InputError(f"Detectron2's ResNet-{depth} has no place for {abbreviated(unknown)}")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise InputError(f"the ResNet-{depth} is not whole, missing: {abbreviated(missing)}")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
+            raise InputError(f"{name} is no dense tensor of floating-point numbers")
+
+
+def _sizes(state, depth):
+    """Input channels, width of the first block, and how much of it each group of its 3x3 convolution has."""
+
+    def size(name, dim):  # what is no convolution's weight comes out in the check of the shapes
+        return max(state[name].shape[dim], 1) if state[name].dim() == 4 else 1
+
+    in_channels = size("conv1.weight", 1)
+    if depth < 50:
+        return in_channels, 64, 64
+    return in_channels, size("layer1.0.conv1.weight", 0), size("layer1.0.conv2.weight", 1)

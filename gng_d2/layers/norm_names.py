@@ -1,0 +1,151 @@
+"""From a norm's name, such as "PGN+WS", to the norm and back: the one place that knows the names."""
+
+import difflib
+import re
+import types
+from functools import partial
+from typing import Callable, Optional, Sequence
+
+from torch import nn
+
+from gng_d2.errors import InputError
+from gng_d2.groups import nearest_divisor
+
+from .group_norm import GroupNorm, PracticalGroupNorm
+from .ws_conv import WS
+
+__all__ = ["KNOWN_NORMS", "OURS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
+
+# <k>: any number of groups, <c>: of channels in each group
+_BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
+OURS = (*_BASES, *(name + WS for name in _BASES))
+KNOWN_NORMS = (*OURS, "LN", "BN", "FrozenBN", "SyncBN")
+
+_THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
+
+
+def norm_from_name(name: str) -> Optional[Callable]:
+    """What makes the norm ``name`` from a channel number; None where ``name`` is none of ours.
+
+    ============  =================================================================
+    ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
+    ``GN``        :class:`~gng_d2.layers.GroupNorm` with 32 groups
+    ``GN<k>``     the same with k groups
+    ``GN/<c>``    the same with c channels in each group, ``GN/1`` being instance norm
+    ``...+WS``    one of them whose convolution is weight-standardized
+    ============  =================================================================
+
+    Examples::
+        >>> norm_from_name("GN16+WS")(64)
+        GroupNorm(num_channels=64, num_groups=16, in_channels=None, eps=1e-05, affine=True, weight_standardization=True)
+    """
+    match = re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
+    if match is None:
+        return None
+    base, groups, channels, standardized = match.groups()
+    if base == "PGN":
+        make = PracticalGroupNorm
+    elif channels:
+        make = partial(_with_channels_per_group, int(channels))
+    elif groups or standardized:
+        make = partial(_with_groups, int(groups or 32))
+    else:
+        make = _with_pytorchs_bits
+    return partial(make, weight_standardization=True) if standardized else make
+
+
+def _with_groups(num_groups, num_channels, **options):
+    """Whether the groups divide the channels is checked when the norm meets its layer, which the error then names."""
+    norm = GroupNorm(1, num_channels, **options)
+    norm.num_groups = num_groups
+    return norm
+
+
+def _with_pytorchs_bits(num_channels, **options):
+    norm = _with_groups(32, num_channels, **options)
+    norm.uses_kernels = False
+    return norm
+
+
+def _with_channels_per_group(channels, num_channels, **options):
+    norm = GroupNorm(num_channels // nearest_divisor(num_channels, channels), num_channels, **options)
+    norm.channels_per_group = channels
+    return norm
+
+
+def norm_name(norm: nn.Module) -> str:
+    """The name by which a config asks for such a norm; its class where it has none.
+
+    Examples::
+        >>> norm_name(PracticalGroupNorm(64, weight_standardization=True)), norm_name(nn.GroupNorm(4, 64))
+        ('PGN+WS', 'GN4')
+    """
+    if isinstance(norm, GroupNorm):
+        return norm.norm_name()
+    if isinstance(norm, nn.GroupNorm):
+        return "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
+    return _THEIRS.get(type(norm).__name__, type(norm).__name__)
+
+
+def norm_in_path(name: str) -> str:
+    """``name`` as part of a file's or folder's name: ``GN/16`` is "GN_16", as a ``/`` would begin a folder."""
+    return name.replace("/", "_")
+
+
+def unknown_norm(name: str, known_norms: Sequence[str] = KNOWN_NORMS) -> InputError:
+    examples = (known.replace("<k>", "1").replace("<c>", "1") for known in known_norms)
+    names = {example.upper(): example for example in examples}
+    near = difflib.get_close_matches(name.upper(), names, 1)
+    meant = f"; did you mean {names[near[0]]!r}?" if near else "."
+    known = ", ".join(known_norms)
+    return InputError(
+        f"unknown norm {name!r}{meant} Known norms: {known} (<k>: a number of groups, <c>: of channels in each group)"
+    )
+
+
+def get_norm(norm, out_channels, detectron2_get_norm):
+    """Detectron2's ``get_norm(norm, out_channels)`` with our names added.
+
+    Raises:
+        InputError: the name is neither ours nor Detectron2's.
+    """
+    if not isinstance(norm, str):
+        return detectron2_get_norm(norm, out_channels)
+    make = norm_from_name(norm)
+    if make is not None:
+        return make(out_channels)
+    try:
+        return detectron2_get_norm(norm, out_channels)
+    except KeyError:
+        raise unknown_norm(norm) from None
+
+
+def extend_get_norm() -> None:
+    """Make Detectron2's ``get_norm`` know our names, wherever it was imported to already.
+
+    Its modules import the function by name, so the function itself has to change: its code is
+    replaced, and what it was goes on under ``gng_d2_original``. Does nothing the second time.
+    """
+    from detectron2.layers import batch_norm
+
+    function = batch_norm.get_norm
+    if hasattr(function, "gng_d2_original"):
+        return
+    if function.__closure__:
+        raise InputError(
+            f"detectron2.layers.get_norm was replaced by {function.__module__}, so gng_d2 cannot add its norms to it. "
+            f"Import gng_d2 before {function.__module__}"
+        )
+    function.gng_d2_original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+
+    def extended(norm, out_channels):
+        # runs with the globals of the module of the function whose code it becomes
+        from detectron2.layers.batch_norm import get_norm
+
+        from gng_d2.layers.norm_names import get_norm as ours
+
+        return ours(norm, out_channels, get_norm.gng_d2_original)
+
+    function.__code__ = extended.__code__

@@ -1,0 +1,110 @@
+"""Each norm of a model is bound to the layer that makes its input when the model runs."""
+
+import logging
+from contextlib import contextmanager
+from typing import Any, List
+
+from torch import nn
+
+from gng_d2.errors import InputError
+from gng_d2.layers.binding import has_given_in_channels, named_norms, unbound_norms
+from gng_d2.layers.class_change import original_class
+from gng_d2.layers.group_norm import GroupNorm
+from gng_d2.layers.kinds import NO_LAYER, Producer, describe, layer_sizes
+from gng_d2.layers.producers import find_producers
+from gng_d2.layers.ws_conv import WSConv2d, standardize, unstandardize
+
+__all__ = ["bind_norms", "bind_to_producers", "runnable"]
+
+
+def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
+
+    Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
+    the optimizer, EMA or DDP is made. A norm that no single weight layer feeds (after a sum, a concatenation, a
+    pooling, an activation, on the model's input) takes its own width as its input channels, so that PGN has one group
+    there; its weight layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms
+    whose ``in_channels`` were given keep them, and norms that the run does not reach stay as they are
+    (:func:`unbound_norms`).
+
+    The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
+    modes and the random number generators are afterwards what they were.
+
+    Args:
+        example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
+            anything else (a tensor, Detectron2's list of dicts): its only argument. A loader's (images, labels) will
+            do, where the model takes the images alone.
+
+    Raises:
+        InputError: the model cannot be run with them, a norm follows several layers with different input channels, or a
+            layer cannot be standardized. No norm is bound then.
+
+    Examples::
+        >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))
+        >>> bind_norms(model, torch.ones(1, 64, 8, 8))[2].num_groups
+        16
+    """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
+    norms = [norm for norm in names if not has_given_in_channels(norm)]
+    with runnable(norms):
+        found = find_producers(model, norms, example_inputs)
+    layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}
+    _give_back_weights(model, layers)
+    for norm, producers in layers.items():
+        bind_to_producers(norm, producers)
+    without = [names[norm] for norm, producers in layers.items() if not producers]
+    unbound = unbound_norms(model)
+    logging.getLogger(__name__).info(
+        f"{len(layers) - len(without)} norms are bound to the layers that make their inputs; {len(without)} follow "
+        f"{NO_LAYER} ({', '.join(without) or '-'}); {len(unbound)} stay unbound ({', '.join(unbound) or '-'})"
+    )
+    return model
+
+
+@contextmanager
+def runnable(norms):
+    """Norms that are not bound have a group while within."""
+    unbound = {norm: norm.num_groups for norm in norms if not norm.is_bound()}
+    for norm in unbound:
+        norm.num_groups, norm.weight_layer = norm.num_groups or 1, NO_LAYER
+    try:
+        yield
+    finally:
+        for norm, num_groups in unbound.items():
+            norm.num_groups, norm.weight_layer = num_groups, None
+
+
+def _layers(norm, name, producers) -> List[Producer]:
+    """The weight layers that made the inputs of ``norm``, all with as many input channels."""
+    layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
+    others = [made.op for made in producers if made.n_out != norm.num_channels]
+    if norm.needs_layer() and layers and (others or len({made.n_in for made in layers}) > 1):
+        made_by = ", ".join([*(_describe_producer(made) for made in layers), *dict.fromkeys(others)])
+        raise InputError(
+            f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "
+            f"place a norm of its own"
+        )
+    return [] if others else layers
+
+
+def bind_to_producers(norm, producers):
+    if not producers:
+        norm.bind(norm.num_channels, NO_LAYER)
+    for made in producers:
+        norm.bind(made.n_in, _describe_producer(made))
+        if norm.weight_standardization:
+            standardize(made.layer, norm.norm_name())
+
+
+def _describe_producer(made):
+    sizes = made.n_in, made.n_out
+    return describe(made.layer) if layer_sizes(made.layer) == sizes else f"{made.op}{sizes}"
+
+
+def _give_back_weights(model, layers):
+    """Convolutions that were standardized for norms which do not follow them are plain ones again."""
+    norms = {norm for norm in layers if norm.weight_standardization}
+    standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
+    for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
+        if original_class(layer) is WSConv2d:
+            unstandardize(layer)

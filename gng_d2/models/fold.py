@@ -1,0 +1,99 @@
+"""Standardized weights are written into plain convolutions, for inference."""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from gng_d2.errors import InputError
+from gng_d2.layers.class_change import change_class, original_class
+from gng_d2.layers.ws_conv import WSConv2d, plain_class
+from gng_d2.ops import standardize_weight
+
+__all__ = ["fold_weight_standardization"]
+
+
+def fold_weight_standardization(model: nn.Module) -> nn.Module:
+    """Replace, in place, each :class:`WSConv2d` by a plain convolution with the standardized weight.
+
+    This is for inference: the outputs are the same, and the weights are no longer standardized in every forward. Each
+    folded layer has a new parameter, so that whatever else holds the raw weight (another layer, an optimizer) keeps it;
+    two standardized layers that share a weight go on sharing it. A folded layer, and the norms of the model that
+    asked for standardization, have ``weight_standardization_folded`` set. Folding again changes nothing.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: for a layer that cannot be folded without changing what the model computes, by its name. The model
+            is then as it was.
+
+    Examples::
+        >>> model = torch.nn.Sequential(WSConv2d(16, 32, 3), torch.nn.ReLU())
+        >>> type(fold_weight_standardization(model)[0]).__name__
+        'Conv2d'
+    """
+    named = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, WSConv2d) or _is_folded(layer)]
+    for name, layer in named:
+        obstacle = _changed_since_folded(layer) if _is_folded(layer) else _obstacle(layer)
+        if obstacle:
+            name = name or type(layer).__name__
+            raise InputError(f"{name}: its weight standardization cannot be folded, because {obstacle}")
+    layers = [layer for _, layer in named if not _is_folded(layer)]
+    sharing = {}
+    for layer in layers:
+        sharing.setdefault(id(layer.weight), []).append(layer)
+    for group in sharing.values():
+        raw = group[0].weight
+        with torch.no_grad():
+            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # in the layout of raw
+        weight = nn.Parameter(weight, raw.requires_grad)
+        for layer in group:
+            layer.weight = weight
+            change_class(layer, plain_class(layer))
+            layer.__dict__.pop("applies_norm", None)
+            layer.weight_standardization_folded = True
+    for norm in model.modules() if layers else ():
+        if getattr(norm, "weight_layer", None) is not None:
+            norm.weight_layer = norm.weight_layer.replace("WSConv2d", "Conv2d")
+            if norm.weight_standardization:
+                norm.weight_standardization, norm.weight_standardization_folded = False, True
+    return model
+
+
+def _is_folded(layer):
+    folded = isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False)
+    return folded and not isinstance(layer, WSConv2d)  # which it becomes again before another norm
+
+
+def _obstacle(layer):
+    """Why a plain convolution would not compute what ``layer`` does; None if it would."""
+    if parametrize.is_parametrized(layer):
+        return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
+    if original_class(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
+        return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
+    if layer._parameters.get("weight") is None:
+        return (
+            "its weight is no parameter, but computed, as by torch.nn.utils.prune, weight_norm or spectral_norm. "
+            "Remove that first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+        )
+    if layer.weight.is_meta:
+        return "its weight is on the meta device. Load weights first"
+    if plain_class(layer) is None:
+        return f"with a norm or an activation a plain Conv2d has no padding_mode {layer.padding_mode!r}"
+    return None
+
+
+def _changed_since_folded(layer):
+    """Why the weight of a folded ``layer`` is no longer a standardized one; None if it is."""
+    filters = layer.weight.detach().flatten(1).double()
+    if filters.is_meta or filters.shape[1] < 2:
+        return None
+    std, mean = torch.std_mean(filters, 1)  # std: s / (s + 1e-5) where it was s, so less than 1 if s was small
+    tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
+    standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.1
+    if standardized or not filters.any():
+        return None
+    return (
+        "it was folded before, and then its weight changed (load_state_dict, training). Make the model anew, load or "
+        "train it, and fold it then"
+    )

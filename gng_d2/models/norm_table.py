@@ -1,0 +1,99 @@
+"""A model's norms, their groups and the paper's K, before it trains."""
+
+from collections import Counter
+from dataclasses import astuple, dataclass, fields
+from typing import List, Optional
+
+from tabulate import tabulate
+from torch import nn
+
+from gng_d2.groups import ideal_num_groups, isometry_ratio
+from gng_d2.layers import GroupNorm, WSConv2d
+from gng_d2.layers.binding import named_norms
+from gng_d2.layers.kinds import NO_LAYER, layer_shape
+from gng_d2.layers.norm_names import norm_name
+
+__all__ = ["NormRow", "NormTable", "norm_summary", "norm_table", "num_groups"]
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One norm of a model, with its weight layer and its groups. None is what is not known or does not apply."""
+
+    name: str  # its path in the model
+    norm: str  # by which a config asks for it, such as "PGN+WS"; its class where it has no such name
+    layer: Optional[str]  # path of its weight layer, or what the norm knows of it: "Conv2d(256, 64)"
+    n_in: Optional[int]  # input channels of that layer; the norm's own width where no single layer feeds it
+    n_out: Optional[int]  # output channels of that layer
+    num_groups: Optional[int]
+    ideal_num_groups: Optional[float]  # Eq. 32
+    isometry_ratio: Optional[float]  # K, Eq. 31: of the variance of the gradient before the block to that after it
+    weight_standardized: bool
+
+
+class NormTable(List[NormRow]):
+    """Rows of :func:`norm_table`. It prints as a table."""
+
+    _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
+
+    def __str__(self):
+        names = [field.name for field in fields(NormRow)]
+        headers = [self._HEADERS.get(name, name) for name in names]
+        return tabulate([astuple(row) for row in self], headers, missingval="-")
+
+
+def norm_table(model: nn.Module) -> NormTable:
+    """One row for each norm of ``model``, in its order: norms of ours, of PyTorch and of Detectron2.
+
+    Any model will do, also on the meta device. What it returns is a list that prints as a table;
+    ``dataclasses.asdict(row)`` is a row for JSON.
+
+    Examples::
+        >>> (row,) = norm_table(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128)))
+        >>> row.layer, row.n_in, row.num_groups, row.ideal_num_groups, row.isometry_ratio
+        ('0', 64, 32, -16.0, 4.0)
+    """
+    return NormTable(_row(*found) for found in named_norms(model))
+
+
+def _row(name, norm, layer_name, layer):
+    n_in, n_out = (None, None) if layer is None else layer_shape(layer)
+    standardized = isinstance(layer, WSConv2d)
+    if layer is None and isinstance(norm, GroupNorm) and norm.in_channels is not None:
+        layer_name, n_in, n_out = norm.weight_layer, norm.in_channels, norm.num_channels
+        standardized = norm.weight_standardization and norm.weight_layer != NO_LAYER
+    gain_ratio = getattr(norm, "gain_ratio", 1.0)
+    groups = num_groups(norm)
+    return NormRow(
+        name=name,
+        norm=norm_name(norm),
+        layer=layer_name,
+        n_in=n_in,
+        n_out=n_out,
+        num_groups=groups,
+        ideal_num_groups=None if n_in is None else ideal_num_groups(n_in, n_out, gain_ratio),
+        isometry_ratio=None if n_in is None or not groups else isometry_ratio(n_in, n_out, groups, gain_ratio),
+        weight_standardized=standardized,
+    )
+
+
+def norm_summary(model: nn.Module) -> str:
+    """One line for a log: how many norms ``model`` has, with how many groups, and which have none.
+
+    Examples::
+        >>> norm_summary(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128), nn.BatchNorm2d(128)))
+        '2 norms: 1 x 32 groups; 1 x BN'
+    """
+    rows = norm_table(model)
+    groups = Counter(row.num_groups for row in rows if row.num_groups is not None)
+    others = Counter(row.norm for row in rows if row.num_groups is None)
+    with_groups = ", ".join(f"{count} x {number}" for number, count in sorted(groups.items()))
+    parts = [f"{with_groups} groups"] * bool(groups) + [f"{count} x {name}" for name, count in others.items()]
+    return f"{len(rows)} norms: {'; '.join(parts) or 'none'}"
+
+
+def num_groups(norm: nn.Module) -> Optional[int]:
+    """Groups of a group or layer norm; None for a norm over the batch."""
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups
+    return 1 if type(norm).__name__ == "LayerNorm" else None

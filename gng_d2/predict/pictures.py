@@ -1,0 +1,150 @@
+"""Pictures: what a model predicts, its groups along the depth, its losses."""
+
+import json
+import os
+from typing import Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.figure import Figure
+from torch import nn
+
+from gng_d2.groups import GROUP_CHOICES, isometry_ratio
+from gng_d2.job.files import read_metrics, save_figure
+from gng_d2.models.norm_table import NormRow
+
+__all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
+
+
+def draw_output(
+    image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
+) -> np.ndarray:
+    """Draw what Detectron2's model returned for an image: the panoptic segmentation if it made one, else the
+    semantic one and the instances.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        scale: the picture's size over the image's.
+        threshold: instances of a lower score are not drawn. (A panoptic segmentation has its own, in its model.)
+
+    Returns:
+        An RGB picture.
+    """
+    visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
+    if "panoptic_seg" in output:
+        segments, info = output["panoptic_seg"]
+        return visualizer.draw_panoptic_seg_predictions(segments.cpu(), info).get_image()
+    drawn = visualizer.get_output()
+    if "sem_seg" in output:
+        drawn = visualizer.draw_sem_seg(output["sem_seg"].argmax(dim=0).cpu())
+    if "instances" in output:
+        instances = output["instances"].to("cpu")
+        drawn = visualizer.draw_instance_predictions(instances[instances.scores >= threshold])
+    return drawn.get_image()
+
+
+def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -> None:
+    """Write a picture with a row for each of the first ``count`` images of DATASETS.TEST: the image, its
+    ground truth, and what ``model`` predicts."""
+    name = cfg.DATASETS.TEST[0]
+    metadata = MetadataCatalog.get(name)
+    mapper = DatasetMapper(cfg, is_train=False)
+    records = DatasetCatalog.get(name)[:count]
+    figure = Figure(figsize=(12, 4 * len(records)), layout="constrained")
+    axes = figure.subplots(len(records), 3, squeeze=False)
+    model.eval()
+    for row, record in zip(axes, records):
+        image = read_image(record["file_name"], "RGB")
+        with torch.no_grad():
+            output = model([mapper(record)])[0]
+        row[0].imshow(image)
+        row[1].imshow(_draw_truth(image, record, metadata))
+        row[2].imshow(draw_output(image, output, metadata, _scale(image)))
+    for title, top in zip(("image", "ground truth", "prediction"), axes[0]):
+        top.set_title(title)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    save_figure(figure, path, dpi=80)
+
+
+def _scale(image):
+    return max(1.0, 512 / min(image.shape[:2]))
+
+
+def _draw_truth(image, record, metadata):
+    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.SEGMENTATION)
+    truth = _panoptic_truth(record, metadata)
+    if truth is None:
+        return visualizer.draw_dataset_dict(record).get_image()
+    return visualizer.draw_panoptic_seg(*truth).get_image()
+
+
+def _panoptic_truth(record, metadata) -> Optional[tuple]:
+    """(segment ids, segments info) with contiguous categories; None for a dataset that is not panoptic."""
+    if metadata.get("panoptic_json") is None:
+        return None
+    with open(metadata.panoptic_json) as file:
+        annotations = json.load(file)["annotations"]
+    annotation = next(a for a in annotations if a["image_id"] == record["image_id"])
+    rgb = read_image(os.path.join(metadata.panoptic_root, annotation["file_name"]), "RGB").astype(np.int64)
+    info = []
+    for segment in annotation["segments_info"]:
+        things = metadata.thing_dataset_id_to_contiguous_id
+        isthing = segment["category_id"] in things
+        category = (things if isthing else metadata.stuff_dataset_id_to_contiguous_id)[segment["category_id"]]
+        info.append({"id": segment["id"], "isthing": isthing, "category_id": category})
+    return torch.as_tensor(rgb @ [1, 256, 256**2]), info
+
+
+def plot_groups(rows: Sequence[NormRow], path: str) -> None:
+    """Draw two panels along the depth of a model, for rows of :func:`gng_d2.models.norm_table.norm_table`: its group
+    counts beside its channels, and, of the norms that have groups, K as it would be under GN (32 groups), GN1 and
+    PGN."""
+    rows = [row for row in rows if row.n_in is not None]
+    depth = range(len(rows))
+    figure = Figure(figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained")
+    groups, ratio = figure.subplots(2, 1, sharex=True)
+    groups.step(depth, [row.n_out for row in rows], where="mid", color="0.8", label="output channels")
+    norms = sorted({row.norm for row in rows})
+    for norm in norms:
+        at = [i for i in depth if rows[i].norm == norm and rows[i].num_groups]
+        if at:
+            groups.plot(at, [rows[i].num_groups for i in at], "o", ms=4, label=f"groups, {norm}")
+    groups.set_yscale("log", base=2)
+    groups.set_ylabel("number of groups")
+    groups.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)
+    without = [norm for norm in norms if not any(r.num_groups for r in rows if r.norm == norm)]
+    if without:
+        groups.set_title(f"no groups: {', '.join(without)}", fontsize=9, loc="right")
+
+    for (name, choose), marker, fill in zip(GROUP_CHOICES.items(), "s^o", ("C0", "C1", "none")):
+        points = [(i, choose(row.n_in, row.n_out)) for i, row in enumerate(rows) if row.num_groups]
+        points = [(i, isometry_ratio(rows[i].n_in, rows[i].n_out, g)) for i, g in points if g]
+        if points:
+            ratio.plot(*zip(*points), marker, ms=7 if fill == "none" else 4, mfc=fill, label=name)
+    ratio.axhline(1, color="0.5", lw=0.8)
+    ratio.set_yscale("log", base=2)
+    ratio.set_ylabel("K, the paper's gradient ratio\n(1 is isometric)")
+    if ratio.get_legend_handles_labels()[0]:
+        ratio.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+    for axes in (groups, ratio):
+        axes.yaxis.set_major_formatter("{x:g}")
+    ratio.set_xticks(depth, [row.name.removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
+    save_figure(figure, path, dpi=120)
+
+
+def plot_losses(metrics_json: str, path: str) -> None:
+    """Draw the loss curves of a run, from the metrics.json that Detectron2 writes."""
+    records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key in sorted({k for r in records for k in r if k.startswith("loss_")}, key=lambda k: -records[0].get(k, 0)):
+        axes.plot([r["iteration"] for r in records if key in r], [r[key] for r in records if key in r], lw=1, label=key)
+    axes.plot([r["iteration"] for r in records], [r["total_loss"] for r in records], "k", lw=1.6, label="total_loss")
+    axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
+    axes.legend(fontsize=8)
+    save_figure(figure, path, dpi=120)

@@ -1,0 +1,69 @@
+"""How a config, YAML or lazy, says that images are read, and what its model's classes are."""
+
+from typing import Dict, List, NamedTuple, Optional
+
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from omegaconf import OmegaConf
+
+from gng_d2.errors import InputError
+from gng_d2.job.config import Config
+from gng_d2.job.data import checks
+
+__all__ = ["PredictionSettings", "check_test_classes", "prediction_settings"]
+
+# where lazy configs of Detectron2 say how many classes their model has
+_NUM_CLASSES = {
+    "model.roi_heads.num_classes": "thing_classes",
+    "model.num_classes": "thing_classes",
+    "model.sem_seg_head.num_classes": "stuff_classes",
+}
+
+
+class PredictionSettings(NamedTuple):
+    """How a config says that images are read and what its model's classes are."""
+
+    dataset: Optional[str]  # the first to test on, whose metadata names the classes
+    dataset_key: str  # where the config says so
+    num_classes: Dict[str, int]  # of the model: "thing_classes" and "stuff_classes"
+    image_format: str  # of PIL, or BGR
+    augmentations: List[T.Augmentation]  # of an image to test on, which resize it
+
+
+def prediction_settings(cfg: Config) -> PredictionSettings:
+    """Raises: InputError: a lazy config has no dataloader.test.mapper that says how images are read."""
+    if isinstance(cfg, CfgNode):
+        num_classes = {"thing_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES}
+        num_classes["stuff_classes"] = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        num_classes.update({field: number for _, number, field in checks.learned_classes(cfg)})
+        resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else None
+        return PredictionSettings(dataset, "DATASETS.TEST", num_classes, cfg.INPUT.FORMAT, [resize])
+    mapper = OmegaConf.select(cfg, "dataloader.test.mapper")
+    if not mapper or "augmentations" not in mapper or "image_format" not in mapper:
+        raise InputError(
+            "the lazy config has no dataloader.test.mapper with image_format and augmentations, which say how images "
+            "are read and resized for its model. Detectron2's configs/common/data/coco.py has one"
+        )
+    names = OmegaConf.select(cfg, "dataloader.test.dataset.names") or []
+    dataset = names if isinstance(names, str) else next(iter(names), None)
+    num_classes = {field: number for _, number, field in _lazy_learned(cfg)}
+    augmentations = list(instantiate(mapper.augmentations))
+    return PredictionSettings(dataset, "dataloader.test.dataset.names", num_classes, mapper.image_format, augmentations)
+
+
+def _lazy_learned(cfg):
+    found = {key: OmegaConf.select(cfg, key) for key in _NUM_CLASSES}
+    return [(key, number, _NUM_CLASSES[key]) for key, number in found.items() if isinstance(number, int)]
+
+
+def check_test_classes(cfg: Config, settings: PredictionSettings) -> None:
+    """Raises: InputError: the dataset to test on has more classes than the model, or others; names key and numbers."""
+    if isinstance(cfg, CfgNode):
+        checks.check_classes(cfg, eval_only=True)
+    elif settings.dataset is not None:
+        for key, number, field in _lazy_learned(cfg):
+            known = MetadataCatalog.get(settings.dataset).get(field)
+            if known is not None:
+                checks.compare(key, number, field, settings.dataset, len(known))

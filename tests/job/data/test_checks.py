@@ -1,0 +1,292 @@
+"""Data that does not fit the model is refused before the job starts."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2 import model_zoo
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from gng_d2.errors import InputError
+from gng_d2.job.config import load_config
+from gng_d2.job.data.checks import check_classes, prepare_datasets
+from gng_d2.job.data.images import NamingMapper
+from gng_d2.job.data.loader import build_train_loader
+from gng_d2.job.engine import Trainer
+
+ZOO = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
+
+
+def quick(*overrides):
+    return load_config("configs/quick/pfpn_pgn.yaml", overrides)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Registers records as a dataset, and takes it back after the test."""
+    names = []
+
+    def register_records(name, records, **metadata):
+        DatasetCatalog.register(name, lambda: records)
+        MetadataCatalog.get(name).set(**metadata)
+        names.append(name)
+
+    yield register_records
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def record(folder, *boxes, number=0, **entries):
+    path = folder / f"{number}.png"
+    Image.fromarray(np.full((32, 48, 3), 100, np.uint8)).save(path)
+    boxes = [{"bbox": list(box), "bbox_mode": 1, "category_id": 0} for box in boxes]
+    return {"file_name": str(path), "image_id": number, "height": 32, "width": 48, "annotations": boxes, **entries}
+
+
+DETECTOR = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", "False", "DATASETS.TEST", "()"]
+
+
+def detector(name, *overrides):
+    return quick(*DETECTOR, "DATASETS.TRAIN", f"('{name}',)", *overrides)
+
+
+def test_datasets_that_are_not_there(shapes):
+    prepare_datasets(quick())
+    with pytest.raises(InputError, match=rf"DATASETS.TRAIN.*coco_2017_train.*{shapes}.*DETECTRON2_DATASETS"):
+        prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"))
+    prepare_datasets(quick("DATASETS.TRAIN", "('coco_2017_train',)"), eval_only=True)
+    with pytest.raises(InputError, match="^DATASETS.TRAIN is empty"):
+        prepare_datasets(quick("DATASETS.TRAIN", "()"))
+    prepare_datasets(quick("DATASETS.TRAIN", "()"), eval_only=True)
+
+
+def test_a_dataset_that_is_not_registered_says_how_to_register_it():
+    with pytest.raises(InputError, match="DATASETS.TEST: no dataset named 'coco_2017_vall'.*'coco_2017_val'.*--import"):
+        prepare_datasets(quick("DATASETS.TEST", "('coco_2017_vall',)", "DATASETS.TRAIN", "()"))
+    with pytest.raises(InputError, match="no dataset named 'my_photos' is registered.*--import FILE.py") as error:
+        prepare_datasets(quick("DATASETS.TRAIN", "('my_photos',)"))
+    assert "did you mean" not in str(error.value)
+
+
+def test_panoptic_evaluation_without_panopticapi_is_refused_before_training(shapes, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="panopticapi-lite"):
+        prepare_datasets(quick())
+
+
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATASETS.TEST", "()"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["MODEL.ROI_HEADS.NUM_CLASSES", "4"],
+            r"MODEL.ROI_HEADS.NUM_CLASSES is 4, but .*_separated' has 5 thing_classes",
+        ),
+        (
+            ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2"],
+            r"SEM_SEG_HEAD.NUM_CLASSES is 2, but .* has 4 stuff_classes. Set it to 4",
+        ),
+        ([*RETINANET, "MODEL.RETINANET.NUM_CLASSES", "4"], r"MODEL.RETINANET.NUM_CLASSES is 4, .* has 5 thing_classes"),
+        (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "0"], r"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is 0, .* 255"),
+        (["MODEL.KEYPOINT_ON", "True"], r"MODEL.KEYPOINT_ON: .*'gng_shapes_train_separated' has no keypoint_names"),
+    ],
+)
+def test_a_class_too_few_is_refused_with_the_key_and_both_numbers(overrides, message, shapes):
+    with pytest.raises(InputError, match=message):
+        prepare_datasets(quick(*overrides))
+
+
+def test_what_is_evaluated_must_fit_too(shapes):
+    cfg = quick("MODEL.ROI_HEADS.NUM_CLASSES", "4", "DATASETS.TRAIN", "()")
+    with pytest.raises(InputError, match="is 4, but dataset 'gng_shapes_val_separated' has 5"):
+        prepare_datasets(cfg, eval_only=True)
+
+
+def test_keys_that_the_model_does_not_use_are_not_compared(shapes, caplog):
+    prepare_datasets(quick("MODEL.RETINANET.NUM_CLASSES", "2", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"))
+    stuff = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", "()"]
+    prepare_datasets(quick(*stuff, "MODEL.ROI_HEADS.NUM_CLASSES", "2"))
+    assert not caplog.records
+
+
+def test_more_classes_than_the_data_has_are_a_warning(shapes, caplog):
+    prepare_datasets(quick("MODEL.ROI_HEADS.NUM_CLASSES", "80"))
+    assert "MODEL.ROI_HEADS.NUM_CLASSES is 80, but dataset 'gng_shapes_train_separated' has 5" in caplog.text
+
+
+def test_a_head_of_another_project_is_compared_by_its_own_key(shapes):
+    """AdelaiDet's and CenterMask's FCOS is a proposal generator."""
+    cfg = quick("MODEL.PROPOSAL_GENERATOR.NAME", "FCOS", "DATASETS.TEST", "()")
+    cfg.MODEL.FCOS = type(cfg)({"NUM_CLASSES": 4})
+    with pytest.raises(InputError, match="MODEL.FCOS.NUM_CLASSES is 4, .* has 5 thing_classes"):
+        prepare_datasets(cfg)
+
+
+def test_keypoints_must_be_as_many(register, tmp_path):
+    register("poses", [record(tmp_path, (1, 1, 9, 9))], keypoint_names=["a", "b"], thing_classes=["person"])
+    for number in ("1", "3"):
+        cfg = detector("poses", "MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", number)
+        with pytest.raises(InputError, match=rf"ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, .* has 2 keypoint_names"):
+            check_classes(cfg)
+
+
+def test_datasets_with_other_classes_are_not_trained_on_together(register, tmp_path, caplog):
+    register("cats", [record(tmp_path)], thing_classes=["cat", "dog"])
+    register("dogs", [record(tmp_path)], thing_classes=["dog", "cat"])
+    both = quick(*DETECTOR, "DATASETS.TRAIN", "('cats', 'dogs')", "MODEL.ROI_HEADS.NUM_CLASSES", "2")
+    with pytest.raises(
+        InputError, match="'cats' and 'dogs' .* different thing_classes: 2 and 2, .* 'cat' and 'dog' at 0"
+    ):
+        check_classes(both)
+    check_classes(quick(*DETECTOR[:4], "DATASETS.TRAIN", "('cats',)", "DATASETS.TEST", "('dogs',)"))
+    assert "DATASETS.TEST 'dogs' has other thing_classes than DATASETS.TRAIN 'cats'" in caplog.text
+
+
+def test_every_config_of_the_zoo_fits_its_datasets(caplog):
+    count = 0
+    for path in sorted(ZOO.rglob("*.yaml")):
+        cfg = load_config(str(path))
+        if all(name in DatasetCatalog for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+            check_classes(cfg)
+            count += bool(cfg.DATASETS.TRAIN)
+    assert count > 50 and "NUM_CLASSES" not in caplog.text
+
+
+def test_data_in_which_every_box_is_empty_is_refused(register, tmp_path):
+    """Most often boxes of two corners that were taken for a corner and sizes, or the reverse."""
+    register("empty", [record(tmp_path, (5, 5, 0, 4), (5, 5, 3, 0)), record(tmp_path, (1, 1, 0, 0), number=1)])
+    with pytest.raises(
+        InputError, match=r"DATASETS.TRAIN empty: each of the 3 boxes is empty, .*\[5, 5, 0, 4\] of .*0.png"
+    ):
+        build_train_loader(detector("empty"))
+    register("one", [record(tmp_path, (5, 5, 0, 4), (5, 5, 3, 2))])
+    build_train_loader(detector("one"))
+
+
+def test_data_without_boxes_is_refused(register, tmp_path):
+    bare = record(tmp_path)
+    del bare["annotations"]
+    register("bare", [bare])
+    with pytest.raises(InputError, match="DATASETS.TRAIN bare: no image has annotations, and GeneralizedRCNN learns"):
+        build_train_loader(detector("bare"))
+    register("nothing", [record(tmp_path)])
+    with pytest.raises(InputError, match="DATASETS.TRAIN nothing: No valid data found"):
+        build_train_loader(detector("nothing", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True"))
+    with pytest.raises(InputError, match="DATASETS.TRAIN nothing: no image has annotations"):
+        build_train_loader(detector("nothing", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False"))
+    register("things", [record(tmp_path, (1, 1, 9, 9))])
+    with pytest.raises(InputError, match="no image has sem_seg_file_name, and PanopticFPN learns"):
+        build_train_loader(quick("DATASETS.TRAIN", "('things',)"))
+
+
+def test_a_label_beyond_the_models_is_named_by_its_image(register, tmp_path):
+    """Where the metadata does not say how many classes there are."""
+    wrong = record(tmp_path, (1, 1, 9, 9))
+    wrong["annotations"][0]["category_id"] = 5
+    register("wrong", [wrong])
+    with pytest.raises(InputError, match=r"MODEL.ROI_HEADS.NUM_CLASSES is 5, but .*0.png .* category_id 5"):
+        build_train_loader(detector("wrong"))
+
+
+BROKEN = {
+    "cut": b'{"images": [',
+    "nothing": b"",
+    "no images": b'{"annotations": [], "categories": []}',
+    "no categories": b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 1}]}',
+    "a list": b"[1, 2]",
+    "not utf-8": b'{"info": "\xe9"}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_json_is_named_by_its_dataset_and_file(content, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    register_coco_instances("broken", {}, str(path), str(tmp_path))
+    try:
+        with pytest.raises(InputError, match=f"^DATASETS.TRAIN broken: .* in {path}$"):
+            build_train_loader(detector("broken"))
+        with pytest.raises(InputError, match=f"^DATASETS.TEST broken: .* in {path}$"):
+            Trainer.build_test_loader(quick(), "broken")
+    finally:
+        DatasetCatalog.remove("broken")
+        MetadataCatalog.remove("broken")
+
+
+@pytest.mark.parametrize("bbox", [[5, 5], None, 3])
+def test_a_box_that_is_none_is_named_by_its_image(bbox, register, tmp_path):
+    wrong = record(tmp_path, (1, 1, 9, 9))
+    wrong["annotations"][0]["bbox"] = bbox
+    register("wrong", [wrong])
+    with pytest.raises(InputError, match=r"^DATASETS.TRAIN wrong: .*0.png has the bbox "):
+        build_train_loader(detector("wrong"))
+
+
+def test_an_annotation_that_cannot_be_used_is_named_by_its_image(tmp_path):
+    wrong = record(tmp_path, (1, 1, 9, 9))
+    wrong["annotations"][0]["segmentation"] = {"counts": "zz", "size": [1, 1]}
+    mapper = DatasetMapper(quick(), is_train=True)
+    with pytest.raises(InputError, match=r"^the annotations of the image .*0.png cannot be used: ValueError: .*RLE"):
+        NamingMapper(mapper)(wrong)
+
+
+@pytest.mark.parametrize("seed", ["1", "-1"])
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "gone", "size"])
+def test_a_broken_image_is_named_by_its_file(kind, seed, register, tmp_path):
+    broken = record(tmp_path, (1, 1, 9, 9))
+    path = Path(broken["file_name"])
+    if kind == "gone":
+        path.unlink()
+    elif kind == "size":
+        broken["height"] = 33
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"text": b"Not found", "cut": content[: len(content) // 2], "empty": b""}[kind])
+    register("broken", [broken])
+    with pytest.raises(InputError, match=path.name) as error:
+        next(iter(build_train_loader(detector("broken", "SEED", seed, "SOLVER.IMS_PER_BATCH", "1"))))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_broken_semantic_map_is_named_and_not_its_image(register, tmp_path):
+    (tmp_path / "labels.png").write_bytes(b"")
+    register("maps", [record(tmp_path, (1, 1, 9, 9), sem_seg_file_name=str(tmp_path / "labels.png"))])
+    cfg = quick("DATASETS.TRAIN", "('maps',)", "MODEL.MASK_ON", "False", "SOLVER.IMS_PER_BATCH", "1")
+    with pytest.raises(InputError, match="labels.png cannot be read"):
+        next(iter(build_train_loader(cfg)))
+
+
+def test_a_fault_of_the_users_own_mapper_stays_what_it_is(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        NamingMapper(lambda record: 1 / 0)(record(tmp_path, (1, 1, 9, 9)))
+
+
+def test_a_broken_image_is_named_where_a_semantic_dataset_is_grouped_by_shape(register, tmp_path):
+    entry = record(tmp_path, sem_seg_file_name=str(tmp_path / "0.png"))
+    for key in ("width", "height", "annotations"):
+        del entry[key]
+    Path(entry["file_name"]).write_bytes(b"x")
+    register("grouped", [entry])
+    stuff = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "1"]
+    with pytest.raises(InputError, match="0.png cannot be read"):
+        next(iter(build_train_loader(quick("DATASETS.TRAIN", "('grouped',)", *stuff, "SEED", "1"))))
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.proposals"])
+def test_a_file_of_proposals_is_not_run(name, shapes, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nmkdir\n(V" + str(tmp_path / "ran").encode() + b"\ntR.")
+    files = ["DATASETS.PROPOSAL_FILES_TRAIN", f"('{tmp_path / name}',)", "MODEL.LOAD_PROPOSALS", "True"]
+    with pytest.raises(InputError, match=rf"DATASETS.PROPOSAL_FILES_TRAIN: .*{name} .* asks for os.mkdir"):
+        prepare_datasets(quick(*files))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_seen(caplog):
+    caplog.set_level(logging.WARNING, logger="gng_d2")

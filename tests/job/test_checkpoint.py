@@ -1,0 +1,343 @@
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from torch import nn
+
+from gng_d2.errors import InputError
+from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.config import load_config
+from gng_d2.job.weight_files import save_weight_file
+from gng_d2.layers.record import records_of
+from gng_d2.predict.predictions import load_model
+
+
+def model(*overrides):
+    return build_model(load_config("configs/quick/pfpn_pgn.yaml", overrides))
+
+
+def messages(caplog, level=logging.WARNING):
+    return [r.message for r in caplog.records if r.name.startswith("gng_d2") and r.levelno == level]
+
+
+def warnings_of_loading(model, path, caplog):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        Checkpointer(model).load(str(path))
+    return messages(caplog)
+
+
+def caffe2_file(path, norm):
+    """As MSRA/R-50.pkl is: Caffe2's names, BatchNorm folded to a scale and a bias."""
+    scale, bias = np.full(64, 7, np.float32), np.full(64, -3, np.float32)
+    weights = {"conv1_w": np.zeros((64, 3, 7, 7), np.float32)}
+    for layer in ("res_conv1" if norm == "bn" else "conv1", "res2_0_branch2a"):
+        weights.update({f"{layer}_{norm}_s": scale, f"{layer}_{norm}_b": bias})
+    path.write_bytes(pickle.dumps(weights))
+    return path
+
+
+def test_folded_batch_norms_in_group_norms_are_one_warning(tmp_path, caplog):
+    file = caffe2_file(tmp_path / "R-18.pkl", "bn")
+    ours = model("MODEL.RESNETS.NORM", "PGN", "MODEL.BACKBONE.FREEZE_AT", "2")
+    (message,) = warnings_of_loading(ours, file, caplog)
+    assert ours.backbone.bottom_up.stem.conv1.norm.weight[0] == 7  # they did arrive
+    assert message.startswith("2 GroupNorm layers (backbone.bottom_up.stem.conv1.norm, ")
+    assert "2 of them are frozen" in message and "MODEL.WEIGHTS ''" in message and "FREEZE_AT 0" in message
+
+
+def test_group_norm_weights_and_batch_norm_models_are_no_warning(tmp_path, caplog):
+    gn = caffe2_file(tmp_path / "R-18-GN.pkl", "gn")
+    ours = model("MODEL.RESNETS.NORM", "PGN")
+    assert warnings_of_loading(ours, gn, caplog) == []
+    assert ours.backbone.bottom_up.stem.conv1.norm.weight[0] == 7
+    bn = caffe2_file(tmp_path / "R-18.pkl", "bn")
+    assert warnings_of_loading(model("MODEL.RESNETS.NORM", "FrozenBN"), bn, caplog) == []
+
+
+@pytest.mark.parametrize("heuristics", [False, True])
+def test_batch_norms_with_statistics(heuristics, tmp_path, caplog):
+    """As torchvision's R-50.pkl and every Detectron2 checkpoint of a BN model."""
+    state = model("MODEL.RESNETS.NORM", "BN").backbone.bottom_up.state_dict()
+    prefix = "" if heuristics else "backbone.bottom_up."
+    weights = {prefix + k: v.numpy() for k, v in state.items()}
+    file = tmp_path / "R-18.pkl"
+    file.write_bytes(pickle.dumps({"model": weights, "__author__": "us", "matching_heuristics": heuristics}))
+    # R-18: a stem, 8 blocks of 2, and 3 shortcuts
+    (message,) = warnings_of_loading(model("MODEL.RESNETS.NORM", "GN"), file, caplog)
+    assert message.startswith("20 GroupNorm layers")
+
+
+HEAD = "MODEL.SEM_SEG_HEAD.NORM"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of the quick model with PGN+WS in its semantic head."""
+    folder = tmp_path_factory.mktemp("run")
+    Checkpointer(model(HEAD, "PGN+WS"), str(folder)).save("model_final", iteration=7)
+    return folder / "model_final.pth"
+
+
+def test_a_checkpoint_records_its_norms_and_plain_detectron2_loads_it(trained):
+    records = records_of(torch.load(trained, weights_only=True)["model"])
+    assert records["sem_seg_head.p2.0.norm"] == {"num_groups": 8, "in_channels": 64, "weight_standardized": True}
+    stem = records["backbone.bottom_up.stem.conv1.norm"]
+    assert (stem["num_groups"], stem["weight_standardized"]) == (32, False)
+    plain = model(HEAD, "PGN+WS")
+    rest = DetectionCheckpointer(plain).load(str(trained))
+    assert rest["iteration"] == 7
+    Checkpointer(plain).load(str(trained))
+
+
+@pytest.mark.parametrize("norm, here", [("GN", "32 groups"), ("GN1+WS", "1 group and WS"), ("PGN", "8 groups")])
+def test_other_norms_are_an_error_when_evaluated_or_resumed(norm, here, trained):
+    other = model(HEAD, norm)
+    message = rf"7 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint, {here} here"
+    if norm == "GN1+WS":  # the 32->32 convolutions have one group under PGN too
+        message = message.replace("7", "4", 1)
+    with pytest.raises(InputError, match=message):
+        Checkpointer(other).load(str(trained))
+    with pytest.raises(InputError, match="other norms"):
+        Checkpointer(other, str(trained.parent)).resume_or_load("", resume=True)
+
+
+def test_other_norms_are_a_warning_when_fine_tuned(trained, caplog):
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        Checkpointer(model(HEAD, "GN1")).resume_or_load(str(trained), resume=False)
+    (message,) = messages(caplog)
+    assert message.startswith("7 of ") and "sem_seg_head.p2.0.norm: 8 groups and WS there, 1 group here" in message
+
+
+def test_a_checkpoint_without_the_record_is_taken_as_it_is(trained, tmp_path, caplog):
+    data = torch.load(trained)
+    data["model"] = dict(data["model"])
+    torch.save(data, tmp_path / "elsewhere.pth")
+    other = model(HEAD, "GN1")
+    with caplog.at_level(logging.INFO, logger="gng_d2"):
+        assert warnings_of_loading(other, tmp_path / "elsewhere.pth", caplog) == []
+    assert torch.equal(other.state_dict()["sem_seg_head.p2.0.weight"], data["model"]["sem_seg_head.p2.0.weight"])
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_forgetting_the_norm_is_an_error(norm, trained):
+    """PGN weights fit a batch norm as well, and its missing statistics would be made up."""
+    with pytest.raises(InputError, match=r"sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint, a norm without"):
+        Checkpointer(model(HEAD, norm)).load(str(trained))
+    with pytest.raises(InputError, match="8 groups and WS in the checkpoint, no norm here"):
+        Checkpointer(model(HEAD, "")).load(str(trained))
+
+
+def test_a_model_without_a_head_takes_the_rest(trained):
+    Checkpointer(model(HEAD, "PGN+WS", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")).load(str(trained))
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [1, 2], {"model": {"a": "b"}}])
+def test_a_checkpoint_of_another_kind_is_named(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth"):
+        Checkpointer(torch.nn.Linear(2, 2)).load(str(tmp_path / "other.pth"))
+
+
+def test_weights_that_cannot_be_fetched_are_named():
+    with pytest.raises(InputError, match="the weights catalog://nothing/x cannot be fetched"):
+        Checkpointer(torch.nn.Linear(2, 2)).load("catalog://nothing/x")
+
+
+@pytest.mark.parametrize("name", ["text.pth", "text.pkl", "cut.pth", "empty.pth", "zeros.pth", "other.pkl"])
+def test_a_file_that_is_no_checkpoint_is_one_line_with_its_name(name, tmp_path):
+    file = tmp_path / name
+    if name == "cut.pth":
+        torch.save({"model": {"a": torch.zeros(1000)}}, file)
+        file.write_bytes(file.read_bytes()[:700])
+    elif name == "other.pkl":
+        file.write_bytes(pickle.dumps([1, 2, 3]))
+    else:
+        file.write_bytes({"text": b"Not found", "empty": b"", "zeros": bytes(5000)}[name.partition(".")[0]])
+    before = file.read_bytes()
+    with pytest.raises(InputError, match=rf"^{file} cannot be read as") as error:
+        Checkpointer(torch.nn.Linear(2, 2)).load(str(file))
+    assert len(str(error.value).splitlines()) == 1 and "weights_only" not in str(error.value)
+    assert file.read_bytes() == before
+
+
+def old_checkpoint(path, trained, norms):
+    """As this package wrote its record before it was in the state_dict."""
+    data = torch.load(trained)
+    for entry in data["model"]._metadata.values():
+        entry.pop("gng_d2", None)
+    torch.save({**data, "norms": norms}, path)
+
+
+def test_the_record_of_old_checkpoints_is_still_an_error(trained, tmp_path, caplog):
+    norms = {"sem_seg_head.p2.0.norm": {"num_groups": 8, "weight_standardized": True}}
+    old_checkpoint(tmp_path / "old.pth", trained, norms)
+    with pytest.raises(InputError, match="1 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS .* 1 group and WS here"):
+        Checkpointer(model(HEAD, "GN1+WS")).load(str(tmp_path / "old.pth"))
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        Checkpointer(model(HEAD, "GN1+WS")).resume_or_load(str(tmp_path / "old.pth"), resume=False)
+    assert len(messages(caplog)) == 1 and messages(caplog)[0].startswith("1 of ")
+
+
+@pytest.mark.parametrize("norms", [[1, 2], "GN", {"sem_seg_head.p2.0.norm": 8}, {"a": {}}, {"a": {"num_groups": "8"}}])
+def test_a_damaged_record_of_an_old_checkpoint_is_one_line(norms, trained, tmp_path):
+    old_checkpoint(tmp_path / "old.pth", trained, norms)
+    with pytest.raises(InputError, match=r"old.pth: its record of the norms \('norms'\) is damaged") as error:
+        Checkpointer(model(HEAD, "PGN+WS")).load(str(tmp_path / "old.pth"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def damaged(content, kind):
+    if kind == "cut":
+        return content[: len(content) * 2 // 3]
+    if kind == "zeroed":
+        return content[:1000] + bytes(4096) + content[5096:]
+    if kind == "no end":
+        return content[:-1]
+    at = {"first": 0, "middle": len(content) // 2, "directory": -150, "length": -80, "mark": -70, "digest": -1}[kind]
+    flipped = bytearray(content)
+    flipped[at] ^= 16
+    return bytes(flipped)
+
+
+DAMAGE = ["cut", "zeroed", "no end", "first", "middle", "directory", "length", "mark", "digest"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_recognized_and_not_resumed_from(kind, tmp_path, caplog):
+    """torch.load reads six of these as if nothing were."""
+    checkpointer = Checkpointer(torch.nn.Linear(30, 100), str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    torch.nn.init.ones_(checkpointer.model.weight)
+    checkpointer.save("model_0000003", iteration=3)
+    last = tmp_path / "model_0000003.pth"
+    last.write_bytes(damaged(last.read_bytes(), kind))
+    with pytest.raises(InputError, match="model_0000003.pth .*damaged"):
+        checkpointer.read(str(last))
+    with caplog.at_level(logging.WARNING):
+        rest = Checkpointer(torch.nn.Linear(30, 100), str(tmp_path)).resume_or_load("", resume=True)
+    assert rest["iteration"] == 1
+    assert f"Resuming from {tmp_path}/model_0000001.pth" in caplog.text and str(last) in caplog.text
+
+
+def test_a_flipped_byte_in_weights_from_elsewhere_is_recognized(tmp_path):
+    """By the checksums that torch.save writes and torch.load does not compare."""
+    weight = torch.arange(1000.0)
+    torch.save({"weight": weight}, tmp_path / "theirs.pth")
+    content = bytearray((tmp_path / "theirs.pth").read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 2000] ^= 1
+    (tmp_path / "theirs.pth").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "theirs.pth")["weight"], weight)
+    with pytest.raises(InputError, match="theirs.pth is damaged"):
+        Checkpointer(torch.nn.Linear(2, 2)).load(str(tmp_path / "theirs.pth"))
+
+
+@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", b"\xff\xfe", None])
+def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp_path, caplog):
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
+    for name, iteration in (("model_final", 2), ("model_0000005", 5)):  # MAX_ITER was raised after 2
+        checkpointer.save(name, iteration=iteration)
+    last = tmp_path / "last_checkpoint"
+    last.unlink()
+    if names is not None:
+        last.write_bytes(names if isinstance(names, bytes) else names.encode())
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 5
+    assert str(last) in caplog.text
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+    if names is not None:
+        with pytest.raises(InputError, match=f"{last}.*no other checkpoint of {tmp_path} is whole"):
+            checkpointer.resume_or_load("", resume=True)
+
+
+def test_weights_beside_the_checkpoints_are_not_resumed_from(tmp_path):
+    """Only what a trainer has saved has an iteration."""
+    torch.save({"model": torch.nn.Linear(3, 1).state_dict()}, tmp_path / "model_final.pth")
+    torch.save({"model": torch.nn.Linear(3, 1).state_dict(), "iteration": 3}, tmp_path / "model_best.pth")
+    assert not Checkpointer(torch.nn.Linear(3, 1), str(tmp_path)).has_checkpoint()
+
+
+class State:
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+@pytest.mark.parametrize("lacks", ["iteration", "trainer"])
+def test_weights_that_last_checkpoint_names_are_not_resumed_from(lacks, tmp_path, caplog):
+    """Detectron2 resumes from them at iteration 1, with a fresh optimizer."""
+    Checkpointer(torch.nn.Linear(3, 1), str(tmp_path), trainer=State(5)).save("model_0000005", iteration=5)
+    content = torch.load(tmp_path / "model_0000005.pth")
+    del content[lacks]
+    torch.save(content, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    state = State()
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path), trainer=state)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == state.steps == 5
+    assert f"{tmp_path}/model_final.pth, which holds weights alone" in caplog.text
+    (tmp_path / "model_0000005.pth").unlink()
+    with pytest.raises(InputError, match="holds weights alone.*no other checkpoint"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("metadata", [[1], {"": "GN"}])
+def test_damaged_metadata_is_one_line(metadata, tmp_path):
+    weights = torch.nn.Linear(3, 1).state_dict()
+    weights._metadata = metadata
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"^{tmp_path}/a.pth: the metadata of its state_dict is damaged$"):
+        Checkpointer(torch.nn.Linear(3, 1)).load(str(tmp_path / "a.pth"))
+
+
+def test_a_checkpoint_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
+    checkpointer.save("model_final", iteration=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    save = torch.save
+
+    def full_disk(content, file):
+        save(content, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(InputError, match=rf"cannot write {tmp_path}/model_final.pth: No space left"):
+        checkpointer.save("model_final", iteration=2)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_twenty_kills_inside_checkpoint_writes_change_nothing(tmp_path):
+    script = Path(__file__).with_name("kill_in_checkpoints.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith("20 kills")
+
+
+@pytest.mark.parametrize("content", [{}, {"other.weight": torch.zeros(8)}, {"0.weight": torch.zeros(9, 3, 3, 3)}])
+def test_weights_of_which_none_fits_are_an_error(content, tmp_path):
+    save_weight_file(str(tmp_path / "a.pth"), {"model": content})
+    with pytest.raises(InputError, match="a.pth holds no weight of this model: .* where the model has 0.weight"):
+        Checkpointer(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).load(str(tmp_path / "a.pth"))
+
+
+def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    weights = {name: tensor * float("nan") for name, tensor in model.state_dict().items()}
+    save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
+    with pytest.raises(InputError, match="a.pth: 0.weight and 1 more weights are not finite"):
+        load_model(model, str(tmp_path / "a.pth"))

@@ -1,0 +1,405 @@
+"""Training jobs on the embedded data: a process, two processes, resuming, evaluating."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import quick_models
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
+from gng_d2.job.engine import Trainer, then_leave_group
+from gng_d2.models.norm_table import norm_summary, norm_table
+
+CONFIG = "configs/quick/pfpn_pgn.yaml"
+SMALL = [
+    *quick_models.TRAINING,
+    "SOLVER.WARMUP_ITERS",
+    "0",
+    "SOLVER.LR_SCHEDULER_NAME",
+    "WarmupMultiStepLR",
+    "SOLVER.STEPS",
+    "()",
+]
+
+
+def loss_of_image(model, sample, index):
+    """The loss of one image, its proposals sampled by its own seed."""
+    torch.manual_seed(100 + index)
+    with EventStorage():
+        return sum(model([sample]).values())
+
+
+def two_images():
+    cfg = load_config(CONFIG, SMALL)
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
+    samples = [mapper(record) for record in DatasetCatalog.get("gng_shapes_val_separated")[:2]]
+    return cfg, samples
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one_image_each(path):
+    """What each of two processes does."""
+    torch.set_num_threads(1)  # in the one process too: sums in another order could sample other proposals
+    rank = comm.get_rank()
+    cfg, samples = two_images()
+    torch.manual_seed(0)
+    ddp = Trainer(cfg).model
+    loss_of_image(ddp, samples[rank], rank).backward()
+    if rank == 0:
+        torch.save(gradients(ddp.module), path)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
+    path = str(tmp_path / "gradients.pth")
+    launch(then_leave_group, 2, dist_url="auto", args=(one_image_each, path))
+    single, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    cfg, samples = two_images()
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    for index, sample in enumerate(samples):
+        model.zero_grad()
+        loss_of_image(model, sample, index).backward()
+        single.append(gradients(model))
+    torch.set_num_threads(threads)
+    averaged = torch.load(path)
+    assert averaged.keys() == single[0].keys() | single[1].keys()
+    for name, gradient in averaged.items():
+        zero = torch.zeros_like(gradient)
+        expected = (single[0].get(name, zero) + single[1].get(name, zero)) / 2
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    # the two images do differ, so that an average is told from either one
+    name = "sem_seg_head.p2.0.norm.weight"
+    assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
+
+
+def train_net(*args, script="tools/train_net.py", check=True):
+    command = [sys.executable, "-W", "ignore", script, "--dist-url", "auto", *args]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def norm_texts(folder):
+    """What TensorBoard shows under Text, in the event files that a job left in its folder."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert "total_loss" in events.Tags()["scalars"], "Detectron2's own are there too"
+    return [event.tensor_proto.string_val[0].decode() for event in events.Tensors("norms/text_summary")]
+
+
+@pytest.mark.slow
+def test_train_resume_and_evaluate(shapes, tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
+    train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
+    first = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert first["iteration"] == 1
+    model = build_on_meta(load_config(CONFIG, SMALL))
+    assert norm_summary(model) in (tmp_path / "log.txt").read_text()
+    (text,) = norm_texts(tmp_path)
+    assert norm_summary(model) in text and all(line in text for line in str(norm_table(model)).splitlines())
+
+    train_net("--config-file", CONFIG, "--resume", *opts, "SOLVER.MAX_ITER", "3")
+    second = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert second["iteration"] == 2
+    assert len(norm_texts(tmp_path)) == 2
+    name = "backbone.bottom_up.stem.conv1.weight"
+    assert not torch.equal(first["model"][name], second["model"][name])
+
+    done = train_net("--config-file", CONFIG, "--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    for metric in ("PQ", "mIoU", "AP50"):
+        assert metric in done.stdout
+    assert (tmp_path / "inference" / "predictions.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
+    """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
+    opts = [
+        *SMALL,
+        "SOLVER.MAX_ITER",
+        "7",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "3",
+        "TEST.EVAL_PERIOD",
+        "0",
+        "DATASETS.TEST",
+        "()",
+        "DATALOADER.NUM_WORKERS",
+        workers,
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
+    command = [sys.executable, "-W", "ignore", "-c", KILL_AT_4, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert (cut / "last_checkpoint").read_text() == "model_0000002.pth" and not (cut / "model_final.pth").exists()
+    train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(cut), *opts)
+    files = (whole / "model_final.pth", cut / "model_final.pth", cut / "model_0000002.pth")
+    expected, got, early = (torch.load(file, weights_only=False)["model"] for file in files)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert not torch.equal(early["sem_seg_head.p2.0.norm.weight"], got["sem_seg_head.p2.0.norm.weight"])
+
+
+KILL_AT_4 = """
+import os, signal, sys
+from detectron2.engine import default_argument_parser
+from gng_d2.job.engine import Trainer, run_job
+step = Trainer.run_step
+def run_step(self):
+    step(self)
+    if self.iter == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.run_step = run_step
+run_job(default_argument_parser().parse_args())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate(shapes, tmp_path):
+    train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
+    with open(tmp_path / "metrics.json") as file:
+        metrics = [json.loads(line) for line in file]
+    assert "panoptic_seg/PQ" in metrics[-1] and "bbox/AP" in metrics[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS: the file nothing.pth"),
+        (["--config-file", CONFIG, "MODEL.FPN.NORM", "PNG"], "MODEL.FPN.NORM: unknown norm 'PNG'"),
+        (["--config-file", CONFIG, "MODEL.ROI_HEADS.NUM_CLASSES", "4"], "MODEL.ROI_HEADS.NUM_CLASSES is 4, but"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", CONFIG], f"MODEL.WEIGHTS: {CONFIG} cannot be read as weights"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, shapes, tmp_path):
+    done = train_net(*args, *(["OUTPUT_DIR", str(tmp_path)] if len(args) == 4 else []), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
+    """And a checkpoint of PGN+WS evaluated with a GN config stops, naming the layers."""
+    opts = [*SMALL[:4], "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "SOLVER.IMS_PER_BATCH", "2"]
+    train_net(
+        "--config-file",
+        "configs/quick/faster_rcnn_pgn_ws.yaml",
+        "OUTPUT_DIR",
+        str(tmp_path),
+        *opts,
+        "SOLVER.MAX_ITER",
+        "2",
+    )
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval")]
+    same = train_net(
+        "--config-file",
+        "configs/quick/faster_rcnn_pgn_ws.yaml",
+        "--eval-only",
+        *weights,
+        *opts,
+        "TEST.AUG.ENABLED",
+        "True",
+        "TEST.AUG.MIN_SIZES",
+        "(96,)",
+        "TEST.AUG.FLIP",
+        "False",
+    )
+    assert "AP50" in same.stdout
+    for folder in ("inference", "inference_TTA"):
+        assert (tmp_path / "eval" / folder / "coco_instances_results.json").exists()
+    other = train_net(
+        "--config-file", "configs/quick/faster_rcnn_gn_ws.yaml", "--eval-only", *weights, *opts, check=False
+    )
+    assert other.returncode == 1
+    assert "error: the checkpoint was trained with other norms" in other.stderr
+    assert "stem.conv1.norm: 1 group and WS in the checkpoint, 32 groups and WS here" in other.stderr
+
+
+@pytest.mark.slow
+def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
+    """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
+    done = train_net(
+        "--config-file",
+        CONFIG,
+        "--num-gpus",
+        "2",
+        "OUTPUT_DIR",
+        str(tmp_path),
+        "SOLVER.IMS_PER_BATCH",
+        "2",
+        "MODEL.RESNETS.DEPTH",
+        "50",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        "256",
+        "MODEL.RESNETS.NORM",
+        "PGN",
+        "INPUT.MIN_SIZE_TRAIN",
+        "(32,)",
+        "SOLVER.MAX_ITER",
+        "1",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_broken_image_is_one_line_from_a_data_process_too(shapes, tmp_path):
+    module = tmp_path / "one_broken_image.py"
+    module.write_text(ONE_BROKEN_IMAGE)
+    (tmp_path / "broken.jpg").write_text("Not found")
+    opts = ["OUTPUT_DIR", str(tmp_path / "out"), *SMALL, "DATASETS.TRAIN", "('broken',)", "DATALOADER.NUM_WORKERS", "1"]
+    done = train_net("--config-file", CONFIG, "--import", str(module), "--num-gpus", "1", *opts, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f"error: the image {tmp_path}/broken.jpg cannot be read")
+
+
+ONE_BROKEN_IMAGE = """
+import os
+from detectron2.data import DatasetCatalog, MetadataCatalog
+records = DatasetCatalog.get("gng_shapes_val_separated")[:1]
+records[0]["file_name"] = os.path.join(os.path.dirname(__file__), "broken.jpg")
+DatasetCatalog.register("broken", lambda: records)
+MetadataCatalog.get("broken").set(**{
+    field: MetadataCatalog.get("gng_shapes_val_separated").get(field) for field in ("thing_classes", "stuff_classes")
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The job of kill_in_checkpoints.py: 12 steps, a checkpoint after each second one."""
+    path = Path(__file__).with_name("kill_in_checkpoints.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.register_dataset(tmp_path_factory.mktemp("images"))
+    yield module
+    DatasetCatalog.remove("tiny")
+    MetadataCatalog.remove("tiny")
+
+
+def run(cfg, resume=False):
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def iteration(path):
+    return torch.load(path, weights_only=True)["iteration"]
+
+
+@pytest.mark.parametrize("final", ["whole", "missing", "of an earlier MAX_ITER", "half-written", "not named"])
+def test_a_run_with_no_step_left_has_its_final_checkpoint(final, tiny, tmp_path):
+    cfg = tiny.config(tmp_path)
+    if final == "of an earlier MAX_ITER":
+        cfg.SOLVER.MAX_ITER = 6
+        run(cfg)
+        cfg.SOLVER.MAX_ITER = 12
+        earlier = (tmp_path / "model_final.pth").read_bytes()
+    run(cfg, resume=True)
+    path, last = tmp_path / "model_final.pth", tmp_path / "last_checkpoint"
+    content, named = path.read_bytes(), last.read_text()
+    assert iteration(path) == 11 and named == "model_final.pth"
+    if final != "whole":
+        last.write_text("model_0000011.pth")
+    if final == "missing":
+        path.unlink()
+    elif final == "half-written":
+        path.write_bytes(content[: len(content) // 2])
+    elif final == "of an earlier MAX_ITER":
+        path.write_bytes(earlier)
+    run(cfg, resume=True)
+    assert iteration(path) == 11 and last.read_text() == "model_final.pth"
+    assert Trainer(cfg).checkpointer.read(str(path))["model"].keys()
+
+
+# in a process of its own: a fork of one whose autograd has threads cannot train
+KILL_IN_WRITE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import kill_in_checkpoints as tiny
+from gng_d2.job.engine import Trainer, then_leave_group
+tiny.register_dataset(Path(sys.argv[1]))
+cfg = tiny.config(sys.argv[2])
+cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 1000
+tiny.kill_in(0, 0.5)
+trainer = Trainer(cfg)
+trainer.resume_or_load(resume=True)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_higher_max_iter_does_not_put_the_only_checkpoint_at_risk(tiny, tmp_path):
+    """Killed in the write of the new one, the old one is still whole."""
+    cfg = tiny.config(tmp_path)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 3, 1000
+    run(cfg)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    images = tmp_path / "images"
+    images.mkdir()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILL_IN_WRITE, str(images), str(tmp_path)])
+    assert done.returncode == -9
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def test_a_resume_builds_the_dataset_once(tiny, tmp_path, monkeypatch):
+    cfg = tiny.config(tmp_path)
+    cfg.SOLVER.MAX_ITER = 2
+    run(cfg)
+    cfg.SOLVER.MAX_ITER = 4
+    loaded, get = [], DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
+    assert run(cfg, resume=True).start_iter == 2
+    assert loaded == ["tiny"]
+
+
+def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch):
+    """As in Detectron2's train_net.py: it takes many times as long as an evaluation."""
+    evaluated = []
+
+    def test(cls, cfg, model, evaluators=None):
+        evaluated.append(type(model).__name__)
+        return {"bbox": {"AP": float(len(evaluated))}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    tiny_rcnn = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "8"]
+    opts = [*tiny_rcnn, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "3"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "1000", "TEST.EVAL_PERIOD", "1", "TEST.AUG.ENABLED", "True"]
+    trainer = Trainer(load_config("configs/quick/faster_rcnn_gn_ws.yaml", opts))
+    assert trainer.train() == {"bbox": {"AP": 3.0}, "bbox_TTA": {"AP": 4.0}}
+    assert evaluated == ["GeneralizedRCNN"] * 3 + ["GeneralizedRCNNWithTTA"]
+    with open(tmp_path / "metrics.json") as file:
+        metrics = [json.loads(line) for line in file]
+    assert metrics[-1]["bbox_TTA/AP"] == 4.0 and "bbox_TTA/AP" not in metrics[0]
+
+
+@pytest.mark.slow
+def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)
+    assert done.returncode == 1 and "model_0000009.pth', which is not there" in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["last_checkpoint"]

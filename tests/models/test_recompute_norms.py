@@ -1,0 +1,611 @@
+"""Norms computed again in the backward pass: the same bits as without, in less memory, in all that a job does."""
+
+import copy
+import glob
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from detectron2.engine import launch
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from detectron2.modeling.roi_heads import mask_head
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from needs import RECOMPUTE
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
+
+from gng_d2 import (
+    GroupNorm,
+    PracticalGroupNorm,
+    bind_norms,
+    convert_norms,
+    fold_weight_standardization,
+    practical_num_groups,
+    recompute_norms,
+    recomputed_modules,
+)
+from gng_d2.errors import InputError
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
+from gng_d2.job.engine import then_leave_group
+from gng_d2.layers.class_change import original_class
+from gng_d2.ops import set_kernels_enabled
+from study.comparison import Comparison
+
+pytestmark = [pytest.mark.slow, RECOMPUTE]
+
+SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+
+
+def chain(*more):
+    """Two blocks whose 3x3 convolutions are dear enough to be kept."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 128, 3, padding=1), GroupNorm(8, 128), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(128, 128, 3, padding=1), GroupNorm(8, 128), nn.ReLU(inplace=True), *more),
+    )
+
+
+def short_chain(channels):
+    return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
+
+
+def images(count=2, size=16):
+    return torch.randn(count, 3, size, size)
+
+
+def gradients(model, *inputs):
+    """Of the mean square of the outputs; the random stream after it, too."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    outputs = model(*inputs)
+    outputs = outputs.values() if isinstance(outputs, dict) else [outputs]
+    sum(y.float().square().mean() for y in outputs).backward()
+    return {**{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, "": torch.rand(1)}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys() and len(found) > 1
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different
+
+
+# bits
+
+
+def detector_gradients(model, batch):
+    model.zero_grad()
+    torch.manual_seed(5)
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, **{name: loss.detach() for name, loss in losses.items()}}
+
+
+def batch_of(cfg, height=96, width=128):
+    instances = Instances((height, width), gt_boxes=Boxes(torch.tensor([[8.0, 8, 72, 80], [40, 16, 120, 90]])))
+    instances.gt_classes = torch.tensor([0, 1])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, 8:80, 8:72], masks[1, 16:90, 40:120] = True, True
+    instances.gt_masks = BitMasks(masks)
+    semantic = torch.randint(0, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, (height, width))
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    return [{"image": image, "instances": instances, "sem_seg": semantic, "height": height, "width": width}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config_file",
+    [
+        pytest.param(path, marks=pytest.mark.slow if "quick" not in path or "gn1" in path else ())
+        for path in sorted([*glob.glob("configs/quick/[!B]*.yaml"), *glob.glob("configs/[!B]*.yaml")])
+    ],
+)
+def test_detectors_have_the_same_gradients(config_file):
+    cfg = load_config(config_file, SCRATCH)
+    model, batch = build_model(cfg).train(), batch_of(cfg)
+    expected = detector_gradients(model, batch)
+    keys = list(model.state_dict())
+    recompute_norms(model)
+    assert list(model.state_dict()) == keys
+    assert_same(detector_gradients(model, batch), expected)
+
+
+def torchvision_fpn(norm_layer):
+    body = torchvision.models.resnet18(norm_layer=norm_layer)
+    make = torchvision.models.detection.backbone_utils.BackboneWithFPN
+    return make(body, {"layer1": "0", "layer2": "1"}, [64, 128], 64, norm_layer=norm_layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, modules",
+    [
+        (torchvision.models.resnet18, 8),
+        (torchvision.models.mobilenet_v2, 19),
+        (torchvision.models.efficientnet_b0, 18),  # its activations follow convolutions in place, too
+        (torchvision_fpn, 5),
+    ],
+)
+def test_torchvision(make, modules):
+    model = make(norm_layer=lambda channels: nn.GroupNorm(4, channels)).train()
+    inputs = images(1, 32)
+    expected = gradients(model, inputs)
+    assert len(recomputed_modules(recompute_norms(model))) == modules
+    for _ in range(2):  # the first time, some outputs prove to be changed in place
+        assert_same(gradients(model, inputs), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options, modules",
+    [
+        pytest.param("resnet50_gn", {}, 16, marks=pytest.mark.slow),
+        ("seresnet50", {"norm_layer": lambda c, **_: nn.GroupNorm(4, c), "drop_path_rate": 0.3, "drop_rate": 0.3}, 16),
+        pytest.param("resnetv2_50x1_bit", {}, 16, marks=pytest.mark.slow),
+        ("convnext_atto", {"drop_path_rate": 0.3}, 16),
+    ],
+)
+def test_timm(name, options, modules):
+    timm = pytest.importorskip("timm")
+    model, inputs = timm.create_model(name, **options).train(), images(1, 32)
+    expected = gradients(model, inputs)
+    assert len(recomputed_modules(recompute_norms(model))) == modules
+    for _ in range(2):
+        assert_same(gradients(model, inputs), expected)
+
+
+@pytest.mark.slow
+def test_heads():
+    norm = "GN16"
+    box = torch.randn(3, 32, 8, 8)
+    levels = [torch.randn(1, 32, 16, 16), torch.randn(1, 32, 8, 8)]
+    retina = RetinaNetHead(
+        input_shape=[ShapeSpec(channels=32)] * 2, num_classes=3, num_anchors=1, conv_dims=[32] * 2, norm=norm
+    )
+    mask = MaskRCNNConvUpsampleHead(ShapeSpec(channels=32), num_classes=3, conv_dims=[32] * 3, conv_norm=norm)
+    shape = {"p2": ShapeSpec(channels=32, stride=4), "p3": ShapeSpec(channels=32, stride=8)}
+    semantic = SemSegFPNHead(shape, num_classes=3, conv_dims=32, common_stride=4, norm=norm)
+    runs = {
+        "retina": (retina, lambda: sum(y.square().sum() for ys in retina(levels) for y in ys), 2),
+        "mask": (mask, lambda: mask.layers(box).square().sum(), 1),
+        "semantic": (semantic, lambda: semantic.layers(dict(zip(shape, levels))).square().sum(), 1),
+    }
+    for head, loss, modules in runs.values():
+        expected = torch.autograd.grad(loss(), list(head.parameters()))
+        recompute_norms(head)
+        assert len(recomputed_modules(head)) == modules
+        assert all(map(torch.equal, torch.autograd.grad(loss(), list(head.parameters())), expected))
+
+
+def test_the_loss_of_a_mask_head_is_computed_once(monkeypatch):
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=32), num_classes=3, conv_dims=[32] * 3, conv_norm="GN16")
+    calls = []
+    monkeypatch.setattr(mask_head, "mask_rcnn_loss", lambda x, *_: calls.append(1) or x.square().mean())
+    recompute_norms(head)(torch.randn(2, 32, 8, 8), [])["loss_mask"].backward()
+    assert calls == [1]
+
+
+def test_dropout_draws_the_same_again():
+    model, inputs = chain(nn.Dropout(0.4), nn.Conv2d(128, 8, 3), GroupNorm(2, 8), nn.Dropout2d(0.4)), images()
+    expected = gradients(model, inputs)
+    assert_same(gradients(recompute_norms(model), inputs), expected)
+
+
+@pytest.mark.slow
+def test_a_convolution_without_norm_may_be_changed_in_place():
+    """As in squeeze-excite blocks. It cannot be kept, and then is not; the random stream is the same, too."""
+    layers = nn.Conv2d(3, 128, 3), nn.Dropout(0.5), nn.Conv2d(128, 128, 3), nn.SiLU(inplace=True), *chain()[1:]
+    model, inputs = nn.Sequential(*layers), images()
+    expected = gradients(model, inputs)
+    recompute_norms(model)
+    assert_same(gradients(model, inputs), expected)
+    assert model._changed_in_place == {0}
+    assert_same(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), nn.LeakyReLU(0.2, inplace=True)])
+def test_a_module_that_changes_its_input_is_an_error(first):
+    """With an input that needs no gradient, its gradients would be others without a word."""
+    module = nn.Sequential(first, *chain())
+    recompute_norms(module)
+    for inputs in (images(), images().requires_grad_() * 1):
+        with pytest.raises(InputError, match="changes its input in place.*inplace=False"):
+            module(inputs)
+
+
+def test_an_input_changed_in_place_is_an_error():
+    model, inputs = recompute_norms(chain()), images()
+    y = model(inputs)
+    inputs.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# memory
+
+
+def bytes_left(call):
+    """What ``call`` returns, and what it leaves allocated while that is held, as PyTorch's profiler reports it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = profiler.profiler.kineto_results.events()
+    return result, sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_only_inputs_outputs_and_dear_convolutions_are_kept():
+    model, inputs = chain(), images(2, 32)
+    map_of_128 = 2 * 128 * 32 * 32 * 4
+    model(inputs).sum().backward()
+    _, before = bytes_left(lambda: model(inputs))
+    assert 4 * map_of_128 <= before < 4.2 * map_of_128  # two convolutions, two norms, whose ReLUs are in place
+    _, after = bytes_left(lambda: recompute_norms(model)(inputs))
+    assert 2 * map_of_128 <= after < 2.2 * map_of_128  # the dear convolution (128 x 9) and the output, not 3 x 9
+
+
+def test_standardized_weights_are_not_kept():
+    model = nn.Sequential(
+        Conv2d(256, 256, 3, padding=1, bias=False, norm=get_norm("PGN+WS", 256)),
+        Conv2d(256, 256, 3, padding=1, bias=False, norm=get_norm("PGN+WS", 256)),
+    )
+    inputs, weight = torch.randn(1, 256, 4, 4), 256 * 256 * 9 * 4
+    assert bytes_left(lambda: model(inputs))[1] > 2 * weight
+    assert bytes_left(lambda: recompute_norms(model)(inputs))[1] < weight / 10
+
+
+def test_a_graph_that_is_dropped_leaves_nothing():
+    model, inputs = recompute_norms(chain()), images()
+    model(inputs).sum().backward()
+    assert bytes_left(lambda: model(inputs))[1] > 2**18
+    assert bytes_left(lambda: model(inputs) is None)[1] < 2**15
+
+
+# which modules
+
+
+def test_the_modules_of_a_detector_are_logged(caplog):
+    cfg = load_config("configs/quick/faster_rcnn_pgn_ws.yaml", SCRATCH)
+    with caplog.at_level("INFO"):
+        model = recompute_norms(build_on_meta(cfg))
+    names = recomputed_modules(model)
+    blocks = [f"backbone.bottom_up.res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]
+    levels = [f"backbone.fpn_{kind}{level}" for kind in ("lateral", "output") for level in (2, 3, 4, 5)]
+    assert set(names) == {"backbone.bottom_up.stem", *blocks, *levels, "roi_heads.box_head"}
+    assert "computed again in the backward pass: 32 of 32 norms" in caplog.text
+    assert all(name in caplog.text for name in names)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Linear(3, 3),
+        torchvision.models.resnet18(),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, track_running_stats=True)),
+        nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.GroupNorm(2, 8)),
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.GroupNorm(2, 8)),
+        nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8)),
+        nn.ModuleList([nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)]),
+    ],
+    ids=["no norm", "BN", "statistics", "spectral norm", "spectral parametrization", "no convolution", "a list"],
+)
+def test_a_model_in_which_nothing_is_found_is_an_error(model):
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(InputError, match=f"{type(model).__name__} has no module that holds convolutions with norms"):
+        recompute_norms(model)
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_batch_norm_among_them_stays_as_it_is():
+    with_batch_norm = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8))
+    model = nn.Sequential(with_batch_norm, short_chain(8))
+    recompute_norms(model)
+    assert recomputed_modules(model) == ["1"]
+    gradients(model, images())
+    assert model[0][1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_what_wraps_a_model_is_not_taken(wrap):
+    model = short_chain(3)
+    recompute_norms(wrap(model))
+    assert recomputed_modules(wrap(model))[0] in ("module", "_orig_mod") and recomputed_modules(model) == [""]
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(self.conv(x)) * self.calls
+
+
+def test_a_module_that_changes_its_buffers_is_an_error():
+    model = recompute_norms(Counting())
+    with pytest.raises(InputError, match="RecomputedCounting: running it changes its buffers"):
+        model(images())
+
+
+# when not
+
+
+@pytest.mark.parametrize("case", ["eval", "no_grad", "inference", "frozen", "traced"])
+def test_where_nothing_is_kept_nothing_is_added(case, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("checkpoint was called")
+
+    model, inputs = recompute_norms(chain()), images()
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", forbidden)
+    if case == "eval":
+        model.eval()(inputs).sum().backward()
+    elif case == "no_grad":
+        with torch.no_grad():
+            model(inputs)
+    elif case == "inference":
+        with torch.inference_mode():
+            model(inputs)
+    elif case == "frozen":
+        model.requires_grad_(False)(inputs)
+    else:
+        torch.jit.trace(model, inputs)
+
+
+@pytest.mark.slow
+def test_compiled_backbone_has_the_same_gradients():
+    """What to compute again is then the compiler's own choice."""
+    torch._dynamo.reset()
+    model, inputs = chain(), images()
+    expected = gradients(model, inputs)
+    compiled = torch.compile(nn.Sequential(recompute_norms(model)), backend="aot_eager")
+    found = gradients(compiled, inputs)
+    for (_, p), (_, q) in zip(found.items(), expected.items()):
+        torch.testing.assert_close(p, q)
+
+
+def test_compiled_layer_inside_a_block():
+    torch._dynamo.reset()
+    model, inputs = chain(), images()
+    expected = gradients(model, inputs)
+    model[3].compile(backend="aot_eager")
+    assert_same(gradients(recompute_norms(model), inputs), expected)
+
+
+def test_symbolic_trace_and_script():
+    model = recompute_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())).eval()
+    inputs = images()
+    for of in (torch.fx.symbolic_trace, torch.jit.script):
+        assert torch.equal(of(model)(inputs), model(inputs))
+
+
+# what jobs do
+
+
+def test_mixed_precision_has_the_same_gradients():
+    model, inputs = chain(), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(model, inputs)
+        recompute_norms(model)
+        assert_same(gradients(model, inputs), expected)
+
+
+def test_mixed_precision_with_a_module_that_runs_on_five_levels():
+    """What autocast has cached from the first level is not there when another one is computed again."""
+    tower = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), GroupNorm(8, 128), nn.ReLU())
+    levels = [torch.randn(1, 128, size, size) for size in (16, 8, 4)]
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [tower(level) for level in levels]
+        return torch.autograd.grad(sum(y.float().square().mean() for y in outputs), list(tower.parameters()))
+
+    expected = run()
+    recompute_norms(tower)
+    for found, reference in zip(run(), expected):
+        torch.testing.assert_close(found, reference, rtol=2e-2, atol=2e-3)  # sums in float32 for sums in bfloat16
+
+
+def test_accumulated_gradients_and_two_passes_in_one_graph():
+    model, first, second = chain(), images(), images()
+
+    def accumulated():
+        model.zero_grad()
+        for inputs in (first, second):
+            model(inputs).square().mean().backward()
+        (model(first) * model(second)).mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = accumulated()
+    recompute_norms(model)
+    assert_same(accumulated(), expected)
+
+
+@pytest.mark.parametrize("frozen", [[0], [0, 1], [1, 3], [3, 4]])
+def test_frozen_layers(frozen):
+    model, inputs = chain(), images()
+    for index in frozen:
+        model[index].requires_grad_(False)
+    expected = gradients(model, inputs)
+    assert_same(gradients(recompute_norms(model), inputs), expected)
+
+
+@pytest.mark.slow
+def test_the_switch_stands_as_it_stood_when_the_module_first_ran():
+    model, inputs = chain(nn.Conv2d(128, 8, 1), GroupNorm(1, 8)), torch.randn(1, 3, 192, 192)
+    expected, loss = {}, {}
+    for name in ("kept", "recomputed"):
+        with set_kernels_enabled(False):
+            loss[name] = model(inputs).square().mean()
+        expected[name] = torch.autograd.grad(loss[name], list(model.parameters()))
+        recompute_norms(model)
+    assert all(map(torch.equal, expected["kept"], expected["recomputed"]))
+
+
+def test_what_changes_layers_finds_those_that_are_taken():
+    """As without: norms of another name, with and without weight standardization, bound anew, folded."""
+    x = torch.randn(1, 16, 8, 8)
+    first = Conv2d(16, 16, 3, norm=get_norm("PGN+WS", 16))
+    models = [nn.Sequential(first, nn.Sequential(nn.Conv2d(16, 16, 1), nn.GroupNorm(2, 16), *short_chain(16)))]
+    models.append(copy.deepcopy(models[0]))
+    recompute_norms(models[1])
+    changes = [
+        lambda model: convert_norms(model, "PGN", x),
+        lambda model: convert_norms(model, "GN4+WS", x),
+        lambda model: bind_norms(model, x),
+        fold_weight_standardization,
+    ]
+    outputs = [models[0](x)]
+    for change in changes:
+        expected, found = (change(model)(x) for model in models)
+        assert torch.equal(expected, found)
+        assert torch.allclose(expected, outputs[-1], atol=1e-5) == (change in changes[2:])
+        outputs.append(expected)
+        assert recomputed_modules(models[1]) == ["0", "1"] and recomputed_modules(models[0]) == []
+        assert [original_class(m) for m in models[1].modules()] == [type(m) for m in models[0].modules()]
+
+
+def test_a_norm_that_binds_in_training_binds_once():
+    """By what autograd says made its input, which it says when the block is computed again, too."""
+    block = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Identity(), PracticalGroupNorm(128), nn.ReLU(), *short_chain(128))
+    gradients(recompute_norms(block), images())
+    assert block[2].num_groups == practical_num_groups(3, 128)
+
+
+def test_inside_a_checkpoint_of_ones_own():
+    model, inputs = nn.Sequential(chain(), short_chain(128)), images().requires_grad_()
+
+    def run():
+        return torch.autograd.grad(
+            checkpoint(model, inputs, use_reentrant=False).square().mean(), [inputs, *model.parameters()]
+        )
+
+    expected = run()
+    recompute_norms(model)
+    assert all(map(torch.equal, run(), expected))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: saved_and_loaded(m)]
+)
+def test_a_copy_computes_with_its_own_weights(copied):
+    model, inputs = recompute_norms(chain()), images()
+    expected = gradients(model, inputs)
+    copy_of_it = copied(model)
+    assert recomputed_modules(copy_of_it) == recomputed_modules(model) == [""]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert_same(gradients(copy_of_it, inputs), expected)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_it_is_undone():
+    model = nn.Sequential(chain(), nn.Sequential(nn.Conv2d(128, 128, 3), nn.ReLU(True), *short_chain(128)))
+    gradients(model, images())
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    gradients(recompute_norms(recompute_norms(model)), images())  # twice is as once
+    assert recomputed_modules(model) == ["0", "1"]
+    assert recompute_norms(model, enable=False) is model
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
+
+
+def test_hooks_of_the_module_run_once_and_its_class_is_still_what_it_was():
+    model, calls = chain(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    gradients(recompute_norms(model), images())
+    assert calls == [1] and isinstance(model, nn.Sequential) and type(model).__name__ == "RecomputedSequential"
+    assert isinstance(model[:2], nn.Sequential)
+
+
+def test_a_second_backward_is_refused():
+    model, inputs = recompute_norms(chain()), images()
+    loss = model(inputs).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="Trying to backward an extra time"):
+        loss.backward()
+
+
+def ddp_gradients(path, recomputed, static):
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(chain(), short_chain(128))
+    if recomputed:
+        recompute_norms(model)
+    model = DistributedDataParallel(model, static_graph=static)
+    rank = torch.distributed.get_rank()
+    for step in range(2):  # the first step of a static graph is another one
+        torch.manual_seed(10 * step + rank)
+        found = gradients(model, images())
+    if rank == 0:
+        torch.save(found, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True])
+def test_distributed(static, tmp_path):
+    for recomputed in (False, True):
+        args = ddp_gradients, str(tmp_path / f"{recomputed}.pth"), recomputed, static
+        launch(then_leave_group, 2, dist_url="auto", args=args)
+    assert_same(*(torch.load(tmp_path / f"{recomputed}.pth") for recomputed in (True, False)))
+
+
+SHORT = [
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32"),
+    *("SOLVER.WARMUP_ITERS", "0", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
+    *("SOLVER.BASE_LR", "0.002", "SOLVER.CHECKPOINT_PERIOD", "2", "DATASETS.TEST", "()"),
+]
+
+
+@pytest.mark.slow
+def test_training_and_resuming_repeat_a_run_without(shapes, tmp_path):
+    def train(folder, *flags, iterations):
+        words = "--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", *flags, *SHORT
+        command = [
+            sys.executable,
+            "tools/train_net.py",
+            *words,
+            "SOLVER.MAX_ITER",
+            iterations,
+            "OUTPUT_DIR",
+            str(folder),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return torch.load(folder / "model_final.pth", weights_only=False)["model"]
+
+    expected = train(tmp_path / "without", iterations="4")
+    early = train(tmp_path / "with", "--recompute-norms", iterations="2")
+    found = train(tmp_path / "with", "--recompute-norms", "--resume", iterations="4")
+    assert_same(found, expected)
+    assert not torch.equal(early["roi_heads.box_head.conv1.weight"], found["roi_heads.box_head.conv1.weight"])
+
+
+def test_a_comparison_passes_it_on_and_refuses_norms_without_use(shapes, tmp_path):
+    overrides = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""]
+    keys, config_file = ["MODEL.SEM_SEG_HEAD.NORM"], "configs/quick/pfpn_gn.yaml"
+    comparison = Comparison(
+        config_file, ["PGN", "FrozenBN"], [0], str(tmp_path), keys, [*SCRATCH, *overrides], recompute_norms=True
+    )
+    assert "--recompute-norms" in comparison.command(comparison.runs[0])
+    with pytest.raises(InputError, match="PanopticFPN has no module that holds convolutions with norms"):
+        comparison.check()
