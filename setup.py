@@ -1,12 +1,13 @@
 import glob
 import os
 import re
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-VERSION = re.search(r'^__version__ = "(.+)"', open("gng_d2/__init__.py", encoding="utf-8").read(), re.MULTILINE)[1]
+VERSION = re.search(r'^__version__ = "(.+)"', Path("gng_d2/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 LIBRARY = "gng_d2/ops/_cpu_kernels"
 
@@ -30,7 +31,7 @@ setup(
     name="gng_d2",
     version=VERSION,
     description="Group normalization for Detectron2 whose number of groups follows from each layer's shape",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     project_urls={

@@ -3,7 +3,7 @@
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
 
-from typing import Callable, Tuple, Union
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ _NODES = 2**17
 _DEVIATIONS = 12.0  # of a Gaussian, on either side; less than 1e-32 lies outside
 
 
-def activation_gains(activation: Union[str, Callable[[Tensor], Tensor]], sigma: float = 1.0) -> Tuple[float, float]:
+def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float = 1.0) -> tuple[float, float]:
     """F = E[f(X)^2] / Var[X] and B = E[f'(X)^2] for X from N(0, sigma^2) (Definition 2, with E[Y] = 0).
 
     By the midpoint rule in float64, with f' from autograd. F/B is the ``gain_ratio`` of

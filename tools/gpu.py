@@ -20,7 +20,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Tuple
 
 from command_line import run_tool, tool_parser
 
@@ -40,7 +39,7 @@ class Part:
 
     experiment: str
     result: str  # name of its JSON file, before the device
-    needs: Tuple[str, ...]  # modules
+    needs: tuple[str, ...]  # modules
     share: float  # of the time that is left
     on_cuda: str  # its arguments
     on_cpu: str

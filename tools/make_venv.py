@@ -17,6 +17,7 @@ import zipfile
 from command_line import run_tool, tool_parser
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
 OLDEST, NEWEST = (3, 10), (3, 13)
 
 # PyPI has no `detectron2`. This wheel is upstream's main of March 2024 with later fixes. It is
@@ -29,7 +30,7 @@ DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bb
 
 
 def fail(step, reason):
-    sys.exit("\nset-up failed while {}:\n{}".format(step, reason))
+    sys.exit(f"\nset-up failed while {step}:\n{reason}")
 
 
 def run(step, *command):
@@ -56,15 +57,15 @@ def strip_compiled(source, target):
             new.writestr(item, content)
 
 
-def requirements(others, path=os.path.join(ROOT, "constraints.txt")):
+def requirements(others, path=CONSTRAINTS):
     """The lines of constraints.txt, with each of ``others`` (name==version) in the place of the line of its name."""
     with open(path, encoding="utf-8") as file:
         text = file.read()
     for other in others:
-        name, equals, version = other.partition("==")
-        text, found = re.subn("^{}==.*$".format(re.escape(name)), other, text, flags=re.MULTILINE)
+        name, _, version = other.partition("==")
+        text, found = re.subn(f"^{re.escape(name)}==.*$", other, text, flags=re.MULTILINE)
         if not (found and version):
-            fail("reading --with", "  {}: give name==version of a name in constraints.txt".format(other))
+            fail("reading --with", f"  {other}: give name==version of a name in constraints.txt")
     return text
 
 
@@ -91,8 +92,8 @@ def install_detectron2(python):
         if digest != DETECTRON2_SHA256:
             fail(
                 "checking Detectron2",
-                "  the sha256 of {} is\n  {}, not\n  {}: this is another file than "
-                "the one this project was tried with".format(os.path.basename(wheel), digest, DETECTRON2_SHA256),
+                f"  the sha256 of {os.path.basename(wheel)} is\n  {digest}, not\n  {DETECTRON2_SHA256}: this is "
+                "another file than the one this project was tried with",
             )
         portable = os.path.join(folder, DETECTRON2_WHEEL.format("py3"))
         strip_compiled(wheel, portable)
@@ -143,7 +144,7 @@ def main():
         except (OSError, subprocess.CalledProcessError) as error:
             fail(
                 "making " + folder,
-                "  {}\n  Debian and Ubuntu keep venv in a package of its own: apt install python3-venv".format(error),
+                f"  {error}\n  Debian and Ubuntu keep venv in a package of its own: apt install python3-venv",
             )
     # PyPI's torchvision needs the CUDA build of torch, on a CPU too: 5 GB on disk.
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:

@@ -59,10 +59,7 @@ def main():
     from gng_d2.predict.predictions import find_images, load_model, output_names, set_threshold
     from gng_d2.predict.settings import check_test_classes, prediction_settings
 
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: at least 1")
+    check_numbers(args)
     import_modules(args.imports)
     cfg = load_any_config(args.config_file, args.opts)
     settings = prediction_settings(cfg)
@@ -97,6 +94,15 @@ def main():
             print("results:", *results.write(), sep="\n  ")
     if skipped or without:
         raise InputError(f"{skipped + len(without)} of --input were skipped, named above; the others are predicted")
+
+
+def check_numbers(args):
+    from gng_d2.errors import InputError
+
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}: at least 1")
 
 
 def check_inputs_stay(output, results, names):

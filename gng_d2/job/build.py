@@ -1,7 +1,6 @@
 """The model of a config, YAML or lazy, with its norms bound to their layers."""
 
 import logging
-from typing import Optional
 
 import torch
 from detectron2.config import CfgNode, instantiate
@@ -18,7 +17,7 @@ from .config import Config, norm_keys, with_value
 __all__ = ["bind_remaining_norms", "build", "build_on_meta"]
 
 
-def build(cfg: Config, device: Optional[str] = None) -> nn.Module:
+def build(cfg: Config, device: str | None = None) -> nn.Module:
     """The model of ``cfg`` with fresh weights.
 
     Args:

@@ -6,7 +6,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Dict, Optional, Tuple
 from urllib.parse import parse_qs, urlparse
 
 import numpy as np
@@ -86,7 +85,7 @@ class Checkpointer(DetectionCheckpointer):
         except ValueError:  # no text
             return self.save_dir
 
-    def find_checkpoint(self) -> Tuple[str, Dict]:
+    def find_checkpoint(self) -> tuple[str, dict]:
         """The checkpoint to resume from, and what it holds: the one that ``last_checkpoint`` names, or, with a
         warning, the newest whole one.
 
@@ -114,7 +113,7 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.warning(f"{trouble}. Resuming from {newest[0]}, the newest checkpoint there that is whole")
         return newest
 
-    def _newest_whole(self) -> Optional[Tuple[str, Dict]]:
+    def _newest_whole(self) -> tuple[str, dict] | None:
         newest = None
         for path in sorted(glob.glob(os.path.join(glob.escape(self.save_dir or os.devnull), "model_*.pth"))):
             if re.fullmatch(r"model_(\d{7,}|final)\.pth", os.path.basename(path)):
@@ -138,7 +137,7 @@ class Checkpointer(DetectionCheckpointer):
             for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
                 os.remove(path)
 
-    def read(self, path: str) -> Dict:
+    def read(self, path: str) -> dict:
         """What the local file ``path`` holds, under ``model`` its weights.
 
         Raises:
@@ -278,7 +277,7 @@ def _differences(model, weights):
     here.update((name, norm_record(norm)) for name, norm in modules.items() if hasattr(norm, "norm_name"))
     here = {name: here[name] for name in modules if name in here}  # in the model's order
     with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in weights}
-    names = [name for name in here if name in recorded or name not in with_weights and modules[name].state_dict()]
+    names = [name for name in here if name in recorded or (name not in with_weights and modules[name].state_dict())]
     names += [name for name in recorded if name not in here and name.rpartition(".")[0] in modules]
     return [
         f"{name}: {describe_record(recorded.get(name))} in the checkpoint, {describe_record(here.get(name))} here"

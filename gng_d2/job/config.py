@@ -9,7 +9,7 @@ import difflib
 import inspect
 import logging
 import os
-from typing import Iterator, Sequence, Tuple, Union
+from collections.abc import Iterator, Sequence
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from .weight_files import files_are_trusted
 __all__ = ["Config", "find_config_file", "load_any_config", "load_config", "norm_keys", "with_value", "check_config"]
 __all__ += ["check_weights", "check_weight_file", "prepare_output_dir"]
 
-Config = Union[CfgNode, DictConfig]
+Config = CfgNode | DictConfig
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -116,7 +116,7 @@ def _override(cfg, word):
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         names = _names(node, of_call=last)
-        if names is None or last and key.startswith("+"):  # Hydra's sign of a new key
+        if names is None or (last and key.startswith("+")):  # Hydra's sign of a new key
             break
         if part not in names:
             near = difflib.get_close_matches(part, names, 1)
@@ -190,7 +190,7 @@ def _message(error):
     return " ".join(text.split()) or type(error).__name__
 
 
-def norm_keys(cfg: Config) -> Iterator[Tuple[str, str]]:
+def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each name of a norm, such as ("MODEL.FPN.NORM", "PGN") or ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return _yaml_norm_keys(cfg)

@@ -9,7 +9,7 @@ import logging
 import os
 import textwrap
 import weakref
-from typing import Callable, List, Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
@@ -82,7 +82,7 @@ EVALUATORS = {
 }
 
 
-def evaluators_of(dataset_name: str) -> List[Callable]:
+def evaluators_of(dataset_name: str) -> list[Callable]:
     """What makes the evaluators of a dataset, from its name and an output folder."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:

@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Dict, Iterable, Iterator, List, Optional
+from typing import IO
 
 from gng_d2.errors import InputError
 
@@ -97,7 +98,7 @@ def prepare_folder(folder: str) -> None:
         file.write(bytes(2**16))
 
 
-def prepare_outputs(*paths: Optional[str]) -> None:
+def prepare_outputs(*paths: str | None) -> None:
     """Make the folders of ``paths`` (None is skipped) before a long work, and see that the files can be written.
 
     Raises:
@@ -113,7 +114,7 @@ def prepare_outputs(*paths: Optional[str]) -> None:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_metrics(path: str) -> List[Dict]:
+def read_metrics(path: str) -> list[dict]:
     """The records in the metrics.json that Detectron2 writes of a run, by iteration.
 
     What a run wrote after the checkpoint from which it was resumed, and what an earlier run wrote to the same file,
@@ -134,7 +135,7 @@ def read_metrics(path: str) -> List[Dict]:
     return [records[iteration] for iteration in sorted(records)]
 
 
-def last_record(path: str) -> Dict:
+def last_record(path: str) -> dict:
     """The last record in a run's metrics.json, {} if there is none. Reads its end alone."""
     try:
         with open(path, "rb") as file:
@@ -149,7 +150,7 @@ def last_iteration(path: str) -> int:
     return last_record(path).get("iteration", -1)
 
 
-def _records(lines: Iterable[bytes]) -> Iterator[Dict]:
+def _records(lines: Iterable[bytes]) -> Iterator[dict]:
     for line in lines:
         with suppress(ValueError, RecursionError):
             record = json.loads(line)

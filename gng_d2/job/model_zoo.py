@@ -32,4 +32,4 @@ def _configs(folder):
     files = (os.path.join(at, file) for at, _, files in os.walk(folder) for file in files)
     names = (os.path.relpath(file, folder) for file in files)
     # A .py file in a subfolder registers datasets.
-    return sorted(name for name in names if name.endswith(".yaml") or name.endswith(".py") and os.sep not in name)
+    return sorted(name for name in names if name.endswith(".yaml") or (name.endswith(".py") and os.sep not in name))

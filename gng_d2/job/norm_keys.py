@@ -1,7 +1,6 @@
 """Whether the ``NORM`` keys of a config do what they say: heads that compare norm names literally ignore ours."""
 
 import logging
-from typing import Dict, Optional
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from .config import norm_keys, with_value
 __all__ = ["check_norm_keys"]
 
 
-def check_norm_keys(cfg, model: Optional[nn.Module] = None) -> None:
+def check_norm_keys(cfg, model: nn.Module | None = None) -> None:
     """Every ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.
 
     In a lazy config the keys are those of its ``model`` that are called ``norm`` or end in ``_norm``.
@@ -82,12 +81,12 @@ def _canonical(value):
     return make and norm_name(make(32))
 
 
-def _norms(model) -> Dict[str, str]:
+def _norms(model) -> dict[str, str]:
     """Path -> name of each norm."""
     return {path: norm_name(m) for path, m in model.named_modules() if num_channels(m) is not None}
 
 
-def _norms_of(cfg, key=None, name=None) -> Optional[Dict[str, str]]:
+def _norms_of(cfg, key=None, name=None) -> dict[str, str] | None:
     cfg = with_value(cfg, key, name) if key else cfg
     try:
         return _norms(build_on_meta(cfg))

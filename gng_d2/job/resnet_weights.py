@@ -7,8 +7,9 @@ import errno
 import os
 import pickle
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,15 +42,15 @@ _PREFIX = r"(?:module\.)*(backbone\.)?(?:module\.)*"  # what is stripped
 class Conversion:
     """What :func:`convert_resnet` made of a checkpoint."""
 
-    weights: Dict[str, np.ndarray]  # by Detectron2's names, in float32
+    weights: dict[str, np.ndarray]  # by Detectron2's names, in float32
     depth: int
     norm: str  # "BN" where the norms have running statistics, otherwise "GN"
     num_groups: int  # of the 3x3 convolutions, and
     width_per_group: int  # as MODEL.RESNETS has them
-    dropped: Dict[str, List[str]]  # names by the reason
+    dropped: dict[str, list[str]]  # names by the reason
 
 
-def convert_file(path: str, out: str, depth: Optional[int] = None) -> Conversion:
+def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
     """Convert the checkpoint ``path`` to ``out``, a .pkl that Detectron2's checkpointer loads.
 
     Raises:
@@ -106,7 +107,7 @@ def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> 
         pickle.dump(content, file)
 
 
-def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -> Conversion:
+def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> Conversion:
     """Rename a ResNet's weights from torchvision's names to Detectron2's.
 
     Args:
@@ -160,7 +161,7 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: Optional[int] = None) -
     )
 
 
-def config_keys(conversion: Conversion) -> List[str]:
+def config_keys(conversion: Conversion) -> list[str]:
     """The config that such weights need, as lines of ``KEY VALUE`` pairs: the model's, then the images'.
 
     The names do not tell how images were made numbers. These are torchvision's, timm's and mmdetection's ways.
@@ -246,7 +247,7 @@ def _depth(names):
     )
 
 
-def _convolutions(depth, norm, in_channels, width, num_groups) -> Iterator[Tuple[str, str, str, tuple]]:
+def _convolutions(depth, norm, in_channels, width, num_groups) -> Iterator[tuple[str, str, str, tuple]]:
     """(name, its norm's name, Detectron2's name, shape) of each convolution of a ResNet."""
     yield "conv1", f"{norm}1", "stem.conv1", (64, in_channels, 7, 7)
     n_in = 64
@@ -266,7 +267,7 @@ def _convolutions(depth, norm, in_channels, width, num_groups) -> Iterator[Tuple
             n_in = n_out
 
 
-def _tensors(depth, norm, statistics, in_channels=3, width=64, num_groups=1) -> Iterator[Tuple[str, str, tuple]]:
+def _tensors(depth, norm, statistics, in_channels=3, width=64, num_groups=1) -> Iterator[tuple[str, str, tuple]]:
     """(name, Detectron2's name, shape) of each tensor of a ResNet."""
     of_a_norm = ("weight", "bias", "running_mean", "running_var") if statistics else ("weight", "bias")
     for conv, its_norm, target, shape in _convolutions(depth, norm, in_channels, width, num_groups):

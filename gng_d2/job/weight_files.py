@@ -11,7 +11,7 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def _latin1(text, encoding):
     return text.encode("latin1")
 
 
-def _data_globals() -> Dict[tuple, Any]:
+def _data_globals() -> dict[tuple, Any]:
     found = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1}
     found.update({("collections", made.__name__): made for made in (OrderedDict, defaultdict)})
     for builtins in ("builtins", "__builtin__"):  # of Python 3 and 2
@@ -146,7 +146,7 @@ def save_weight_file(path: str, content: Any) -> None:
         try:
             torch.save(content, hashing)
         except RuntimeError as error:  # PyTorch's, which takes the place of what stopped the file
-            raise hashing.error or error
+            raise hashing.error or error from None
         file.seek(-2, os.SEEK_END)
         file.write(_trailer(hashing.sha256))
 

@@ -5,9 +5,10 @@ being built, and no class of Detectron2 has to know of it. Where the order in wh
 :func:`gng_d2.bind_norms` looks what the model does.
 """
 
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> Optional[nn.Module]:
+def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> nn.Module | None:
     """The weight layer that feeds ``norm``, where ``norm`` is or becomes the child ``name`` of ``parent``.
 
     It is ``parent`` itself, as in Detectron2's ``Conv2d``, or the child registered immediately
@@ -55,7 +56,7 @@ def _feeds(layer, norm):
     return shape is not None and shape[1] == num_channels(norm)
 
 
-def named_norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module, Optional[str], Optional[nn.Module]]]:
+def named_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, nn.Module | None]]:
     """(name, norm, name of its weight layer, that layer) for each norm of ``model``, in its order.
 
     The last two are None where no weight layer was found.
@@ -89,7 +90,7 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     norm.bind(layer_sizes(layer)[0], description)
 
 
-def _bind_on_registration(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
+def _bind_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """The hook: binds ``child``, if it is a norm of ours, to its weight layer. If it is a layer that takes
     the place of another, the norm right after it is bound anew."""
     if isinstance(child, GroupNorm):
@@ -111,7 +112,7 @@ def has_given_in_channels(norm):
 
 
 # norm -> why it cannot follow its layer, while a model is built that will tell its path
-_deferred: ContextVar[Optional[Dict[GroupNorm, InputError]]] = ContextVar("deferred", default=None)
+_deferred: ContextVar[dict[GroupNorm, InputError] | None] = ContextVar("deferred", default=None)
 
 
 def _bind_or_defer(norm, layer):
@@ -132,7 +133,7 @@ def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module
     Raises:
         InputError: a norm cannot follow its layer; names it by its path.
     """
-    deferred: Dict[GroupNorm, InputError] = {}
+    deferred: dict[GroupNorm, InputError] = {}
     token = _deferred.set(deferred)
     try:
         model = build(*args)
@@ -152,7 +153,7 @@ def install_binding_hook() -> None:
     register_module_module_registration_hook(_bind_on_registration)
 
 
-def unbound_norms(model: nn.Module) -> List[str]:
+def unbound_norms(model: nn.Module) -> list[str]:
     """Names of the norms of ``model`` that cannot run yet, for they have not met the weight layer that they need.
 
     Examples::

@@ -1,6 +1,6 @@
 """A module's class replaced by one that runs it otherwise, while its parameters, children, hooks and state stay."""
 
-from functools import lru_cache, wraps
+from functools import cache, wraps
 
 from torch import nn
 
@@ -46,7 +46,7 @@ def _way(made):
     return made.__bases__[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _class_of(way, cls):
     name = way.method_of(cls)
 

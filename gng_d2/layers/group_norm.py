@@ -4,7 +4,6 @@ Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propaga
 """
 
 from numbers import Integral
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ class GroupNorm(nn.GroupNorm):
     uses_kernels: bool = True
 
     # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
-    channels_per_group: Optional[int] = None
+    channels_per_group: int | None = None
     _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
     # True once fold_weight_standardization wrote the standardized weight into the weight layer
     weight_standardization_folded: bool = False
@@ -87,8 +86,8 @@ class GroupNorm(nn.GroupNorm):
             raise InputError(f"num_groups={num_groups} does not divide num_channels={num_channels}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.weight_standardization = weight_standardization
-        self.in_channels: Optional[int] = None
-        self.weight_layer: Optional[str] = None
+        self.in_channels: int | None = None
+        self.weight_layer: str | None = None
 
     def bind(self, in_channels: int, weight_layer: str) -> None:
         """Take the layer that ``weight_layer`` describes, with ``in_channels`` inputs, as the one this norm follows."""
@@ -228,12 +227,12 @@ class PracticalGroupNorm(GroupNorm):
         64
     """
 
-    num_groups: Optional[int]
+    num_groups: int | None
 
     def __init__(
         self,
         num_channels: int,
-        in_channels: Optional[int] = None,
+        in_channels: int | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         device=None,

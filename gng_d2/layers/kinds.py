@@ -1,6 +1,6 @@
 """What a norm is, what a weight layer is, and what made a tensor."""
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,9 +17,9 @@ class Producer(NamedTuple):
     """What made a tensor: a weight layer, or an op that is none and has no sizes."""
 
     op: str
-    n_in: Optional[int] = None
-    n_out: Optional[int] = None
-    layer: Optional[nn.Module] = None  # the module that called the op, where the model was run
+    n_in: int | None = None
+    n_out: int | None = None
+    layer: nn.Module | None = None  # the module that called the op, where the model was run
     weight: Any = None  # autograd's node from which the weight comes, in training; None where it has no gradient
 
     @property
@@ -37,7 +37,7 @@ class Producer(NamedTuple):
 _SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
-def num_channels(module: nn.Module) -> Optional[int]:
+def num_channels(module: nn.Module) -> int | None:
     """Channels of a normalization layer (PyTorch's and Detectron2's); None for any other module."""
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
@@ -50,12 +50,12 @@ def num_channels(module: nn.Module) -> Optional[int]:
     return None
 
 
-def layer_shape(module: nn.Module) -> Optional[Tuple[int, int]]:
+def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of a weight layer (convolution, transposed, deformable, linear); None for others."""
     return layer_sizes(module) if isinstance(getattr(module, "weight", None), Tensor) else None
 
 
-def layer_sizes(module: nn.Module) -> Optional[Tuple[int, int]]:
+def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of what has such attributes, also of a layer under construction, which has no weight yet."""
     for names in _SIZES:
         n_in, n_out = (getattr(module, name, None) for name in names)
@@ -69,7 +69,7 @@ def describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__}({', '.join(map(str, layer_sizes(layer)))})"
 
 
-def num_groups(norm: nn.Module) -> Optional[int]:
+def num_groups(norm: nn.Module) -> int | None:
     """Groups of a group or layer norm; None for a norm over the batch."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups

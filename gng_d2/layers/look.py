@@ -6,7 +6,6 @@ again, or fails, where activations are checkpointed.
 
 import re
 import warnings
-from typing import Optional
 
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ _NO_LAYER_OP = re.compile(
 )
 
 
-def made_by(tensor: Tensor) -> Optional[Producer]:
+def made_by(tensor: Tensor) -> Producer | None:
     """The layer that made ``tensor``, the op that did and surely is none, or None where that cannot be seen.
 
     Examples::
@@ -88,7 +87,7 @@ def _layer(node, name):
     return Producer(name.rpartition("Backward")[0], int(n_in), int(node._input_metadata[0].shape[1]), weight=weight)
 
 
-def _parameter(node) -> Optional[nn.Parameter]:
+def _parameter(node) -> nn.Parameter | None:
     """The parameter that ``node`` leads to through views alone."""
     while node is not None and node.name().rpartition("Backward")[0] in _VIEWS:
         node = node.next_functions[0][0]

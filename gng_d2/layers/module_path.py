@@ -3,7 +3,6 @@
 import gc
 import sys
 from functools import cache
-from typing import List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 __all__ = ["live_modules", "module_path", "owner_of"]
 
 
-def module_path(module: nn.Module, modules: Optional[List[nn.Module]] = None) -> str:
+def module_path(module: nn.Module, modules: list[nn.Module] | None = None) -> str:
     """The dotted name of ``module`` below the outermost of ``modules`` that holds it; its class where none does.
 
     Args:
@@ -35,7 +34,7 @@ def _module_path(module, modules):
     return ".".join(names) or type(module).__name__
 
 
-def owner_of(parameter: Tensor, modules: List[nn.Module]) -> Optional[nn.Module]:
+def owner_of(parameter: Tensor, modules: list[nn.Module]) -> nn.Module | None:
     """The one of ``modules`` that has ``parameter``; None where none has."""
     for module in modules:
         if any(p is parameter for p in module.__dict__.get("_parameters", {}).values()):
@@ -43,6 +42,6 @@ def owner_of(parameter: Tensor, modules: List[nn.Module]) -> Optional[nn.Module]
     return None
 
 
-def live_modules() -> List[nn.Module]:
+def live_modules() -> list[nn.Module]:
     is_module = cache(lambda kind: issubclass(kind, nn.Module))
     return [thing for thing in gc.get_objects() if is_module(type(thing))]

@@ -3,8 +3,8 @@
 import difflib
 import re
 import types
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Callable, Optional, Sequence
 
 from torch import nn
 
@@ -24,7 +24,7 @@ KNOWN_NORMS = (*OURS, "LN", "BN", "FrozenBN", "SyncBN")
 _THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
 
 
-def norm_from_name(name: str) -> Optional[Callable]:
+def norm_from_name(name: str) -> Callable | None:
     """What makes the norm ``name`` from a channel number; None where ``name`` is none of ours.
 
     ============  =================================================================

@@ -2,9 +2,10 @@
 
 import random
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ __all__ = ["find_producers"]
 
 def find_producers(
     model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any
-) -> Dict[nn.Module, List[Optional[Producer]]]:
+) -> dict[nn.Module, list[Producer | None]]:
     """Run ``model`` and return, for each norm that ran, what made its input, call by call; None: it cannot be seen.
 
     The model runs in eval mode and without gradients, and afterwards is what it was: its modes, its buffers, and the
@@ -100,11 +101,11 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model, norms):
         super().__init__()
-        self.found: Dict[nn.Module, List[Optional[Producer]]] = {}
+        self.found: dict[nn.Module, list[Producer | None]] = {}
         self._model, self._norms = model, norms
-        self._made: Dict[int, Tuple[StorageWeakRef, int, int, Producer]] = {}
-        self._running: List[nn.Module] = []
-        self._hooks: List[Any] = []
+        self._made: dict[int, tuple[StorageWeakRef, int, int, Producer]] = {}
+        self._running: list[nn.Module] = []
+        self._hooks: list[Any] = []
 
     def __enter__(self):
         for module in self._model.modules():
@@ -171,7 +172,7 @@ class _Watch(TorchFunctionMode):
             return a if is_aside(b) else b if is_aside(a) else None
         return None
 
-    def _maker(self, tensor, changes=0) -> Optional[Producer]:
+    def _maker(self, tensor, changes=0) -> Producer | None:
         """What made ``tensor``, before the last ``changes`` in place."""
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             return None

@@ -11,7 +11,7 @@ distributed checkpoint, it is the record of the model itself, which then fits wh
 
 import logging
 import sys
-from typing import Dict, Iterator, Mapping, Optional, Tuple
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -19,7 +19,7 @@ __all__ = ["norm_record", "write_record", "take_record", "records_of", "put_reco
 
 _KEY = "gng_d2"
 
-Record = Dict[str, object]
+Record = dict[str, object]
 
 
 def norm_record(norm: nn.Module) -> Record:
@@ -48,7 +48,7 @@ def put_records(state_dict: Mapping, records: Mapping[str, Record]) -> None:
         state_dict._metadata[name] = {**state_dict._metadata.get(name, {}), _KEY: record}
 
 
-def records_of(state_dict: Mapping) -> Dict[str, Record]:
+def records_of(state_dict: Mapping) -> dict[str, Record]:
     """The records in a state_dict by the norms' names, without those that nobody could have written."""
     metadata = getattr(state_dict, "_metadata", None)
     if not isinstance(metadata, Mapping):
@@ -60,7 +60,7 @@ def records_of(state_dict: Mapping) -> Dict[str, Record]:
 def _valid(record):
     if not isinstance(record, Mapping) or not {"num_groups", "weight_standardized"} <= set(record):
         return None
-    sizes = all(n is None or type(n) is int and n > 0 for n in (record["num_groups"], record.get("in_channels")))
+    sizes = all(n is None or (type(n) is int and n > 0) for n in (record["num_groups"], record.get("in_channels")))
     standardized = record["weight_standardized"]
     return record if sizes and (type(standardized) is bool or str(standardized) == "folded") else None
 
@@ -78,7 +78,7 @@ def take_record(norm: nn.Module, prefix: str, local_metadata: Mapping) -> None:
         _log_differences(model, state_dict)
 
 
-def _load_in_progress() -> Tuple[Optional[nn.Module], Optional[Mapping]]:
+def _load_in_progress() -> tuple[nn.Module | None, Mapping | None]:
     """The model and the state_dict of the ``load_state_dict`` that calls this.
 
     PyTorch tells a module that is loaded neither, nor when the load is over. Without its frame there would be a
@@ -90,7 +90,7 @@ def _load_in_progress() -> Tuple[Optional[nn.Module], Optional[Mapping]]:
     return (None, None) if frame is None else (frame.f_locals["self"], frame.f_locals["state_dict"])
 
 
-def _our_norms(model) -> Iterator[Tuple[str, nn.Module]]:
+def _our_norms(model) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "norm_name"))
 
 
@@ -125,7 +125,7 @@ def fits(recorded: Record, here: Record) -> bool:
     return recorded["num_groups"] == here["num_groups"] and standardized[0] == standardized[1]
 
 
-def describe_record(record: Optional[Record]) -> str:
+def describe_record(record: Record | None) -> str:
     """For instance "8 groups and WS"; None: "no norm"."""
     if record is None:
         return "no norm"

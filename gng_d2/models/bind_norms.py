@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import contextmanager
-from typing import Any, List
+from typing import Any
 
 from torch import nn
 
@@ -74,7 +74,7 @@ def runnable(norms):
             norm.num_groups, norm.weight_layer = num_groups, None
 
 
-def _layers(norm, name, producers) -> List[Producer]:
+def _layers(norm, name, producers) -> list[Producer]:
     """The weight layers that made the inputs of ``norm``, all with as many input channels."""
     layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
     others = [made.op for made in producers if made.n_out != norm.num_channels]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,8 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
     places = _find(model, example_inputs)
-    changes: List[_Change] = []
-    left: Dict[str, str] = {}
+    changes: list[_Change] = []
+    left: dict[str, str] = {}
     already = 0
     for name, old in model.named_modules():
         if not _is_norm(old) or name.startswith(tuple(f"{other}." for other in left)):
@@ -130,11 +130,11 @@ class _Found:
     """What is known of a norm's place in the model."""
 
     # the weight layers that feed it, alike in their sizes; empty: no single one does; None: not known
-    producers: Optional[List[Producer]] = None
-    shapes: List[tuple] = field(default_factory=list)  # of its inputs, where the model was run
+    producers: list[Producer] | None = None
+    shapes: list[tuple] = field(default_factory=list)  # of its inputs, where the model was run
 
 
-def _find(model: nn.Module, example_inputs: Any) -> Dict[nn.Module, _Found]:
+def _find(model: nn.Module, example_inputs: Any) -> dict[nn.Module, _Found]:
     """What feeds each norm: seen by running the model, else by the order of registration or the norm's record."""
     found = {}
     registered = defaultdict(list)
@@ -190,7 +190,7 @@ def _is_it_already(old, norm, found):
     """Whether ``old`` is the norm of that name and bound; not by the order of registration, if its layer was seen."""
     if not isinstance(old, GroupNorm) or norm_name(old) != norm or old.in_channels is None:
         return False
-    seen = found.shapes and old.weight_layer is not None and found.producers or []
+    seen = (found.shapes and old.weight_layer is not None and found.producers) or []
     return all(producer.n_in == old.in_channels for producer in seen)
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
-from typing import List, Optional
 
 from tabulate import tabulate
 from torch import nn
@@ -22,16 +21,16 @@ class NormRow:
 
     name: str  # its path in the model
     norm: str  # by which a config asks for it, such as "PGN+WS"; its class where it has no such name
-    layer: Optional[str]  # path of its weight layer, or what the norm knows of it: "Conv2d(256, 64)"
-    n_in: Optional[int]  # input channels of that layer; the norm's own width where no single layer feeds it
-    n_out: Optional[int]  # output channels of that layer
-    num_groups: Optional[int]
-    ideal_num_groups: Optional[float]  # Eq. 32
-    isometry_ratio: Optional[float]  # K, Eq. 31: of the variance of the gradient before the block to that after it
+    layer: str | None  # path of its weight layer, or what the norm knows of it: "Conv2d(256, 64)"
+    n_in: int | None  # input channels of that layer; the norm's own width where no single layer feeds it
+    n_out: int | None  # output channels of that layer
+    num_groups: int | None
+    ideal_num_groups: float | None  # Eq. 32
+    isometry_ratio: float | None  # K, Eq. 31: of the variance of the gradient before the block to that after it
     weight_standardized: bool
 
 
-class NormTable(List[NormRow]):
+class NormTable(list[NormRow]):
     """Rows of :func:`norm_table`. It prints as a table."""
 
     _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
@@ -92,7 +91,7 @@ def norm_summary(model: nn.Module) -> str:
     return f"{len(rows)} norms: {'; '.join(parts) or 'none'}"
 
 
-def num_groups(norm: nn.Module) -> Optional[int]:
+def num_groups(norm: nn.Module) -> int | None:
     """Groups of a group or layer norm; None for a norm over the batch."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups

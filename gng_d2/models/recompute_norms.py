@@ -2,9 +2,9 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     return model
 
 
-def recomputed_modules(model: nn.Module) -> List[str]:
+def recomputed_modules(model: nn.Module) -> list[str]:
     """The names of the modules of ``model`` that :func:`recompute_norms` took."""
     return [name for name, module in model.named_modules() if isinstance(module, _Recomputed)]
 
@@ -101,7 +101,7 @@ def recomputed_modules(model: nn.Module) -> List[str]:
 # Which modules
 
 
-def _chains(module: nn.Module, name: str = "") -> Iterator[Tuple[str, nn.Module]]:
+def _chains(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of the outermost modules that run all of their norms themselves.
 
     Larger ones (a stage, a backbone) would compute all of their blocks again at once.

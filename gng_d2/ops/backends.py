@@ -2,7 +2,6 @@
 
 import os
 from importlib.util import find_spec
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +92,7 @@ def is_transformed() -> bool:
     )
 
 
-def is_plain(*tensors: Optional[Tensor]) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may read these without PyTorch's dispatcher.
 
     It may not where a mode watches ops, or a tensor is of a subclass, lazily negated, or without memory.

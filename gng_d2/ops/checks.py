@@ -3,7 +3,7 @@
 Anyone may call an op by itself, and a traced graph may run on other inputs than it was traced with.
 """
 
-from typing import Iterable, Optional, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["check_readable", "check_shape", "memory_format"]
 
 
-def check_shape(name: str, tensor: Optional[Tensor], shape: Sequence[int], device: torch.device) -> None:
+def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
     """Raise RuntimeError where ``tensor`` is missing, has another shape, or lies on another device."""
     if tensor is None:  # an op called with None for a tensor gets it
         raise RuntimeError(f"{name} is missing")
@@ -22,7 +22,7 @@ def check_shape(name: str, tensor: Optional[Tensor], shape: Sequence[int], devic
         )
 
 
-def check_readable(tensors: Iterable[Optional[Tensor]], dtypes: Sequence[torch.dtype]) -> None:
+def check_readable(tensors: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> None:
     """Raise RuntimeError for a tensor of another type than ``dtypes``, or without memory (empty, or freed)."""
     for t in tensors:
         if t is not None and (t.dtype not in dtypes or not t.data_ptr()):

@@ -5,8 +5,8 @@ It is compiled when the package is installed. Where there was no compiler, PyTor
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Optional, Sequence, Union
 
 import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads where both are GNU's
 from torch import Tensor
@@ -45,7 +45,7 @@ def is_compiled() -> bool:
     return bool(_FUNCTIONS)
 
 
-def call(name: str, tensors: Sequence[Optional[Tensor]], *numbers: Union[int, float]) -> None:
+def call(name: str, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
     """Run the function ``name`` of ``cpu_kernels.c`` in PyTorch's threads.
 
     It reads and writes the memory of ``tensors`` as its C declaration says, and cannot check them: the caller gives

@@ -1,7 +1,6 @@
 """Group norm as fast as the hardware allows for any number of groups."""
 
 from functools import partial
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ __all__ = ["group_norm"]
 
 
 def group_norm(
-    input: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None, eps: float = 1e-5
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """:func:`torch.nn.functional.group_norm` with no hardware left idle where ``num_groups`` is small.
 

@@ -4,7 +4,6 @@ PyTorch's own gives each (image, group) to one thread, and leaves others idle.
 """
 
 import math
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _PIECE = 4096  # elements that the first cache holds
 
 
-def is_faster(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether this is faster than PyTorch's op, as measured with 1 and 2 threads. Only sizes matter here."""
     if torch.compiler.is_compiling():  # the compiler fuses PyTorch's op
         return False
@@ -37,7 +36,7 @@ def is_faster(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias:
     return share_of_busy_threads <= 0.75 or threads * _MIN_SHARE <= elements <= _MAX_CACHED
 
 
-def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+def supports(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether these are contiguous float32 tensors on the CPU, of shapes that group norm takes."""
     if not (
         type(x) is Tensor  # a subclass may have no memory
@@ -63,8 +62,8 @@ def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: 
 
 
 def forward(
-    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], num_groups: int, eps: float
-) -> Tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output, contiguous whatever the layout of ``x``, the mean and 1 / std.
 
     Shape:
@@ -85,8 +84,8 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Optional[Tensor], num_groups: int
-) -> Tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (contiguous), weight and bias.
 
     Shape:

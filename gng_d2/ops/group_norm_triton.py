@@ -8,8 +8,6 @@ Three passes over the data forward (moments, read, write), five backward. Everyt
 Tensors are contiguous or channels-last and keep their layout.
 """
 
-from typing import Optional, Tuple
-
 import torch
 import triton
 from torch import Tensor
@@ -36,7 +34,7 @@ _MERGED = 1024, 16384  # partial results that a program merges at a time: few, m
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def is_faster(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether this is faster on CUDA than PyTorch's op, which copies some inputs and fills the GPU only with groups."""
     if not x.is_cuda or x.dim() < 2:
         return False
@@ -55,7 +53,7 @@ def _keeps_dtype(x, weight, bias):
     return wide or torch.is_autocast_enabled("cuda")
 
 
-def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> bool:
+def supports(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether these are CUDA tensors of types and shapes that this takes, and Triton works.
 
     Parameters have the type of the input, or are float32 beside a float16 or bfloat16 input.
@@ -73,8 +71,8 @@ def supports(x: Tensor, num_groups: int, weight: Optional[Tensor] = None, bias: 
 
 
 def forward(
-    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], num_groups: int, eps: float
-) -> Tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output in the type and layout of ``x``, mean and 1 / std in float32.
 
     Shape:
@@ -101,8 +99,8 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Optional[Tensor], num_groups: int
-) -> Tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (in its type and layout), weight and bias (both in float32).
 
     Shape:

@@ -115,7 +115,7 @@ def normalize_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, positions, stride_c, stride_s,
     num_groups, num_chunks, chunk, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    n, c, k, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
+    n, c, _, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
     group = n * num_groups + c // (channels // num_groups)
     mean = tl.load(mean_ptr + group, mask=c < channels, other=0.0)
     scale = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)
@@ -192,7 +192,7 @@ def input_gradient_kernel(
     num_groups, num_chunks, chunk, all_groups, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The gradient less its mean and its part along z, within each group (Eqs. 14 to 18)."""
-    n, c, k, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
+    n, c, _, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
     group = n * num_groups + c // (channels // num_groups)
     mean = tl.load(mean_ptr + group, mask=c < channels, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)

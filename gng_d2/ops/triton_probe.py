@@ -1,7 +1,7 @@
 """Whether Triton can launch a kernel here, which is known once it launched one."""
 
 import warnings
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -27,7 +27,7 @@ def triton_works(device_index: int) -> bool:
 triton_works._dynamo_marked_constant = True
 
 
-@lru_cache(maxsize=None)
+@cache
 def _try_triton(device_index):
     """Triton needs a C compiler when it first launches, which a slim container may not have."""
     try:

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-from typing import Dict, List, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import numpy as np
 import pycocotools.mask
@@ -20,7 +20,7 @@ from .settings import PredictionSettings
 __all__ = ["CocoResults", "class_metadata", "image_ids"]
 
 
-def class_metadata(settings: PredictionSettings, with_records: bool) -> Tuple[Metadata, List[Dict]]:
+def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Metadata, list[dict]]:
     """The classes of the dataset to test on, and its records, if they are asked for and its files are there.
 
     Without a dataset classes are called by their numbers.
@@ -66,7 +66,7 @@ def _numbered(num_classes):
     )
 
 
-def image_ids(paths: Sequence[str], records: Sequence[Dict]) -> List[Union[int, str]]:
+def image_ids(paths: Sequence[str], records: Sequence[dict]) -> list[int | str]:
     """An id for each image: that of the dataset's ``records`` where the path, or the file name alone, is the same;
     else a number that no record has."""
     by_path = {os.path.realpath(record["file_name"]): record.get("image_id") for record in records}
@@ -101,7 +101,7 @@ class CocoResults:
         self._things = _dataset_ids(metadata, "thing")
         self._stuff = _dataset_ids(metadata, "stuff")
 
-    def add(self, image_id: Union[int, str], name: str, picture: str, output: Dict) -> None:
+    def add(self, image_id: int | str, name: str, picture: str, output: dict) -> None:
         """Take the output for an image, which is listed as ``name``; its panoptic PNG file is called ``picture``."""
         if "panoptic_seg" in output:
             self.panoptic.append(self._add_panoptic(image_id, picture, *output["panoptic_seg"]))
@@ -152,7 +152,7 @@ class CocoResults:
         ]
         return {"image_id": image_id, "file_name": picture, "segments_info": segments_info}
 
-    def write(self) -> List[str]:
+    def write(self) -> list[str]:
         """Write the files, with what has been added so far, and return their names."""
         base = self.path.removesuffix(".json")
         listing = {"info": {}, "images": self.images, "annotations": [], "categories": self._categories()}
@@ -174,7 +174,7 @@ class CocoResults:
         return list(listed.values())
 
 
-def _dataset_ids(metadata, kind) -> Dict[int, int]:
+def _dataset_ids(metadata, kind) -> dict[int, int]:
     """From the model's class numbers to category ids, for ``kind`` thing or stuff."""
     ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id")
     if ids is None:

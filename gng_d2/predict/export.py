@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
-from typing import Dict, List, Sequence
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def backbone_input(model: nn.Module, image: Tensor) -> Tensor:
     return ImageList.from_tensors([normalized], model.backbone.size_divisibility).tensor
 
 
-def output_names(adapter: TracingAdapter) -> List[str]:
+def output_names(adapter: TracingAdapter) -> list[str]:
     return adapter.outputs_schema.keys
 
 
@@ -206,7 +206,7 @@ np.savez(outputs, **{f"{i} {j}": x for i, result in enumerate(results) for j, x 
 """
 
 
-def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> List[List[Tensor]]:
+def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
     """The outputs of the exported file ``path`` for each example, from a process that can import neither gng_d2 nor
     Detectron2.
 
@@ -222,13 +222,13 @@ def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> List[Lis
             last = done.stderr.strip().splitlines()[-1:]
             raise InputError(f"the exported file does not run without gng_d2 and Detectron2: {' '.join(last)}")
         arrays = np.load(outputs)
-        results: List[List[Tensor]] = [[] for _ in examples]
+        results: list[list[Tensor]] = [[] for _ in examples]
         for key in sorted(arrays.files, key=lambda key: [int(i) for i in key.split()]):
             results[int(key.split()[0])].append(torch.as_tensor(arrays[key]))
         return results
 
 
-def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], results: Sequence[List[Tensor]]) -> float:
+def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], results: Sequence[list[Tensor]]) -> float:
     """By how much the ``results`` of an exported file differ from what the model says, at most, as a part of the
     largest value of each output. Detections may come in another order.
 
@@ -259,7 +259,7 @@ def _difference(expected, found):
     return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def _in_the_order_of(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def _in_the_order_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detections of nearly the same score may have changed places."""
     if "pred_boxes" not in expected or not len(expected["pred_boxes"]):
         return found

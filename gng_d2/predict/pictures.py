@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def _draw_truth(image, record, metadata):
     return visualizer.draw_panoptic_seg(*truth).get_image()
 
 
-def _panoptic_truth(record, metadata) -> Optional[tuple]:
+def _panoptic_truth(record, metadata) -> tuple | None:
     """(segment ids, segments info) with contiguous categories; None for a dataset that is not panoptic."""
     if metadata.get("panoptic_json") is None:
         return None

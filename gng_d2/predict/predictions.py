@@ -2,7 +2,8 @@
 
 import glob
 import os
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ class Prediction(NamedTuple):
     """What a model says on an image file; ``error`` says why it does not, and the rest is None."""
 
     path: str
-    image: Optional[np.ndarray] = None  # (H, W, 3), RGB
-    output: Optional[Dict] = None  # as Detectron2's models return it, in the image's own size
-    error: Optional[str] = None
+    image: np.ndarray | None = None  # (H, W, 3), RGB
+    output: dict | None = None  # as Detectron2's models return it, in the image's own size
+    error: str | None = None
 
 
 def load_model(model: nn.Module, weights: str) -> nn.Module:
@@ -56,7 +57,7 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
                 setattr(module, name, threshold)
 
 
-def find_images(inputs: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
+def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The files that a user's list of files, folders and patterns means, each once.
 
     Of a folder it takes all files but hidden ones, whatever they are called: only reading tells what is an image.
@@ -80,7 +81,7 @@ def find_images(inputs: Sequence[str]) -> Tuple[List[str], Dict[str, str]]:
     return list(files.values()), without
 
 
-def output_names(paths: Sequence[str]) -> Dict[str, Tuple[str, str]]:
+def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     """For each image a name of its own and that of its picture, for instance ("a.jpg", "a.png").
 
     Images of one name in several folders keep their subfolders; images that differ in their ending alone keep it.
@@ -96,7 +97,7 @@ def output_names(paths: Sequence[str]) -> Dict[str, Tuple[str, str]]:
     return {path: (name, f"{stem}.png") for path, name, stem in zip(paths, names, stems)}
 
 
-def model_input(settings: PredictionSettings, image: np.ndarray) -> Dict:
+def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
     """What Detectron2's models take, of an image in the config's format: resized as in its evaluation."""
     augmented = T.AugInput(image)
     T.AugmentationList(settings.augmentations)(augmented)
@@ -113,7 +114,7 @@ def predict(
     A batch holds images of one size only: next to a larger one an image is padded, and a norm that computes its
     statistics over the padding too would give another output. So images may come in another order than ``paths``.
     """
-    waiting: Dict[Tuple[int, ...], List] = {}
+    waiting: dict[tuple[int, ...], list] = {}
     for path in paths:
         try:
             image = read_image(path, settings.image_format)

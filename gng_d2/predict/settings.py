@@ -1,6 +1,6 @@
 """How a config, YAML or lazy, says that images are read, and what its model's classes are."""
 
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
@@ -24,11 +24,11 @@ _NUM_CLASSES = {
 class PredictionSettings(NamedTuple):
     """How a config says that images are read and what its model's classes are."""
 
-    dataset: Optional[str]  # the first to test on, whose metadata names the classes
+    dataset: str | None  # the first to test on, whose metadata names the classes
     dataset_key: str  # where the config says so
-    num_classes: Dict[str, int]  # of the model: "thing_classes" and "stuff_classes"
+    num_classes: dict[str, int]  # of the model: "thing_classes" and "stuff_classes"
     image_format: str  # of PIL, or BGR
-    augmentations: List[T.Augmentation]  # of an image to test on, which resize it
+    augmentations: list[T.Augmentation]  # of an image to test on, which resize it
 
 
 def prediction_settings(cfg: Config) -> PredictionSettings:

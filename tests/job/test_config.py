@@ -26,7 +26,7 @@ def test_table_5_is_detectron2s_panoptic_fpn_but_for_the_norm(name, norm):
     theirs = model_zoo.get_config("COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml")
     theirs.MODEL.DEVICE = "cpu"
     ours = load_config(f"configs/pfpn_{name}.yaml")
-    assert ours.MODEL.SEM_SEG_HEAD.NORM == norm
+    assert norm == ours.MODEL.SEM_SEG_HEAD.NORM
     expected = {"OUTPUT_DIR"} if norm == "GN" else {"OUTPUT_DIR", "MODEL.SEM_SEG_HEAD.NORM"}
     assert set(differences(ours, theirs)) == expected
 
@@ -104,7 +104,7 @@ def test_the_tag_of_detectron2s_model_zoo_is_read(tmp_path):
     assert len(sizes) == 5 and sizes[0][0] == 32 and sizes[0][1] == pytest.approx(32 * 2 ** (1 / 3))
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"_BASE_: {model_zoo.get_config_file('COCO-Detection/retinanet_R_50_FPN_1x.yaml')}\nSEED: 3")
-    assert load_config(str(mine)).MODEL.ANCHOR_GENERATOR.SIZES == sizes
+    assert sizes == load_config(str(mine)).MODEL.ANCHOR_GENERATOR.SIZES
     copied = tmp_path / "copied.yaml"
     copied.write_text(open(model_zoo.get_config_file("Base-RetinaNet.yaml")).read())
     with pytest.raises(InputError, match="copied.yaml has the Python tag !!python/object/apply:eval"):

@@ -469,7 +469,7 @@ class Tree(nn.Module):
         for name in self.steps:
             step = getattr(self, name)
             x = step(x)
-            x = x if "norm" in name or f"norm{name[-1]}" in self.steps and "conv" in name else F.relu(x)
+            x = x if "norm" in name or (f"norm{name[-1]}" in self.steps and "conv" in name) else F.relu(x)
         return F.relu(x)
 
 

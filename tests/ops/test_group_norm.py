@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu, triton_probe  # noqa: E402
+from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu, triton_probe
 
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function

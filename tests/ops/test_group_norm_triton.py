@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from gng_d2.ops import group_norm_triton  # noqa: E402
+from gng_d2.ops import group_norm_triton
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu, KERNELS]
 

@@ -247,7 +247,7 @@ def test_the_threshold_is_the_models_too(config, keys):
 
 def test_a_semantic_model_gives_a_mask_for_each_class(run, weights, shapes, tmp_path):
     path = validation(shapes)[3]
-    status, _, results = run(path, opts=SEMANTIC)
+    status, _, _ = run(path, opts=SEMANTIC)
     assert status is None and not (tmp_path / "r_panoptic.json").exists()
     classes = predictor(weights, SEMANTIC)(bgr(path))["sem_seg"].argmax(dim=0).numpy()
     contiguous = MetadataCatalog.get("gng_shapes_val_stuffonly").stuff_dataset_id_to_contiguous_id

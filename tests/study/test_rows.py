@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from typing import List, Optional
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Row(Run):
-    errors: List[float]
-    paper: Optional[float]
+    errors: list[float]
+    paper: float | None
     machine: str = ""
 
 

@@ -71,7 +71,7 @@ def test_convolution_lies_far_below_the_paper_for_small_groups():
     block = UnitBlock(64, 32, 32, 3, 8)
     assert paper_ratios(block)["D"] == 2.5
     value, error = measured(block, 40, 8)["D"]
-    assert 0.5 < value - DEVIATIONS * error and value + DEVIATIONS * error < 0.5 / (1 - 1 / math.pi)
+    assert value - DEVIATIONS * error > 0.5 and value + DEVIATIONS * error < 0.5 / (1 - 1 / math.pi)
 
 
 def test_formulas():

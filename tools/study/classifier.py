@@ -19,8 +19,8 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, List, Optional
 
 import numpy as np
 import torch
@@ -91,10 +91,10 @@ class ImageSet:
 
     train: Dataset
     test: Dataset
-    classes: List[str]
+    classes: list[str]
 
 
-def load_images(dataset: str, root: str, num_classes: Optional[int] = None) -> ImageSet:
+def load_images(dataset: str, root: str, num_classes: int | None = None) -> ImageSet:
     """Oxford-IIIT Pet, downloaded to ``root`` if it is not there, or else the folders of classes in ``root``.
 
     Args:
@@ -187,7 +187,7 @@ def train(
     workers: int = 0,
     on_step: Callable = lambda done: None,
     until: float = math.inf,
-) -> Optional[float]:
+) -> float | None:
     """Train one classifier and return its test error in %, or None where the time was over first.
 
     The initial weights, the order of the images and their augmentation follow from the seed and the step alone,
@@ -280,8 +280,8 @@ def _test_error(model, batches):
 
 
 def train_all(
-    runs: List[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int, until: float = math.inf
-) -> List[ClassifierRow]:
+    runs: list[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int, until: float = math.inf
+) -> list[ClassifierRow]:
     """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are trained.
 
     Args:
@@ -307,7 +307,7 @@ def train_all(
     return [row for row in rows if row is not None]
 
 
-def table(rows: List[ClassifierRow], all_classes: bool = True) -> str:
+def table(rows: list[ClassifierRow], all_classes: bool = True) -> str:
     """A line for each norm, with the paper's error beside it unless the classes are a part of the paper's."""
     first = rows[0]
     paper = TABLE_4.get((first.dataset, first.depth), {}) if all_classes else {}

@@ -11,9 +11,10 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import yaml
 from detectron2.config import CfgNode
@@ -45,8 +46,8 @@ class RunState:
     # as its folder says: "finished", "failed" or "not finished"; as a cluster says: also "queued", "running", or "left"
     # to another process
     status: str
-    reason: Optional[str] = None  # of a failure, or what a run waits for
-    machine: Optional[str] = None
+    reason: str | None = None  # of a failure, or what a run waits for
+    machine: str | None = None
 
     def __str__(self):
         return self.status + f": {self.reason}" * bool(self.reason)
@@ -106,7 +107,7 @@ class Comparison:
         norms: Sequence[str],
         seeds: Sequence[int],
         output: str,
-        keys: Optional[Sequence[str]] = None,
+        keys: Sequence[str] | None = None,
         overrides: Sequence[str] = (),
         *,
         imports: Sequence[str] = (),
@@ -134,7 +135,7 @@ class Comparison:
         self.standardized = {key for key in self.keys if known[key].endswith(WS)}
 
     @cached_property
-    def runs(self) -> List[Run]:
+    def runs(self) -> list[Run]:
         """Seed by seed, so that what has run at any time can be compared."""
         return [
             Run(norm, seed, os.path.join(self.output, norm_in_path(norm), f"seed_{seed}"))
@@ -142,14 +143,14 @@ class Comparison:
             for norm in self.norms
         ]
 
-    def norm_overrides(self, norm: str) -> List[str]:
+    def norm_overrides(self, norm: str) -> list[str]:
         pairs = [(key, norm + WS if key in self.standardized and not norm.endswith(WS) else norm) for key in self.keys]
         return [word for pair in pairs for word in pair]
 
-    def run_overrides(self, run: Run) -> List[str]:
+    def run_overrides(self, run: Run) -> list[str]:
         return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
 
-    def command(self, run: Run, machine_rank: int = 0, dist_url: str = "auto") -> List[str]:
+    def command(self, run: Run, machine_rank: int = 0, dist_url: str = "auto") -> list[str]:
         """What trains ``run`` on one of its machines, from its last checkpoint on."""
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
@@ -190,7 +191,7 @@ class Comparison:
         """The first norm's config, scaled to the number of processes as Detectron2 does it."""
         return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
 
-    def channels_per_group(self, norm: str) -> Dict[int, int]:
+    def channels_per_group(self, norm: str) -> dict[int, int]:
         """In how many of the layers under test a group has how many channels: what ``norm`` makes of their widths."""
 
         def norms(name):
@@ -205,7 +206,7 @@ class Comparison:
     def machine(self) -> str:
         return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
 
-    def settings(self) -> Dict:
+    def settings(self) -> dict:
         cfg = self.cfg.clone()
         cfg.merge_from_list(self.norm_overrides("<norm>"))
         cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
@@ -247,7 +248,7 @@ class Comparison:
             )
 
 
-def default_norm_keys(cfg: CfgNode) -> List[str]:
+def default_norm_keys(cfg: CfgNode) -> list[str]:
     """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` depends on.
 
     Raises:

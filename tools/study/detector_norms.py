@@ -1,20 +1,18 @@
 """The inputs of the norms of R-50-FPN detectors, by arithmetic: needs neither Detectron2 nor a model."""
 
-from typing import List, Tuple
-
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
 __all__ = ["NormInput", "detector_norms"]
 
-NormInput = Tuple[Tuple[int, ...], int]  # shape, num_groups
+NormInput = tuple[tuple[int, ...], int]  # shape, num_groups
 
 _STAGES = ((4, 64, 256, 3), (8, 128, 512, 4), (16, 256, 1024, 6), (32, 512, 2048, 3))  # stride, inner, outer, blocks
 _FPN, _SEMANTIC = 256, 128  # channels
 _PROPOSALS, _POOLED = 512, 7  # of the box head: for each image in training, and their height and width
 
 
-def detector_norms(images: int, height: int, width: int) -> List[NormInput]:
+def detector_norms(images: int, height: int, width: int) -> list[NormInput]:
     """The shape of the input and the groups under PGN of each distinct norm of a detector, in its order.
 
     Backbone, FPN and box head of Faster R-CNN R-50-FPN GN+WS, then Panoptic FPN's semantic head, in training.

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import List, Optional
 
 import torch
 
@@ -20,16 +19,16 @@ class Goal:
     """A goal, and what a run says about it."""
 
     goal: str
-    reached: Optional[str]  # None: not measured
-    met: Optional[bool] = None  # None of what is only reported
+    reached: str | None  # None: not measured
+    met: bool | None = None  # None of what is only reported
 
 
-def norm_goals(rows: List[NormCostRow]) -> List[Goal]:
+def norm_goals(rows: list[NormCostRow]) -> list[Goal]:
     """Those of the norms alone, from the rows of one run of norm-cost."""
     return [no_slower_than_gn32(rows), five_times_at_one_group(rows), share_of_copy_bandwidth(rows)]
 
 
-def step_goals(rows: List) -> List[Goal]:
+def step_goals(rows: list) -> list[Goal]:
     """Those of training steps, from the rows of one run of step-cost."""
     return [
         no_slower_step(rows, "PGN+WS"),
@@ -40,7 +39,7 @@ def step_goals(rows: List) -> List[Goal]:
     ]
 
 
-def no_slower_than_gn32(rows: List[NormCostRow]) -> Goal:
+def no_slower_than_gn32(rows: list[NormCostRow]) -> Goal:
     """Slower is an input on which ours takes longer than PyTorch's GN-32 in three quarters of the rounds or more."""
     ours = [row for row in rows if row.implementation == "ours" and row.ratio_quartiles]
     slower = [row for row in ours if row.ratio_quartiles[0] > 1]
@@ -52,7 +51,7 @@ def no_slower_than_gn32(rows: List[NormCostRow]) -> Goal:
     return Goal(goal, reached, not slower if ours else None)
 
 
-def five_times_at_one_group(rows: List[NormCostRow]) -> Goal:
+def five_times_at_one_group(rows: list[NormCostRow]) -> Goal:
     """Stride 4 is that of the second-largest maps: only the stem's are larger."""
     maps = [row for row in rows if row.shape[0] == 2 and row.num_groups == 1 and row.direction == "forward"]
     stride_4 = math.ceil(max((row.shape[2] for row in maps), default=0) / 2)
@@ -70,7 +69,7 @@ def five_times_at_one_group(rows: List[NormCostRow]) -> Goal:
     return Goal(goal, f"{least:.1f} times at least, of {len(times)} ({_named(row)})", least >= 5)
 
 
-def share_of_copy_bandwidth(rows: List[NormCostRow]) -> Goal:
+def share_of_copy_bandwidth(rows: list[NormCostRow]) -> Goal:
     """A row's own fraction counts 8 passes, or 6 where the tensor fits into L2."""
     large = [
         row
@@ -85,7 +84,7 @@ def share_of_copy_bandwidth(rows: List[NormCostRow]) -> Goal:
     return Goal(goal, f"{share:.0%} at least, of {len(large)} ({_named(least)})", share >= 0.75)
 
 
-def no_slower_step(rows: List, norm: str) -> Goal:
+def no_slower_step(rows: list, norm: str) -> Goal:
     """Slower is a step that takes longer than that with PyTorch's ops in three quarters of the rounds or more."""
     pytorch = "GN+WS" if norm.endswith("+WS") else "GN"
     goal = f"a training step with {norm} no slower than with {pytorch} in PyTorch's ops"
@@ -102,13 +101,13 @@ def no_slower_step(rows: List, norm: str) -> Goal:
     return Goal(goal, text, not slower)
 
 
-def ratio_to_frozen_bn(rows: List) -> Goal:
+def ratio_to_frozen_bn(rows: list) -> Goal:
     """Both have the same heads, and the same norm in the semantic one's place; FrozenBN's FPN has none."""
     ratios = [f"{row.ratio_to_frozen_bn:.2f} ({_step(row)})" for row in rows if row.norm == "PGN+WS"]
     return Goal("a step with PGN+WS, as a ratio to FrozenBN with the same head", ", ".join(ratios) or None)
 
 
-def peak_memory(rows: List, amp: bool) -> Goal:
+def peak_memory(rows: list, amp: bool) -> Goal:
     """Of PGN to PyTorch's GN and of PGN+WS to PyTorch's GN+WS; to a thousandth, as an allocator rounds."""
     goal = f"peak memory {'under AMP lower' if amp else 'no higher'} than with PyTorch's GN, with WS and without"
     found = []
@@ -124,7 +123,7 @@ def peak_memory(rows: List, amp: bool) -> Goal:
     return Goal(goal, f"{highest:.3f} times at most, of {len(found)} ({row.norm}, {_step(row)})", met)
 
 
-def table(goals: List[Goal]) -> str:
+def table(goals: list[Goal]) -> str:
     """A line for each goal: what was reached, and yes, no, not measured, or reported, where there is no goal."""
     lines = []
     for goal in goals:

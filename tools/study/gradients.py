@@ -19,9 +19,9 @@ import copy
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import quantiles
-from typing import Callable, Dict, List, Optional
 
 import torch
 from detectron2.modeling import build_model
@@ -62,9 +62,9 @@ class BlockGradients:
 
     # Var[gradient passed to the input] / Var[gradient at the output], over all numbers of all the block's calls;
     # None where the gradient is 0 or not finite
-    ratio: Optional[float]
+    ratio: float | None
     fan_out: int  # how many operations take the block's input on its way to the loss, the block among them
-    activation: Optional[str]  # its name, for instance "relu"
+    activation: str | None  # its name, for instance "relu"
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class GradientRow:
     norm: str  # what was configured
     n_in: int
     n_out: int
-    num_groups: Optional[int]
+    num_groups: int | None
     kernel_size: int
     stride: int
     fan_out: int  # see BlockGradients
-    activation: Optional[str]
-    paper: Optional[float]  # K, None without groups
-    measured: Optional[float]  # BlockGradients.ratio
+    activation: str | None
+    paper: float | None  # K, None without groups
+    measured: float | None  # BlockGradients.ratio
     machine: str
 
     @property
@@ -98,14 +98,14 @@ class GradientRow:
 UNIT_BLOCK = "unit block as the paper has it"
 
 
-def measure_blocks(model: nn.Module, loss: Callable[[], Tensor]) -> Dict[str, BlockGradients]:
+def measure_blocks(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, BlockGradients]:
     """Measure the blocks of ``model`` in one run of ``loss``, which runs it and returns a scalar, and its backward.
 
     Returns:
         By the name of the norm its block, in the order in which they ran, where the loss depends on the block and the
         block's input takes a gradient.
     """
-    calls: Dict[str, List[_Call]] = {}
+    calls: dict[str, list[_Call]] = {}
     with _BlockTracer(model, calls), torch.enable_grad():
         total = loss()
     fan_out = _count_consumers(total)
@@ -218,7 +218,7 @@ def _count_consumers(loss):
     return consumers
 
 
-def measure(model: nn.Module, batch: List[Dict], seed: int = 0, device: str = "cpu") -> List[GradientRow]:
+def measure(model: nn.Module, batch: list[dict], seed: int = 0, device: str = "cpu") -> list[GradientRow]:
     """Measure a Detectron2 model on a training batch, as configured and with the groups of GN (32), GN1 and PGN.
 
     The weights stay the same, and norms that have no groups stay as they are. Each setup is a model of its own, whose
@@ -279,7 +279,7 @@ def _row(setup, about, layer, block, measured_on):
     )
 
 
-def table(rows: List[GradientRow]) -> str:
+def table(rows: list[GradientRow]) -> str:
     """Medians and quartiles over blocks of a kind, under each choice of groups: the blocks themselves are many."""
     lines = []
     for kind in dict.fromkeys(row.kind for row in sorted(rows, key=lambda row: row.kind != UNIT_BLOCK)):
@@ -296,7 +296,7 @@ def _quartiles(values):
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def block_table(rows: List[GradientRow]) -> str:
+def block_table(rows: list[GradientRow]) -> str:
     """A line for each block, with a column for each setup, and below what has no figure."""
     setups = list(dict.fromkeys(row.setup for row in rows))
     blocks = {}
@@ -325,7 +325,7 @@ _MARKERS = {
 }
 
 
-def plot(rows: List[GradientRow], path: str) -> None:
+def plot(rows: list[GradientRow], path: str) -> None:
     """Draw the measured ratio and the paper's K along the depth of the model, a panel for each setup with groups of
     its own."""
     names = list(dict.fromkeys(row.name for row in rows))

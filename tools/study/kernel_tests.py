@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List
 
 import pytest
 
@@ -59,7 +58,7 @@ class _Recorder:
             write_rows(self.path, self.rows)
 
 
-def table(rows: List[KernelTestRow]) -> str:
+def table(rows: list[KernelTestRow]) -> str:
     """How many passed, and a line for each of the others."""
     counts = Counter(row.outcome for row in rows)
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none ran"

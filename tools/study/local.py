@@ -3,8 +3,8 @@
 import fcntl
 import os
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Dict, List, Sequence
 
 import torch
 
@@ -47,7 +47,7 @@ class Local:
         self._waiting.extend(runs)
         self._states.update({run: RunState("queued") for run in runs})
 
-    def states(self) -> Dict[Run, RunState]:
+    def states(self) -> dict[Run, RunState]:
         """Of every run that was started. Where one has ended, the next one begins."""
         for run, (process, _, _) in list(self._running.items()):
             if process.poll() is not None:
@@ -100,7 +100,7 @@ class Local:
             self._states[run] = state
 
 
-def shares(comparison: Comparison, parallel: int) -> List[Dict[str, str]]:
+def shares(comparison: Comparison, parallel: int) -> list[dict[str, str]]:
     """The environment variables that give each of ``parallel`` runs its GPUs, or its CPU threads, of those that
     CUDA_VISIBLE_DEVICES or OMP_NUM_THREADS leave to this process. One run alone has them all.
 

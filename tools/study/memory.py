@@ -7,8 +7,8 @@ allocations that PyTorch's profiler reports. --seconds adds step times, each nor
 """
 
 import gc
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -37,8 +37,8 @@ class MemoryRow:
     norm: str
     recomputed: bool  # by recompute_norms
     images: int
-    size: List[int]  # height and width, pixels
-    overrides: List[str]  # KEY VALUE pairs
+    size: list[int]  # height and width, pixels
+    overrides: list[str]  # KEY VALUE pairs
     backbone_bytes: int  # alive after the forward pass of backbone and FPN
     backbone_ratio: float  # to FrozenBN's
     forward_bytes: int  # alive after the forward pass of the whole model
@@ -46,13 +46,13 @@ class MemoryRow:
     peak_bytes: int  # at most, in a whole step, with the optimizer
     peak_ratio: float
     peak_in: str  # forward, backward or optimizer; on a CPU also the op
-    step_milliseconds: Optional[float]  # the median; None where it was not measured
-    step_ratio: Optional[float]  # to that of the same norm not recomputed
-    most_images: Optional[int]  # that fit on the GPU; None on a CPU
-    images_per_second: Optional[float]  # with so many
+    step_milliseconds: float | None  # the median; None where it was not measured
+    step_ratio: float | None  # to that of the same norm not recomputed
+    most_images: int | None  # that fit on the GPU; None on a CPU
+    images_per_second: float | None  # with so many
     machine: str
 
-    def key(self) -> Tuple:
+    def key(self) -> tuple:
         return self.model, self.norm, self.recomputed, self.images, tuple(self.size), tuple(self.overrides)
 
 
@@ -88,7 +88,7 @@ class Job:
         images = self.model.preprocess_image(self.batch).tensor
         return allocated(lambda: self.model.backbone(images), self.device)[1]
 
-    def forward_bytes_and_peak(self) -> Tuple[int, int, str]:
+    def forward_bytes_and_peak(self) -> tuple[int, int, str]:
         """What is alive after the forward pass, what is at most in a step, and where."""
         loss, alive, peak, op = allocated(self.forward, self.device)
         forward_bytes, peaks = alive, [(peak, f"forward {op}")]
@@ -101,7 +101,7 @@ class Job:
         return forward_bytes, peak, where.strip()
 
 
-def allocated(call: Callable, device: str) -> Tuple[object, int, int, str]:
+def allocated(call: Callable, device: str) -> tuple[object, int, int, str]:
     """What ``call`` returns, the bytes it leaves allocated while that is held, those at most, and in which op.
 
     The op, the outermost of PyTorch's, is known on a CPU alone. Negative where it frees more than it allocates.
@@ -203,7 +203,7 @@ def _most_images(cfg, recomputed, height, width):
     return most, most / (time / 1e3)
 
 
-def with_step_times(rows: List[MemoryRow], device: str, seconds: float) -> Iterator[MemoryRow]:
+def with_step_times(rows: list[MemoryRow], device: str, seconds: float) -> Iterator[MemoryRow]:
     """The same rows with the times of steps; each norm's two run in turn. Rows that have theirs stay as they are."""
     pairs = {}
     for row in rows:
@@ -221,7 +221,7 @@ def with_step_times(rows: List[MemoryRow], device: str, seconds: float) -> Itera
             yield replace(row, step_milliseconds=time, step_ratio=time / times[0] if row.recomputed else None)
 
 
-def table(rows: List[MemoryRow]) -> str:
+def table(rows: list[MemoryRow]) -> str:
     """A line for each row, in MiB; what was not measured has no column."""
     lines = [asdict(row) for row in rows]
     for line in lines:

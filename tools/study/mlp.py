@@ -11,8 +11,8 @@ augmentation. The test error is that of the last step.
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -63,12 +63,12 @@ class MLPRow(MLPRun):
     """A run and what came of it."""
 
     test_error: float  # in %
-    iteration: List[int]  # the learning curve: up to here, from the one before,
-    train_loss: List[float]  # the mean
+    iteration: list[int]  # the learning curve: up to here, from the one before,
+    train_loss: list[float]  # the mean
     machine: str
 
 
-def load_mnist(root: str, train: bool) -> Tuple[Tensor, Tensor]:
+def load_mnist(root: str, train: bool) -> tuple[Tensor, Tensor]:
     """Normalized images (N, 784) and labels (N,) of ``root``/MNIST, downloaded if they are not there.
 
     Raises:
@@ -120,7 +120,7 @@ def train(
     )
 
 
-def train_all(runs: Sequence[MLPRun], root: str, output: str, processes: int = 1) -> List[MLPRow]:
+def train_all(runs: Sequence[MLPRun], root: str, output: str, processes: int = 1) -> list[MLPRow]:
     """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are
     trained, in ``processes`` processes of one thread each.
 
@@ -148,7 +148,7 @@ def _train_share(rank, jobs, root, processes):
             finish_run(folder, train(run, train_set, test_set, bar.update))
 
 
-def table(rows: List[MLPRow]) -> str:
+def table(rows: list[MLPRow]) -> str:
     lines = []
     for groups in dict.fromkeys(row.num_groups for row in rows):
         of_groups = [row for row in rows if row.num_groups == groups]
@@ -160,7 +160,7 @@ def table(rows: List[MLPRow]) -> str:
     return markdown(lines, headers)
 
 
-def plot(rows: List[MLPRow], path: str) -> None:
+def plot(rows: list[MLPRow], path: str) -> None:
     """Draw the paper's Figure 2: the train loss over the iterations, the mean over the seeds, a curve for each number
     of groups, the practical one in black."""
     curves = {}

@@ -19,11 +19,11 @@ whatever the norm.
 """
 
 import importlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from statistics import geometric_mean, median, quantiles
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -47,7 +47,7 @@ _EPS = 1e-5
 class NormCostRow:
     """The time of one implementation on one input."""
 
-    shape: List[int]
+    shape: list[int]
     num_groups: int
     dtype: str
     layout: str  # "contiguous" or "channels_last"
@@ -57,10 +57,10 @@ class NormCostRow:
     ratio_to_native_gn32: float
     fraction_of_copy_bandwidth: float
     machine: str
-    ratio_quartiles: Optional[List[float]] = None  # of the ratio to native_gn32 in a round; None in older rows
-    kernels: Optional[bool] = None  # of `ours`: whether it picked our kernels; None of others
+    ratio_quartiles: list[float] | None = None  # of the ratio to native_gn32 in a round; None in older rows
+    kernels: bool | None = None  # of `ours`: whether it picked our kernels; None of others
 
-    def input(self) -> Tuple:
+    def input(self) -> tuple:
         return tuple(self.shape), self.num_groups, self.dtype, self.layout
 
 
@@ -84,7 +84,7 @@ def _apex(x, num_groups, weight, bias, op):
     return _apex_module(op, num_groups, x.shape[1], x.device, x.dtype)(x)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _apex_module(op, num_groups, channels, device, dtype):
     return op(num_groups, channels, device=device, dtype=dtype)
 
@@ -106,7 +106,7 @@ _OTHERS = {
 }
 
 
-def implementations(device: str) -> Dict[str, Tuple[Callable, bool]]:
+def implementations(device: str) -> dict[str, tuple[Callable, bool]]:
     """By name, ``f(x, num_groups, weight, bias)`` and whether it has a backward.
 
     ``ours`` is the op, which picks; ``our_kernels`` never picks PyTorch's. The compiled ones are there on CUDA, our
@@ -148,14 +148,14 @@ def _l2_bytes(device):
 
 
 def norm_rows(
-    shape: Tuple[int, ...],
+    shape: tuple[int, ...],
     num_groups: int,
     dtype: torch.dtype,
     channels_last: bool,
     device: str,
     bandwidth: float,
     seconds: float,
-    names: Optional[Sequence[str]] = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[NormCostRow]:
     """Time each implementation in each direction. ``bandwidth`` of a copy in bytes a second.
 
@@ -224,7 +224,7 @@ def _runs(name, call, shape):
     return True
 
 
-def table(rows: List[NormCostRow]) -> str:
+def table(rows: list[NormCostRow]) -> str:
     """Ratios of time over all inputs, the noise of the run, and the slowest inputs of ours."""
     lines, noise = [], []
     for key in dict.fromkeys((*_kind(row), row.implementation) for row in rows):

@@ -7,8 +7,8 @@ and a heading with {{NAME}} in page.md.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, List, Tuple
 
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
@@ -46,9 +46,9 @@ class Section:
     """A table of the page, of the rows in docs/results/NAME.json."""
 
     row_type: type
-    table: Callable[[List], str]  # Markdown of the rows
+    table: Callable[[list], str]  # Markdown of the rows
     command: str  # that measured them, without "python tools/"
-    pictures: Tuple[str, ...] = ()  # their names in docs/results
+    pictures: tuple[str, ...] = ()  # their names in docs/results
 
     def text(self, name: str, results: str, title: str) -> str:
         """What stands below the heading ``title``."""

@@ -7,8 +7,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
 
 from scipy import stats
 from tqdm import tqdm
@@ -68,8 +68,8 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
 
 def _time_in_turn(comparison):
     """By norm, the seconds per iteration of each round; and why norms failed. The order is another in each round."""
-    times: Dict[str, List[float]] = {norm: [] for norm in comparison.norms}
-    failures: Dict[str, str] = {}
+    times: dict[str, list[float]] = {norm: [] for norm in comparison.norms}
+    failures: dict[str, str] = {}
     with tqdm(total=ROUNDS * len(times), desc="timing a few iterations", unit="job") as bar:
         for number in range(ROUNDS):
             for norm in rotated(comparison.norms, number):
@@ -82,7 +82,7 @@ def _time_in_turn(comparison):
     return {norm: seconds for norm, seconds in times.items() if norm not in failures}, failures
 
 
-def rotated(norms: Sequence[str], number: int) -> List[str]:
+def rotated(norms: Sequence[str], number: int) -> list[str]:
     """``norms`` from another one on for each ``number``, and every second time the others backwards: none is always
     the first, or always after the same one."""
     start = number % len(norms)
@@ -94,16 +94,16 @@ def rotated(norms: Sequence[str], number: int) -> List[str]:
 class NormTimes:
     """Seconds per iteration under a norm."""
 
-    seconds: List[float]  # by round
-    ratio: Optional[float] = None  # to the first norm, in the same round; a geometric mean
-    low: Optional[float] = None  # its 95 % interval
-    high: Optional[float] = None
+    seconds: list[float]  # by round
+    ratio: float | None = None  # to the first norm, in the same round; a geometric mean
+    low: float | None = None  # its 95 % interval
+    high: float | None = None
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.seconds)
 
-    def cells(self) -> List[str]:
+    def cells(self) -> list[str]:
         time = f"{self.mean:.3f} ({min(self.seconds):.3f} to {max(self.seconds):.3f})"
         if self.ratio is None:
             return [time, "-"]
@@ -111,13 +111,13 @@ class NormTimes:
         return [time, interval + ", not told apart" * (self.low <= 1 <= self.high)]
 
 
-def compare_times(times: Dict[str, List[float]]) -> Dict[str, NormTimes]:
+def compare_times(times: dict[str, list[float]]) -> dict[str, NormTimes]:
     """Each norm's times, round by round beside the first norm's: what slows the machine down slows both.
 
     Args:
         times: by norm, the seconds per iteration of each of two rounds or more.
     """
-    compared: Dict[str, NormTimes] = {}
+    compared: dict[str, NormTimes] = {}
     for norm, seconds in times.items():
         if not compared:
             first = seconds

@@ -5,8 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Mapping, Optional, Sequence
 
 from .comparison import Comparison, Run, RunState
 
@@ -20,7 +20,7 @@ def start_training(
     run: Run,
     machine_rank: int = 0,
     dist_url: str = "auto",
-    environment: Optional[Mapping[str, str]] = None,
+    environment: Mapping[str, str] | None = None,
 ) -> "Process":
     """Train ``run`` from its last checkpoint on, or one machine's share of it.
 
@@ -45,7 +45,7 @@ class Process:
         environment: its environment variables, by default this process's.
     """
 
-    def __init__(self, command: Sequence[str], log: str, environment: Optional[Mapping[str, str]] = None):
+    def __init__(self, command: Sequence[str], log: str, environment: Mapping[str, str] | None = None):
         self._log = log
         with open(log, "ab") as output:
             self._start = output.tell()
@@ -68,7 +68,7 @@ class Process:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self.wait()
 
-    def failure(self) -> Optional[str]:
+    def failure(self) -> str | None:
         """Why a command that has ended failed: the message of its error. None if it did not fail."""
         code = self._process.returncode
         if code == 0:

@@ -5,7 +5,6 @@ import os
 import shlex
 import statistics
 from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -51,20 +50,20 @@ class ComparisonRow:
 
     norm: str
     metric: str  # one of METRICS, in percent, or LOSS
-    seeds: List[int]
-    values: List[Optional[float]]  # one a seed
-    mean: Optional[float]
-    std: Optional[float]  # n - 1
-    paper: Optional[float]
-    difference: Optional[float]  # to the first norm: the mean of the differences seed by seed
-    difference_error: Optional[float]  # its standard error
+    seeds: list[int]
+    values: list[float | None]  # one a seed
+    mean: float | None
+    std: float | None  # n - 1
+    paper: float | None
+    difference: float | None  # to the first norm: the mean of the differences seed by seed
+    difference_error: float | None  # its standard error
     difference_seeds: int  # how many seeds both norms have
-    channels_per_group: List[Tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
-    curves: Optional[Dict[int, List[Tuple[int, float]]]] = None  # (iteration, value) by seed, where curves_of has them
+    channels_per_group: list[tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
+    curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where curves_of has them
     machine: str = ""
 
 
-def paper_values(cfg: CfgNode) -> Dict[str, float]:
+def paper_values(cfg: CfgNode) -> dict[str, float]:
     """The paper's row for the training that ``cfg`` is, empty where it is none of the tables'."""
     for name, values in {**TABLE_5, **TABLE_6}.items():
         if differences(cfg, load_config(os.path.join(ROOT, "configs", name))).keys() <= NEUTRAL:
@@ -72,7 +71,7 @@ def paper_values(cfg: CfgNode) -> Dict[str, float]:
     return {}
 
 
-def final_values(run: Run) -> Dict[str, Optional[float]]:
+def final_values(run: Run) -> dict[str, float | None]:
     """A finished run's metrics (None: Detectron2 found no detections to evaluate). Where it had no evaluation, its
     loss: the mean over the last tenth of its iterations."""
     records = read_metrics(run.path("metrics.json"))
@@ -85,8 +84,8 @@ def final_values(run: Run) -> Dict[str, Optional[float]]:
 
 
 def summarize(
-    values: Dict[str, Dict[int, Dict[str, Optional[float]]]], paper: Dict[str, Dict[str, float]]
-) -> List[ComparisonRow]:
+    values: dict[str, dict[int, dict[str, float | None]]], paper: dict[str, dict[str, float]]
+) -> list[ComparisonRow]:
     """Compare the norms in each metric.
 
     Args:
@@ -121,7 +120,7 @@ def summarize(
     return rows
 
 
-def table(rows: List[ComparisonRow]) -> str:
+def table(rows: list[ComparisonRow]) -> str:
     """What the seeds say of each norm and of the differences, with what a reader must know of both."""
     parts = [
         _results_table(rows),
@@ -183,7 +182,7 @@ def _difference_cell(row):
     return f"{row.difference:+.2f} ({low:+.2f} to {high:+.2f})" + " *" * (low > 0 or high < 0)
 
 
-def difference_interval(row: ComparisonRow) -> Optional[Tuple[float, float]]:
+def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
     """The 95 % interval of a row's difference, by Student's t: what its seeds leave open. None for a single seed."""
     if row.difference_error is None:
         return None
@@ -191,7 +190,7 @@ def difference_interval(row: ComparisonRow) -> Optional[Tuple[float, float]]:
     return row.difference - half, row.difference + half
 
 
-def intervals_note(rows: List[ComparisonRow]) -> str:
+def intervals_note(rows: list[ComparisonRow]) -> str:
     """What a reader must know of the intervals: how they were made, and how many."""
     count = sum(difference_interval(row) is not None for row in rows)
     if not count:
@@ -204,7 +203,7 @@ def intervals_note(rows: List[ComparisonRow]) -> str:
     )
 
 
-def curves_of(run: Run, max_iter: int) -> Dict[str, List]:
+def curves_of(run: Run, max_iter: int) -> dict[str, list]:
     """(iteration, value) of the loss, and of the first of METRICS that the run has."""
     records = read_metrics(run.path("metrics.json"))
     metric = next((short for short, name in METRICS.items() if any(name in record for record in records)), None)
@@ -214,7 +213,7 @@ def curves_of(run: Run, max_iter: int) -> Dict[str, List]:
     return {quantity: list(points.items()) for quantity, points in curves.items() if points}
 
 
-def plot_curves(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
+def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
     """Draw a panel for each quantity, over iterations, with a line for each norm: the mean over its seeds in a band
     of one standard deviation on either side.
 
@@ -240,7 +239,7 @@ def plot_curves(curves: Dict[str, Dict[str, Dict]], path: str) -> None:
     save_figure(figure, path, dpi=120)
 
 
-def plot_channels_per_group(rows: List[ComparisonRow], path: str) -> None:
+def plot_channels_per_group(rows: list[ComparisonRow], path: str) -> None:
     """Draw which group size does best: for rows of one metric, a point a seed over the channels in a group, a dash at
     their mean, PGN and GN1 in colours of their own.
 

@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import statistics
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from tabulate import tabulate
@@ -51,7 +52,7 @@ def _processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def read_rows(path: str, row_type: Type[Row]) -> List[Row]:
+def read_rows(path: str, row_type: type[Row]) -> list[Row]:
     """The rows in a file of :func:`write_rows`.
 
     Raises:
@@ -65,7 +66,7 @@ def read_rows(path: str, row_type: Type[Row]) -> List[Row]:
             raise InputError(f"{path} holds no rows of {row_type.__module__}: {error}") from error
 
 
-def rows_to_keep(args, row_type: Type[Row]) -> List[Row]:
+def rows_to_keep(args, row_type: type[Row]) -> list[Row]:
     """The rows in the file of ``--json`` where ``--resume`` says to keep them; else none.
 
     Raises:
@@ -91,7 +92,7 @@ def write_rows(path: str, rows: Iterable[Row]) -> None:
 _SETTINGS, _ROW = "settings.json", "row.json"
 
 
-def open_run(folder: str, settings, row_type: Type[Row]) -> Optional[Row]:
+def open_run(folder: str, settings, row_type: type[Row]) -> Row | None:
     """The row of the run in ``folder`` if it is finished; None if it is new or was stopped.
 
     So a job of many runs that was stopped goes on where it was.
@@ -120,7 +121,7 @@ def finish_run(folder: str, row) -> None:
     write_rows(os.path.join(folder, _ROW), [row])
 
 
-def differences(there: Dict, here: Dict) -> Dict[str, Tuple]:
+def differences(there: dict, here: dict) -> dict[str, tuple]:
     """What two nested dicts (configs, say) have differently: both values by dotted key."""
     there, here = dict(_leaves(there)), dict(_leaves(here))
     return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
@@ -134,7 +135,7 @@ def _leaves(tree, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def mean_and_std(values: Sequence[Optional[float]]) -> Tuple[Optional[float], Optional[float]]:
+def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """The mean over seeds and the sample standard deviation; None for what there are too few values for, and for
     both where one of them is None."""
     if not values or None in values:

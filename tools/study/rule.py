@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import List, Optional, Tuple
 
 from .norm_cost import NormCostRow
 from .rows import markdown
@@ -18,7 +17,7 @@ _ANY = 2**31  # more thread blocks than there can be
 class Choice:
     """An input, the op that the rule chose for it, and the times of both."""
 
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     num_groups: int
     dtype: str
     layout: str
@@ -29,7 +28,7 @@ class Choice:
     apart: bool  # in the noise of the rounds
 
     @property
-    def right(self) -> Optional[bool]:
+    def right(self) -> bool | None:
         """None where the two cannot be told apart."""
         return self.chose_kernels == (self.kernels < self.pytorch) if self.apart else None
 
@@ -43,7 +42,7 @@ class Choice:
         return math.prod(self.shape) // self.thread_blocks
 
 
-def choices(rows: List[NormCostRow]) -> List[Choice]:
+def choices(rows: list[NormCostRow]) -> list[Choice]:
     """One for each input and direction with rows of `ours`, `our_kernels` and `native`, as norm-cost writes them."""
     inputs = {}
     for row in rows:
@@ -59,7 +58,7 @@ def choices(rows: List[NormCostRow]) -> List[Choice]:
     return found
 
 
-def best_thresholds(found: List[Choice]) -> Optional[Tuple[int, int, float, float]]:
+def best_thresholds(found: list[Choice]) -> tuple[int, int, float, float] | None:
     """The constants of the rule in gng_d2/ops/group_norm_triton.py that lose least on these inputs.
 
     It takes our kernels where PyTorch's op has fewer thread blocks than the GPU has multiprocessors, and groups of
@@ -75,11 +74,14 @@ def best_thresholds(found: List[Choice]) -> Optional[Tuple[int, int, float, floa
         return None
 
     def lost(takes_kernels):
-        taken = [choice.kernels if takes_kernels(choice) else choice.pytorch for choice in found]
+        taken = [c.kernels if takes_kernels(c) else c.pytorch for c in found]
         return geometric_mean(time / min(c.kernels, c.pytorch) for time, c in zip(taken, found))
 
+    def rule(blocks, size):
+        return lambda c: c.thread_blocks < blocks and c.group_size >= size
+
     candidates = [
-        (lost(lambda c: c.thread_blocks < blocks and c.group_size >= size), blocks, size)
+        (lost(rule(blocks, size)), blocks, size)
         for blocks in sorted({choice.thread_blocks for choice in found} | {_ANY})
         for size in sorted({choice.group_size for choice in found})
     ]
@@ -87,7 +89,7 @@ def best_thresholds(found: List[Choice]) -> Optional[Tuple[int, int, float, floa
     return blocks, size, least, lost(lambda choice: choice.chose_kernels)
 
 
-def table(rows: List[NormCostRow]) -> str:
+def table(rows: list[NormCostRow]) -> str:
     """How often the rule was right, where it was wrong, and which thresholds would lose least."""
     found = choices(rows)
     if not found:

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 from gng_d2.errors import InputError
 from gng_d2.job.files import atomic_open
@@ -65,8 +66,8 @@ class Slurm:
         comparison: Comparison,
         parallel: int = 1,
         minutes: int = 1440,
-        cpus: Optional[int] = None,
-        parameters: Optional[Mapping[str, object]] = None,
+        cpus: int | None = None,
+        parameters: Mapping[str, object] | None = None,
     ):
         try:
             import submitit
@@ -97,8 +98,8 @@ class Slurm:
             "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
             "additional_parameters": {"requeue": True, **parameters},
         }
-        self._jobs: Dict[Run, str] = {}
-        self._states: Dict[Run, RunState] = {}
+        self._jobs: dict[Run, str] = {}
+        self._states: dict[Run, RunState] = {}
 
     def start(self, runs: Sequence[Run]) -> None:
         """Submit the ``runs`` that have no job.
@@ -146,7 +147,7 @@ class Slurm:
             self._states[run] = RunState("failed", str(error))
         return self._states[run].status != "failed"
 
-    def states(self) -> Dict[Run, RunState]:
+    def states(self) -> dict[Run, RunState]:
         """Of every run that was started. Where Slurm does not answer, as it was before."""
         try:
             queue = _squeue()
@@ -155,7 +156,7 @@ class Slurm:
         self._states.update({run: self._state(run, queue.get(job)) for run, job in self._jobs.items()})
         return dict(self._states)
 
-    def _state(self, run, job: Optional[InQueue]):
+    def _state(self, run, job: InQueue | None):
         if job and job.state in WAITING:
             return RunState("queued", None if job.reason == "None" else f"Slurm says {job.reason}")
         if job and job.state not in ENDED:
@@ -225,7 +226,7 @@ class TrainingJob:
         return None
 
 
-def job_of(run: Run) -> Optional[str]:
+def job_of(run: Run) -> str | None:
     """The id of the job that trains ``run``, or will; None if there is none."""
     job = _read(run.path("slurm_job"))
     if job is None or shutil.which("squeue") is None:
@@ -234,7 +235,7 @@ def job_of(run: Run) -> Optional[str]:
     return job if known and known.state not in ENDED else None
 
 
-def _squeue() -> Dict[str, InQueue]:
+def _squeue() -> dict[str, InQueue]:
     """What Slurm knows of this user's jobs, those included that ended some minutes ago."""
     command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
     try:

@@ -8,9 +8,9 @@ The share of weight standardization is its time, alone, over that of the step.
 
 import gc
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -49,20 +49,20 @@ class StepCostRow:
     norm: str
     amp: bool  # in mixed precision
     images: int
-    size: List[int]  # height and width, pixels
+    size: list[int]  # height and width, pixels
     step_milliseconds: float  # the median
     ratio_to_frozen_bn: float
     ratio_to_gn: float
-    peak_memory_bytes: Optional[int]  # what model and optimizer hold, and what a step adds; None on a CPU
-    memory_ratio_to_gn: Optional[float]
+    peak_memory_bytes: int | None  # what model and optimizer hold, and what a step adds; None on a CPU
+    memory_ratio_to_gn: float | None
     share_of_weight_standardization: float
     machine: str
     kernels: bool = True  # of gng_d2; False: turned off, so that PyTorch's own ops ran
     # of the ratio, in a round, to GN (for a norm with +WS: to GN+WS) in PyTorch's own ops; None in older rows
-    quartiles_to_pytorch: Optional[List[float]] = None
+    quartiles_to_pytorch: list[float] | None = None
     overrides: Sequence[str] = ()
 
-    def key(self) -> Tuple:
+    def key(self) -> tuple:
         return self.model, self.amp, self.images, tuple(self.size), tuple(self.overrides)
 
 
@@ -79,7 +79,7 @@ def config_of(model: str, norm: str, device: str, overrides=()) -> CfgNode:
     return load_config(MODELS[model], [*scratch, *words, *overrides])
 
 
-def random_batch(cfg: CfgNode, images: int, height: int, width: int, seed: int = 0) -> List[Dict]:
+def random_batch(cfg: CfgNode, images: int, height: int, width: int, seed: int = 0) -> list[dict]:
     """A batch of noise with eight objects an image, in the format of Detectron2's training loader."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -188,7 +188,7 @@ def _allocated(cfg):
     return torch.cuda.memory_allocated() if cfg.MODEL.DEVICE == "cuda" else 0
 
 
-def table(rows: List[StepCostRow]) -> str:
+def table(rows: list[StepCostRow]) -> str:
     """A line for each row; what was not measured has no column."""
     lines = [
         {

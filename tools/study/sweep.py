@@ -6,7 +6,6 @@ have no bound. At 4 they have one, but no finite variance: what stands there is 
 """
 
 from dataclasses import dataclass
-from typing import List, Optional
 
 import torch
 from matplotlib.figure import Figure
@@ -45,13 +44,13 @@ class SweepRow:
     group_size: int  # features in a group
     equation: str  # "B" or "D"
     paper: float
-    exact: Optional[float]  # None where no formula is known
+    exact: float | None  # None where no formula is known
     empirical: float
-    standard_error: Optional[float]  # None where the variance is not finite
+    standard_error: float | None  # None where the variance is not finite
     machine: str
 
 
-def measure(experiments: int, seed: int = 0, n_in: int = 256, n_out: int = 128) -> List[SweepRow]:
+def measure(experiments: int, seed: int = 0, n_in: int = 256, n_out: int = 128) -> list[SweepRow]:
     """B and D over group sizes, for the layers and map sizes of ``LAYERS``.
 
     Raises:
@@ -91,7 +90,7 @@ def _row(layer, block, equation, ratios):
     )
 
 
-def table(rows: List[SweepRow]) -> str:
+def table(rows: list[SweepRow]) -> str:
     """B alone: D is B with what the other equations say."""
     lines = []
     for row in rows:
@@ -103,7 +102,7 @@ def table(rows: List[SweepRow]) -> str:
     return markdown(lines, ["layer, map", "n_g", "G", "paper, Eq. 22", "exact", "measured"])
 
 
-def plot(rows: List[SweepRow], path: str) -> None:
+def plot(rows: list[SweepRow], path: str) -> None:
     """Draw both equations over the group size, a panel for each layer."""
     layers = list(dict.fromkeys(row.layer for row in rows))
     titles = {"B": "B: over the norm (Eq. 22)", "D": "D: over the block (K, Eq. 31)"}

@@ -8,7 +8,6 @@ n_out (1 - (2 - 1/pi) / n_in): 511.16, 255.16, 127.16, 63.16.
 """
 
 from dataclasses import dataclass
-from typing import List, Optional
 
 import torch
 from tqdm import tqdm
@@ -44,11 +43,11 @@ class Table1Row:
     low: float
     high: float
     theoretical: float  # the paper's formula
-    exact: Optional[float]  # unit_block.exact_ratios
+    exact: float | None  # unit_block.exact_ratios
     machine: str
 
 
-def measure(experiments: int, seed: int = 0) -> List[Table1Row]:
+def measure(experiments: int, seed: int = 0) -> list[Table1Row]:
     """Each equation of each of the paper's blocks, from ``experiments`` draws of the weights.
 
     Raises:
@@ -67,7 +66,7 @@ def measure(experiments: int, seed: int = 0) -> List[Table1Row]:
     return rows
 
 
-def table(rows: List[Table1Row]) -> str:
+def table(rows: list[Table1Row]) -> str:
     lines = [
         [
             f"{row.n_in} -> {row.n_out}, G = {row.num_groups}",

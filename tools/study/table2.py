@@ -4,7 +4,6 @@ Ours are by quadrature, the paper's from 10^7 samples.
 """
 
 from dataclasses import dataclass
-from typing import List
 
 from command_line import add_outputs
 from gng_d2.gains import activation_gains
@@ -29,7 +28,7 @@ class Table2Row:
     machine: str
 
 
-def measure() -> List[Table2Row]:
+def measure() -> list[Table2Row]:
     """The gains of the paper's activations, at the paper's standard deviations."""
     return [
         Table2Row(activation, sigma, *activation_gains(activation, sigma), *paper, machine())
@@ -38,7 +37,7 @@ def measure() -> List[Table2Row]:
     ]
 
 
-def table(rows: List[Table2Row]) -> str:
+def table(rows: list[Table2Row]) -> str:
     lines = [
         [
             row.activation,

@@ -2,9 +2,9 @@
 
 import ctypes
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from statistics import median, quantiles
-from typing import Callable, List, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file of --json")
 
 
-def rounds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[List[float]]:
+def rounds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> list[list[float]]:
     """Times of each of ``calls`` in milliseconds, one a round: they run in turn, for about ``seconds`` each.
 
     On CUDA with an empty cache, on a CPU right after the same call.
@@ -41,12 +41,12 @@ def rounds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -
     return [list(of_call) for of_call in zip(*times)]
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> List[float]:
+def milliseconds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> list[float]:
     """Median time of each of ``calls``, see :func:`rounds`."""
     return [median(of_call) for of_call in rounds(calls, device, seconds)]
 
 
-def ratio_quartiles(times: Sequence[float], reference: Sequence[float]) -> List[float]:
+def ratio_quartiles(times: Sequence[float], reference: Sequence[float]) -> list[float]:
     """First and third quartile, over the rounds, of a call's time as a ratio to another's in the same round.
 
     Above 1 the first says that the call is the slower one in three quarters of the rounds, beyond their noise.

@@ -19,7 +19,8 @@ features, about the sample's own mean: that lowers A to n_out (1 - (2 - 1/pi) / 
 Table 1 shows, 511.16 for 1024 -> 512.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class UnitBlock(NamedTuple):
         return self.n_out // self.num_groups
 
 
-def paper_ratios(block: UnitBlock) -> Dict[str, float]:
+def paper_ratios(block: UnitBlock) -> dict[str, float]:
     """The right-hand sides of Eqs. A to D in the paper, for weights of unit variance."""
     return {
         "A": float(block.n_out * block.kernel_size**2),
@@ -75,7 +76,7 @@ def paper_ratios(block: UnitBlock) -> Dict[str, float]:
     }
 
 
-def exact_ratios(block: UnitBlock) -> Dict[str, Optional[float]]:
+def exact_ratios(block: UnitBlock) -> dict[str, float | None]:
     """What A to D are for a fully connected block, where y is Gaussian for given inputs.
 
     - The norm's backward removes from a group's gradient the direction of the ones and that of z, which
@@ -104,9 +105,9 @@ def measure_ratios(
     block: UnitBlock,
     experiments: int,
     inputs: int = 64,
-    generator: Optional[torch.Generator] = None,
+    generator: torch.Generator | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> Dict[str, Tensor]:
+) -> dict[str, Tensor]:
     """Measure A to D in each of ``REPEATS`` repeats: float64, shape (REPEATS,), ratios of averages over experiments.
 
     An experiment draws the weights of both blocks, and ``inputs`` inputs that share them, each with loss
@@ -131,7 +132,7 @@ def measure_ratios(
     return {"A": dx / dy, "B": y * dy / dz, "C": dz / dout, "D": dx / dout}
 
 
-def estimate(ratios: Tensor, finite_variance: bool) -> Tuple[float, float, float]:
+def estimate(ratios: Tensor, finite_variance: bool) -> tuple[float, float, float]:
     """A value with an interval, from the repeats of :func:`measure_ratios`.
 
     Their mean, and 1.96 standard errors below and above. Where the variance is not finite, the median

@@ -4,7 +4,8 @@ import datetime
 import shutil
 import sys
 import time
-from typing import IO, Dict, Iterator, Optional, Union
+from collections.abc import Iterator
+from typing import IO
 
 from tabulate import tabulate
 
@@ -17,7 +18,7 @@ from .slurm import Slurm
 __all__ = ["train_all", "StatusTable"]
 
 
-def train_all(cluster: Union[Local, Slurm]) -> Iterator[Run]:
+def train_all(cluster: Local | Slurm) -> Iterator[Run]:
     """Train on ``cluster`` what is not finished, and yield each run that ends. One that fails takes no other down."""
     comparison = cluster.comparison
     states = {run: comparison.state(run) for run in comparison.runs}
@@ -38,12 +39,12 @@ def train_all(cluster: Union[Local, Slurm]) -> Iterator[Run]:
 class StatusTable:
     """The runs of a comparison, drawn in place on a terminal. Elsewhere, in a file say, a line for each change."""
 
-    def __init__(self, comparison: Comparison, file: Optional[IO] = None):
+    def __init__(self, comparison: Comparison, file: IO | None = None):
         self._comparison, self._file = comparison, file or sys.stdout
         self._total = comparison.cfg.SOLVER.MAX_ITER
         self._drawn, self._said = 0, {}
 
-    def show(self, states: Dict[Run, RunState]) -> None:
+    def show(self, states: dict[Run, RunState]) -> None:
         rows = [self._row(run, state) for run, state in states.items()]
         if self._file.isatty():
             rows = [(run, status, f"{done} of {self._total}", left, why) for run, status, done, left, why in rows]

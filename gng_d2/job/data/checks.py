@@ -4,8 +4,8 @@ import difflib
 import importlib.util
 import itertools
 import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
@@ -100,7 +100,7 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
                 )
 
 
-def learned_classes(cfg) -> Iterator[Tuple[str, int, str]]:
+def learned_classes(cfg) -> Iterator[tuple[str, int, str]]:
     """(key, its number, metadata of a dataset that has as many entries) of what the model learns."""
     model = cfg.MODEL
     architecture = META_ARCH_REGISTRY._obj_map.get(model.META_ARCHITECTURE)
@@ -121,7 +121,7 @@ def learned_classes(cfg) -> Iterator[Tuple[str, int, str]]:
 def compare(key: str, count: int, field: str, name: str, known: int) -> None:
     """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
-    if count < known or count != known and field == "keypoint_names":
+    if count < known or (count != known and field == "keypoint_names"):
         raise InputError(message)
     if count > known:
         logging.getLogger(__name__).warning(f"{message}, unless the weights were made for {count}")
@@ -173,7 +173,7 @@ def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
+def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
     """Refuse training data from which the model would learn nothing, or with labels that it does not have.
 
     Raises:
@@ -191,30 +191,36 @@ def check_records(cfg: CfgNode, records: Sequence[Dict], mapper) -> None:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
-        if "thing_classes" in learned:
-            for annotation, record in annotations:
-                box = annotation.get("bbox")
-                if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
-                    raise InputError(
-                        f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
-                    )
+        _check_boxes(names, annotations if "thing_classes" in learned else [])
     if annotations and not any(_has_area(a) for a, _ in annotations):
         raise InputError(
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
             f"{list(annotations[0][0]['bbox'])} of {annotations[0][1].get('file_name')}. Is their bbox_mode right?"
         )
     if "thing_classes" in learned:
-        key, count = learned["thing_classes"]
-        for annotation, record in annotations:
-            if not 0 <= annotation.get("category_id", 0) < count:
-                raise InputError(
-                    f"{key} is {count}, but {record.get('file_name')} in DATASETS.TRAIN {names} has the category_id "
-                    f"{annotation['category_id']}; they count from 0 to {count - 1}"
-                )
+        _check_labels(names, annotations, *learned["thing_classes"])
+
+
+def _check_boxes(names, annotations):
+    for annotation, record in annotations:
+        box = annotation.get("bbox")
+        if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
+            raise InputError(
+                f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
+            )
+
+
+def _check_labels(names, annotations, key, count):
+    for annotation, record in annotations:
+        if not 0 <= annotation.get("category_id", 0) < count:
+            raise InputError(
+                f"{key} is {count}, but {record.get('file_name')} in DATASETS.TRAIN {names} has the category_id "
+                f"{annotation['category_id']}; they count from 0 to {count - 1}"
+            )
 
 
 def _has_area(annotation):
-    box: List[float] = annotation.get("bbox") or [0, 0, 1, 1]
+    box: list[float] = annotation.get("bbox") or [0, 0, 1, 1]
     if annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYXY_REL):
         return box[2] > box[0] and box[3] > box[1]
     return box[2] > 0 and box[3] > 0

@@ -1,8 +1,8 @@
 """Write scenes as a COCO panoptic dataset: images, instances JSON, panoptic JSON and PNGs, semantic PNGs."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Sequence
 
 import numpy as np
 import pycocotools.mask
@@ -14,7 +14,7 @@ from .shapes import Scene
 __all__ = ["split_files", "write_split"]
 
 
-def split_files(root: Path, split: str) -> Dict[str, Path]:
+def split_files(root: Path, split: str) -> dict[str, Path]:
     """Where a split's files are, under the names of ``register_coco_panoptic_separated``'s arguments."""
     return {
         "image_root": root / split,

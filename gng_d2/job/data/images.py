@@ -1,6 +1,7 @@
 """Image files and annotations that cannot be read, named."""
 
-from typing import Any, Callable, Dict
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetMapper
@@ -18,10 +19,10 @@ _FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # in a record 
 class NamingMapper:
     """Maps a record of a dataset as ``mapper`` does, and says which of its files is broken where that fails."""
 
-    def __init__(self, mapper: Callable[[Dict], Any]):
+    def __init__(self, mapper: Callable[[dict], Any]):
         self.mapper = mapper
 
-    def __call__(self, record: Dict) -> Any:
+    def __call__(self, record: dict) -> Any:
         try:
             return self.mapper(record)
         except SizeMismatchError as error:  # names its file

@@ -8,9 +8,9 @@ the place where the interrupted one was, images waiting for a partner of their s
 import itertools
 import logging
 import random
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from typing import Callable, Hashable, Iterator, List, Tuple
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .images import NamingMapper
 
 __all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
 
-Place = Tuple[int, int]  # in the stream, in the dataset
+Place = tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
 
 
@@ -67,7 +67,7 @@ def seed_step(cfg: CfgNode, iteration: int) -> None:
 class SeededDataset(Dataset):
     """Maps the record at each place of the stream, with the random state that the place has."""
 
-    def __init__(self, records: List[dict], mapper: Callable, *seeds: int):
+    def __init__(self, records: list[dict], mapper: Callable, *seeds: int):
         # serialized, so that worker processes share it
         self.records = DatasetFromList(records, copy=False)
         self.mapper, self.seeds = mapper, seeds
@@ -124,7 +124,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     grouped = parts["aspect_ratio_grouping"]
     batch_size = parts["total_batch_size"] // comm.get_world_size()
 
-    @lru_cache(maxsize=None)
+    @cache
     def shape(index):
         return _is_wide(dataset.records[index]) if grouped else None
 

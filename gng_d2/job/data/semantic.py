@@ -7,10 +7,10 @@ nothing is annotated.
 import json
 import os
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from typing import Dict, List, Sequence
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ VOID = 255
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def semantic_values(categories: Sequence[Dict]) -> Dict[int, int]:
+def semantic_values(categories: Sequence[dict]) -> dict[int, int]:
     """The value of each category id in a semantic map, from the ``categories`` of a panoptic JSON."""
     stuff = sorted(category["id"] for category in categories if not category["isthing"])
     if len(stuff) >= VOID:
@@ -33,7 +33,7 @@ def semantic_values(categories: Sequence[Dict]) -> Dict[int, int]:
     return {**{category["id"]: 0 for category in categories}, **{id: value for value, id in enumerate(stuff, 1)}}
 
 
-def semantic_map(ids: np.ndarray, values: Dict[int, int]) -> np.ndarray:
+def semantic_map(ids: np.ndarray, values: dict[int, int]) -> np.ndarray:
     """(H, W) uint8 from (H, W) segment ids and the value of each; id 0 is not annotated.
 
     Raises:
@@ -73,7 +73,7 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
     return len(tasks)
 
 
-def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> List[tuple]:
+def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
     """(panoptic PNG, value of each segment id, semantic PNG) of each annotation."""
     try:
         with open(panoptic_json) as file:

@@ -4,7 +4,7 @@ Things are told apart by their outline, stuff by its texture: colour tells nothi
 that things are more vivid than the ground.
 """
 
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Scene(NamedTuple):
 
     image: np.ndarray
     segments: np.ndarray
-    classes: List[str]
+    classes: list[str]
 
 
 def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
