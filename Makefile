@@ -14,6 +14,8 @@ PYTHON ?= python3
 ENVIRONMENTS ?= ../gng_d2-versions
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+# a process for each core, of one thread each
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8
 DEVICE ?= cuda
 MINUTES ?= 9
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)/caltech101
@@ -23,14 +25,15 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q
+	$(PYTEST)
 
 quick: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 docs: $(INSTALLED)
 	$(VENV)/bin/python -W ignore -m sphinx -q -W --keep-going -b html docs docs/_build
@@ -41,7 +44,7 @@ slurm-test: $(INSTALLED)
 
 oldest: $(INSTALLED)
 	$(VENV)/bin/python tests/versions.py build/versions --only torch2.0 --python $(PYTHON) \
-		--tests tests/ops tests/layers tests/test_norm_names.py
+		--tests tests/ops tests/layers tests/models
 
 versions: $(INSTALLED)
 	$(VENV)/bin/python tests/versions.py $(ENVIRONMENTS)

@@ -1,13 +1,11 @@
+"""What pyproject.toml cannot say: an optional library in C, and configs that are packaged from another folder."""
+
 import glob
 import os
-import re
-from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-
-VERSION = re.search(r'^__version__ = "(.+)"', Path("gng_d2/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 LIBRARY = "gng_d2/ops/_cpu_kernels"
 
@@ -28,22 +26,10 @@ class WheelForAnyPython3(bdist_wheel):
 
 
 setup(
-    name="gng_d2",
-    version=VERSION,
-    description="Group normalization for Detectron2 whose number of groups follows from each layer's shape",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    project_urls={
-        "Paper": "https://arxiv.org/abs/2302.03193",
-        "Detectron2": "https://github.com/facebookresearch/detectron2",
-    },
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
     # The configs stand at the root of a checkout, where people look for them, and in the package once installed.
     packages=[*find_packages(include=["gng_d2", "gng_d2.*"]), "gng_d2.configs"],
     package_dir={"gng_d2.configs": "configs"},
-    package_data={"gng_d2.configs": ["*.yaml", "*.py", "*/*.yaml", "*/*.py"]},
+    package_data={"gng_d2": ["py.typed"], "gng_d2.configs": ["*.yaml", "*.py", "*/*.yaml", "*/*.py"]},
     # No module of Python's, but a library that gng_d2/ops/cpu_kernels.py loads, and can do without.
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelForAnyPython3},
     ext_modules=[
@@ -56,13 +42,4 @@ setup(
             optional=True,
         )
     ],
-    # Detectron2 and what it brings (fvcore, pycocotools, Pillow, matplotlib, tqdm, yacs) are
-    # not listed: an environment that has a Detectron2 keeps it as it is.
-    install_requires=["torch>=2.0", "numpy", "tabulate"],
-    extras_require={
-        "panoptic": ["panopticapi-lite"],
-        "study": ["scipy"],
-        "slurm": ["submitit>=1.5"],
-        "test": ["pytest", "expecttest", "scipy", "timm", "segmentation_models_pytorch==0.6.0"],
-    },
 )

@@ -40,7 +40,7 @@ __all__ = [
     "unbound_norms",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # what needs Detectron2 is loaded when it is asked for
 _OF_THE_JOB = {"check_norm_keys": "norm_keys", "get_config_file": "model_zoo"}

@@ -7,6 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,11 @@ if not torch.cuda.is_available():
 # Before anything of Detectron2 is imported: its dataset root is read once. The tests draw their own data.
 _root = tempfile.TemporaryDirectory(prefix="gng_d2-tests-")
 os.environ["DETECTRON2_DATASETS"] = _root.name
+
+
+# The same examples in every run, and no limit to the time of one: the machine may be busy.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gng_d2 import ideal_num_groups, isometry_ratio, practical_num_groups
+from gng_d2.groups import nearest_divisor
 
 # (n_in, n_out) -> practical number of groups, worked out by hand from Algorithm 1
 WORKED = {
@@ -50,6 +53,14 @@ def test_against_brute_force():
         n_in, n_out = rng.randint(1, 5000), rng.randint(1, 600)
         gain_ratio = rng.choice([1.0, 1.0, 0.849, 2.5])
         assert practical_num_groups(n_in, n_out, gain_ratio) == brute_force(n_in, n_out, gain_ratio)
+
+
+@given(st.integers(1, 5000), st.fractions(min_value=Fraction(1, 100), max_value=10**5, max_denominator=1000))
+def test_the_nearest_divisor_is_a_divisor_and_none_is_nearer(n, x):
+    nearest = nearest_divisor(n, x)
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    assert nearest in divisors
+    assert all(max(nearest / x, x / nearest) <= max(d / x, x / d) for d in divisors)  # exact: x is a fraction
 
 
 def test_exact_where_floats_are_not():

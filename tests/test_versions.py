@@ -35,7 +35,7 @@ def test_the_oldest_and_what_make_installs_are_among_them():
     tried = {row.values[0]["torch"]: row.values[0] for row in TRIED}
     pinned = dict(line.split("==") for line in Path("constraints.txt").read_text().split() if "==" in line)
     assert tried[pinned["torch"]]["numpy"] == pinned["numpy"]
-    oldest = re.search(r"torch>=([\d.]+)", Path("setup.py").read_text())[1]
+    oldest = re.search(r"torch>=([\d.]+)", Path("pyproject.toml").read_text())[1]
     assert numbers(min(tried, key=numbers)) == numbers(oldest)
 
 

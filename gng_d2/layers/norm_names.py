@@ -120,6 +120,9 @@ def get_norm(norm, out_channels, detectron2_get_norm):
         raise unknown_norm(norm) from None
 
 
+_original: list[Callable] = []  # Detectron2's get_norm, once it is extended
+
+
 def extend_get_norm() -> None:
     """Make Detectron2's ``get_norm`` know our names, wherever it was imported to already.
 
@@ -136,16 +139,15 @@ def extend_get_norm() -> None:
             f"detectron2.layers.get_norm was replaced by {function.__module__}, so gng_d2 cannot add its norms to it. "
             f"Import gng_d2 before {function.__module__}"
         )
-    function.gng_d2_original = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__
-    )
+    original = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    function.gng_d2_original = original
+    _original.append(original)
 
     def extended(norm, out_channels):
-        # runs with the globals of the module of the function whose code it becomes
-        from detectron2.layers.batch_norm import get_norm
+        # It runs with the globals of the module of the function whose code it becomes. That function is not asked for
+        # by its name, which another package may have given to one of its own since.
+        from gng_d2.layers.norm_names import _original, get_norm
 
-        from gng_d2.layers.norm_names import get_norm as ours
-
-        return ours(norm, out_channels, get_norm.gng_d2_original)
+        return get_norm(norm, out_channels, *_original)
 
     function.__code__ = extended.__code__

@@ -8,6 +8,8 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import gng_d2
@@ -101,6 +103,22 @@ def test_from_a_name_to_a_norm_and_back(name, suffix):
     assert not hasattr(norm, "norm_name") or norm.norm_name() == name + suffix
 
 
+@given(st.sampled_from(["PGN", "GN", "GN{}", "GN/{}"]), st.integers(1, 10**6), st.booleans(), st.integers(1, 4096))
+def test_the_name_of_any_norm_of_ours_makes_it_again(form, number, standardized, width):
+    name = form.format(number) + "+WS" * standardized
+    norm = get_norm(name, width)
+    again = get_norm(norm_name(norm), width)
+    assert norm_name(norm) == ("GN" + name[4:] if re.fullmatch(r"GN32(\+WS)?", name) else name)
+    assert (type(again), again.num_groups, again.weight_standardization) == (type(norm), norm.num_groups, standardized)
+
+
+@given(st.text("PGN/+WS0123 4k", max_size=8))
+def test_any_other_text_is_an_error_that_repeats_it(text):
+    if text and not re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/[1-9]\d*)(\+WS)?", text):
+        with pytest.raises(ValueError, match=re.escape(f"unknown norm {text!r}")):
+            get_norm(text, 64)
+
+
 def test_gn_that_does_not_divide_names_its_layer():
     with pytest.raises(ValueError, match=r"GN cannot follow Conv2d\(3, 48\): its 48 output channels"):
         Conv2d(3, 48, 1, norm=get_norm("GN", 48))
@@ -121,6 +139,18 @@ def test_extending_twice_does_no_harm():
     extend_get_norm()
     assert get_norm.gng_d2_original is before and detectron2.layers.get_norm is get_norm
     assert get_norm("PGN", 8).num_channels == 8
+
+
+def test_a_get_norm_that_another_package_replaced_is_named(monkeypatch):
+    outer = detectron2.layers.get_norm
+
+    def replaced(norm, out_channels):
+        return outer(norm, out_channels)
+
+    monkeypatch.setattr("detectron2.layers.batch_norm.get_norm", replaced)
+    with pytest.raises(ValueError, match=f"was replaced by {__name__}.*Import gng_d2 before {__name__}"):
+        extend_get_norm()
+    assert replaced("BN", 8).num_features == 8
 
 
 PROGRAM = """

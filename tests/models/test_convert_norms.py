@@ -329,7 +329,19 @@ class Plain(nn.BatchNorm2d):
     pass
 
 
+class InPlaceABN(nn.Module):
+    """Norm and activation in one, as some projects have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x.relu() * self.weight[:, None, None]
+
+
 LEFT = {
+    "InPlaceABN": InPlaceABN,
     "EvoNorm2dB0": lambda: timm_layers.EvoNorm2dB0(8),
     "EvoNorm2dS0": lambda: timm_layers.EvoNorm2dS0(8, group_size=2),
     "FilterResponseNormAct2d": lambda: timm_layers.FilterResponseNormAct2d(8),
