@@ -18,6 +18,7 @@ from command_line import ANEW, run_tool, tool_parser
 EXPERIMENTS = {
     "table1": ("table1", "Equations A to D for the paper's four blocks"),
     "table2": ("table2", "gains of eleven activations"),
+    "channels": ("channels", "channels in a group along the depth of a detector, under several norms"),
     "sweep": ("sweep", "what a block does to the gradient, over the size of its groups (Eqs. 22 and 31)"),
     "gradients": ("gradients", "what each block of a real model does to the gradient"),
     "table3": ("mlp", "and Figure 2: an MLP on MNIST under every number of groups"),
