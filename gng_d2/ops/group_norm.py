@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu_kernels, group_norm_cpu
-from .backends import HAS_OPS, HAS_TRITON, is_plain, kernels_may_run
-from .checks import check_readable, check_shape, memory_format
+from .backends import HAS_OPS, HAS_TRITON, is_on, is_ordinary, is_plain, kernels_may_run
+from .checks import check_memory, fault_of, memory_format, refuse
 
-_BACKENDS = [group_norm_cpu]
+_BACKENDS = {"cpu": group_norm_cpu}
 if HAS_TRITON:
     from . import group_norm_triton
 
-    _BACKENDS.append(group_norm_triton)
+    _BACKENDS["cuda"] = group_norm_triton
 
 __all__ = ["group_norm"]
 
@@ -46,8 +46,8 @@ def group_norm(
                 input = input.contiguous(memory_format=memory_format(input))
             if torch.is_grad_enabled():
                 return _GroupNorm.apply(input, weight, bias, num_groups, eps)
-            if backend is group_norm_cpu and is_plain(input, weight, bias):  # the dispatcher takes a tenth of the time
-                return group_norm_cpu.forward(input, weight, bias, num_groups, eps)[0]
+            if is_plain(input, weight, bias):  # the dispatcher takes a tenth of the time
+                return _forward(backend, input, weight, bias, num_groups, eps)[0]
             return torch.ops.gng_d2.group_norm.default(input, weight, bias, num_groups, eps)[0]
     return F.group_norm(input, num_groups, weight, bias, eps)
 
@@ -59,12 +59,19 @@ def _backend(input, num_groups, weight, bias, eps):
     first because it turns small inputs away in the least time.
     """
     if type(num_groups) is int and num_groups > 0 and type(eps) is float and isinstance(input, Tensor):
-        if kernels_may_run():
-            for backend in _BACKENDS:
-                if backend.is_faster(input, num_groups, weight, bias):
-                    if backend.supports(input, num_groups, weight, bias):
-                        return backend
+        backend = _BACKENDS.get(input.device.type) if kernels_may_run() else None
+        if backend is not None and backend.is_faster(input, num_groups, weight, bias):
+            if _fits(input, num_groups, weight, bias, backend.DTYPES) and is_on(backend, input.device):
+                return backend
     return None
+
+
+def _fits(x, num_groups, weight, bias, dtypes):
+    """Whether the kernels take these, and PyTorch's op takes them too."""
+    if not is_ordinary(x, weight, bias) or _fault(x, num_groups, dtypes, weight=weight, bias=bias):
+        return False
+    of_affine = {p.dtype for p in (weight, bias) if p is not None}
+    return x.numel() > num_groups and (of_affine <= {x.dtype} or of_affine == {torch.float32})
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -98,43 +105,43 @@ def _differentiable_gradients(dy, x, weight, bias_dtype, num_groups, eps):
     return [gradients.get(id(t)) for t in (x, weight, bias)]
 
 
-def _check(x, num_groups, weight, bias=None):
-    """Raise RuntimeError for groups that do not divide the channels, or parameters that are not one for each."""
+def _fault(x, num_groups, dtypes=None, **others):
+    """What is wrong with the tensors of an op, None if nothing is."""
     shape = () if x is None else x.shape
     if len(shape) < 2 or num_groups < 1 or shape[1] % num_groups:
-        raise RuntimeError(f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels")
-    if weight is not None:
-        check_shape("weight", weight, shape[1:2], x.device)
-    if bias is not None:
-        check_shape("bias", bias, shape[1:2], x.device)
-
-
-def _check_backward(dy, x, mean, rstd, weight, num_groups):
-    _check(x, num_groups, weight)
-    check_shape("dy", dy, x.shape, x.device)
-    check_shape("mean", mean, (x.shape[0], num_groups), x.device)
-    check_shape("rstd", rstd, (x.shape[0], num_groups), x.device)
+        return f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels"
+    channels, groups = shape[1:2], (shape[0], num_groups)
+    shapes = {"dy": shape, "weight": channels, "bias": channels, "mean": groups, "rstd": groups}
+    faults = [fault_of("the input", x, shape, x.device, dtypes)] + [
+        fault_of(name, t, shapes[name], x.device, dtypes)
+        for name, t in others.items()
+        if t is not None or name not in ("weight", "bias")
+    ]
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _forward(backend, x, weight, bias, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
-    _check(x, num_groups, weight, bias)
-    check_readable((x, weight, bias), backend.DTYPES)
+    refuse(_fault(x, num_groups, backend.DTYPES, weight=weight, bias=bias))
+    check_memory(x, weight, bias)
     layout = memory_format(x)
-    x = x.contiguous(memory_format=layout)
-    weight, bias = _contiguous(weight), _contiguous(bias)
-    y, mean, rstd = backend.forward(x, weight, bias, num_groups, eps)
+    x = _as_read(backend, x, layout)
+    y, mean, rstd = backend.forward(x, _contiguous(weight), _contiguous(bias), num_groups, eps)
     return y.contiguous(memory_format=layout), mean, rstd
 
 
 def _backward(backend, dy, x, mean, rstd, weight, num_groups):
-    _check_backward(dy, x, mean, rstd, weight, num_groups)
-    check_readable((dy, x, mean, rstd, weight), backend.DTYPES)
+    refuse(_fault(x, num_groups, backend.DTYPES, dy=dy, mean=mean, rstd=rstd, weight=weight))
+    check_memory(dy, x, mean, rstd, weight)
     layout = memory_format(x)  # a hook on saved tensors may have changed it
-    dy, x = dy.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+    dy, x = _as_read(backend, dy, layout), _as_read(backend, x, layout)
     mean, rstd, weight = mean.contiguous(), rstd.contiguous(), _contiguous(weight)
     dx, dweight, dbias = backend.backward(dy, x, mean, rstd, weight, num_groups)
     return dx.contiguous(memory_format=layout), dweight, dbias
+
+
+def _as_read(backend, t, layout):
+    return t.contiguous(memory_format=layout if backend.READS_CHANNELS_LAST else torch.contiguous_format)
 
 
 def _contiguous(parameter):
@@ -159,12 +166,12 @@ if HAS_OPS:
 
     @torch.library.register_fake("gng_d2::group_norm")
     def _(x, weight, bias, num_groups, eps):
-        _check(x, num_groups, weight, bias)
+        refuse(_fault(x, num_groups, weight=weight, bias=bias))
         mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
         return torch.empty_like(x, memory_format=memory_format(x)), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("gng_d2::group_norm_backward")
     def _(dy, x, mean, rstd, weight, num_groups):
-        _check_backward(dy, x, mean, rstd, weight, num_groups)
+        refuse(_fault(x, num_groups, dy=dy, mean=mean, rstd=rstd, weight=weight))
         dweight = x.new_empty(x.shape[1], dtype=torch.float32)
         return torch.empty_like(x, memory_format=memory_format(x)), dweight, torch.empty_like(dweight)

@@ -23,9 +23,10 @@ from .group_norm_triton_kernels import (
 )
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
+__all__ = ["DTYPES", "READS_CHANNELS_LAST", "backward", "forward", "is_faster", "works"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+READS_CHANNELS_LAST = True
 
 # A group of fewer elements is read by one thread block in about the time that our additional launches take.
 _MIN_GROUP = 2**15
@@ -36,7 +37,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether this is faster on CUDA than PyTorch's op, which copies some inputs and fills the GPU only with groups."""
-    if not x.is_cuda or x.dim() < 2:
+    if x.dim() < 2:
         return False
     if _keeps_dtype(x, weight, bias) or memory_format(x) != torch.contiguous_format:
         return True
@@ -53,21 +54,9 @@ def _keeps_dtype(x, weight, bias):
     return wide or torch.is_autocast_enabled("cuda")
 
 
-def supports(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Whether these are CUDA tensors of types and shapes that this takes, and Triton works.
-
-    Parameters have the type of the input, or are float32 beside a float16 or bfloat16 input.
-    """
-    if not x.is_cuda or x.dtype not in DTYPES or x.dim() < 2 or x.shape[1] % num_groups:
-        return False
-    if x.numel() <= num_groups:  # PyTorch refuses a single number
-        return False
-    affine = [p for p in (weight, bias) if p is not None]
-    if not all(isinstance(p, Tensor) and p.shape == x.shape[1:2] and p.device == x.device for p in affine):
-        return False
-    if not all(p.dtype == x.dtype for p in affine) and not all(p.dtype == torch.float32 for p in affine):
-        return False
-    return triton_works(x.device.index)
+def works(device: torch.device) -> bool:
+    """Whether Triton can launch a kernel on this device."""
+    return triton_works(device.index)
 
 
 def forward(
