@@ -21,10 +21,16 @@ _MIN_POSITIONS = 512  # below, the time goes into calls for short rows
 # where none of PyTorch's threads idles, ours is faster in the caches
 _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _PIECE = 4096  # elements that the first cache holds
+_ACTIVATIONS = (None, "relu", "silu")  # in the order of the C file
 
 
-def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Whether this is faster than PyTorch's op, as measured with 1 and 2 threads on inputs that are contiguous."""
+def is_faster(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, fused: bool = False
+) -> bool:
+    """Whether this is faster than PyTorch's ops, as measured with 1 and 2 threads on inputs that are contiguous.
+
+    ``fused``: with an activation or a residual, whose passes over the data it saves.
+    """
     if is_compiling():  # the compiler fuses PyTorch's op
         return False
     elements = x.numel()
@@ -33,6 +39,8 @@ def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Te
     images, channels = x.shape[:2]
     if elements < _MIN_POSITIONS * images * channels or num_groups > channels or not x.is_contiguous():
         return False
+    if fused:
+        return True
     groups, threads = images * num_groups, torch.get_num_threads()
     share_of_busy_threads = groups / (math.ceil(groups / threads) * threads)
     return share_of_busy_threads <= 0.75 or threads * _MIN_SHARE <= elements <= _MAX_CACHED
@@ -44,12 +52,18 @@ def works(device: torch.device) -> bool:
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the mean and 1 / std, all contiguous and in float32 as the arguments are.
 
     Shape:
-        - x, output: :math:`(N, C, *)`
+        - x, residual, output: :math:`(N, C, *)`
         - weight, bias: :math:`(C)`
         - mean, 1 / std: :math:`(N, G)`
     """
@@ -59,24 +73,35 @@ def forward(
     mean = x.new_empty((images, num_groups))
     rstd = torch.empty_like(mean)
     moments = x.new_empty((images * num_groups * math.ceil(size / _PIECE), 2), dtype=torch.float64)
-    sizes = images, channels, size * num_groups // channels, num_groups, _PIECE
-    cpu_kernels.call("group_norm", (x, weight, bias, y, mean, rstd, moments), *sizes, eps)
+    sizes = images, channels, size * num_groups // channels, num_groups, _PIECE, _ACTIVATIONS.index(activation)
+    cpu_kernels.call("group_norm_activation", (x, weight, bias, residual, y, mean, rstd, moments), *sizes, eps)
     return y, mean, rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, num_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias.
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    activation: str | None = None,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of x, weight and bias, and with ``kept`` that of the residual.
 
     Shape:
-        - dy: that of x
+        - dy, kept: that of x. ``kept`` is what an activation after a residual needs: the output for relu, else the
+          residual
         - others: as :func:`forward` takes and returns them
     """
     images, channels = x.shape[:2]
     dx = torch.empty_like(x)
+    dresidual = None if kept is None else torch.empty_like(x)
     dweight, dbias = x.new_empty(channels), x.new_empty(channels)
     sums = x.new_empty((images * (channels + num_groups), 2), dtype=torch.float64)
-    sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE
-    cpu_kernels.call("group_norm_backward", (dy, x, mean, rstd, weight, dx, dweight, dbias, sums), *sizes)
-    return dx, dweight, dbias
+    sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE, _ACTIVATIONS.index(activation)
+    tensors = dy, x, mean, rstd, weight, bias, kept, dx, dweight, dbias, dresidual, sums
+    cpu_kernels.call("group_norm_activation_backward", tensors, *sizes)
+    return dx, dweight, dbias, dresidual

@@ -93,7 +93,7 @@ def test_groups_of_several_pieces(groups, piece, monkeypatch):
     torch.testing.assert_close((y, mean, rstd), theirs)
     dy = torch.cos(x)
     expected = torch.ops.aten.native_group_norm_backward(dy, x, mean, rstd, weight, 2, 6, 63, groups, [True] * 3)
-    torch.testing.assert_close(group_norm_cpu.backward(dy, x, mean, rstd, weight, groups), expected)
+    torch.testing.assert_close(group_norm_cpu.backward(dy, x, mean, rstd, weight, groups)[:3], expected)
 
 
 def test_no_result_depends_on_the_number_of_threads():
@@ -102,7 +102,7 @@ def test_no_result_depends_on_the_number_of_threads():
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         y, mean, rstd = group_norm_cpu.forward(x, weight, bias, 3, 1e-5)
-        results.append([y, mean, rstd, *group_norm_cpu.backward(torch.cos(y), x, mean, rstd, weight, 3)])
+        results.append([y, mean, rstd, *group_norm_cpu.backward(torch.cos(y), x, mean, rstd, weight, 3)[:3]])
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result))
 
 

@@ -119,7 +119,7 @@ def implementations(device: str) -> dict[str, tuple[Callable, bool]]:
         "var_mean": (_var_mean, True),
     }
     if device == "cuda" or cpu_kernels.is_compiled():
-        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS), True)
+        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS, None, None), True)
     if device == "cuda":
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
             with suppress(RuntimeError):  # an older inductor lacks the option
