@@ -75,7 +75,8 @@ def run(part, path, device, seconds):
     arguments = (part.on_cuda if device == "cuda" else part.on_cpu).split()
     tool = os.path.join(ROOT, "tools", "reproduce.py")
     command = [sys.executable, "-W", "ignore", tool, part.experiment, "--device", device, "--json", path, *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
+    path_of_imports = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path_of_imports, "GNG_D2_KERNELS": "cuda"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:

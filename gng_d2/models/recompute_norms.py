@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, original_class, stand_in
-from gng_d2.ops.backends import is_transformed, kernels_may_run, set_kernels_enabled
+from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_enabled
 
 __all__ = ["recompute_norms", "recomputed_modules"]
 
@@ -187,7 +187,7 @@ def _run(module, method, args, kwargs):
     if not tensors or not any(t.requires_grad for ts in (tensors, module.parameters()) for t in ts):
         return method(*args, **kwargs)
 
-    kernels_on = kernels_may_run()  # when it runs again, the switch may stand otherwise
+    kernels = enabled_kernels()  # when it runs again, the switch may stand otherwise
 
     def run(watch):
         watches = [watch]
@@ -195,7 +195,7 @@ def _run(module, method, args, kwargs):
         def forward(*leaves):
             args, kwargs = tree_unflatten(list(leaves), structure)
             without_cache = _without_autocast_cache(tensors[0].device.type)
-            with watches.pop() if watches else nullcontext(), without_cache, set_kernels_enabled(kernels_on):
+            with watches.pop() if watches else nullcontext(), without_cache, set_kernels_enabled(kernels):
                 return method(*args, **kwargs)
 
         policy = partial(_policy, module._changed_in_place or (), {False: 0, True: 0})

@@ -1,7 +1,10 @@
-"""Whether kernels of ours may run: what is installed, what PyTorch is doing, and a switch that turns them off."""
+"""Whether kernels of ours may run: what is installed, what PyTorch is doing, and which of them are turned on."""
 
+import logging
 import os
+from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,14 @@ from torch.autograd import forward_ad
 from gng_d2.errors import InputError
 
 __all__ = [
+    "DEFAULT_KERNELS",
     "HAS_DETECTRON2",
     "HAS_OPS",
     "HAS_TRITON",
+    "enabled_kernels",
     "is_compiling",
+    "is_on",
+    "is_ordinary",
     "is_plain",
     "is_transformed",
     "kernels_may_run",
@@ -35,50 +42,95 @@ except ImportError:  # Triton is not made for every platform
     HAS_TRITON = False
 
 
-def _kernels_enabled_by_environment():
-    value = os.environ.get("GNG_D2_KERNELS") or "1"
-    if value not in ("0", "1"):
-        raise InputError(f"the environment variable GNG_D2_KERNELS is {value!r}: set it to 0 (kernels off) or 1 (on)")
-    return value == "1"
+# Which kernels run unless the user says otherwise. Those for CUDA do once docs/results holds what a GPU measured.
+DEFAULT_KERNELS = "cpu"
+_STATES = ("off", "cpu", "cuda")
 
 
-_kernels_enabled = _kernels_enabled_by_environment()
+def _state_of(value, place):
+    if value not in _STATES:
+        raise InputError(
+            f"{place} is {value!r}: set it to off (PyTorch's own ops compute everything), cpu (the kernels for the CPU "
+            f"run) or cuda (those for the CPU and for CUDA run). The default is {DEFAULT_KERNELS}"
+        )
+    return value
+
+
+_enabled_kernels = _state_of(
+    os.environ.get("GNG_D2_KERNELS") or DEFAULT_KERNELS, "the environment variable GNG_D2_KERNELS"
+)
+_ordinary_types = (Tensor, nn.Parameter)
 
 
 class set_kernels_enabled:
-    """Turn the kernels of this package on or off; where they are off, PyTorch's own ops compute everything.
+    """Choose which kernels of this package run; PyTorch's own ops compute the rest.
 
-    This is for whoever suspects a kernel of ours: if the fault stays with them off, it lies elsewhere. It holds for all
-    threads, from the call on or, as a context, until its end; a backward pass takes what its forward pass took. The
-    environment variable ``GNG_D2_KERNELS=0`` turns them off when the program starts.
+    Turn them off where you suspect a kernel of ours: if the fault stays, it lies elsewhere. Those for CUDA are off at
+    first, because no GPU has measured them yet. The choice holds for all threads, from the call on or, as a context,
+    until its end; a backward pass takes what its forward pass took. The environment variable ``GNG_D2_KERNELS`` makes
+    the choice when the program starts.
 
     Args:
-        enabled: False turns them off, True on again. At first they are on.
+        enabled: ``"off"``, ``"cpu"`` (the kernels for the CPU run) or ``"cuda"`` (those for the CPU and for CUDA run).
+            False is ``"off"``, True is the default, ``"cpu"``.
+
+    Raises:
+        InputError: ``enabled`` is something else.
 
     Examples::
         >>> from gng_d2.ops import group_norm, set_kernels_enabled
         >>> x = torch.randn(1, 64, 128, 128)
-        >>> with set_kernels_enabled(False):
+        >>> with set_kernels_enabled("off"):
         ...     torch.equal(group_norm(x, num_groups=1), torch.nn.functional.group_norm(x, num_groups=1))
         True
     """
 
-    def __init__(self, enabled: bool):
-        global _kernels_enabled
-        self._before = _kernels_enabled
-        _kernels_enabled = bool(enabled)
+    def __init__(self, enabled: bool | str):
+        global _enabled_kernels
+        self._before = _enabled_kernels
+        if isinstance(enabled, bool):
+            enabled = DEFAULT_KERNELS if enabled else "off"
+        _enabled_kernels = _state_of(enabled, "the argument of set_kernels_enabled")
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *error) -> None:
-        global _kernels_enabled
-        _kernels_enabled = self._before
+        global _enabled_kernels
+        _enabled_kernels = self._before
+
+
+def enabled_kernels() -> str:
+    """Which kernels are on: ``"off"``, ``"cpu"`` or ``"cuda"``."""
+    return _enabled_kernels
 
 
 def kernels_may_run() -> bool:
-    """Whether kernels of ours are on, and PyTorch is not doing something for which it wants its own ops."""
-    return _kernels_enabled and HAS_OPS and not is_transformed()
+    """Whether any kernels are on, and PyTorch is doing nothing for which it wants its own ops.
+
+    Ask this before anything about tensors, which are recorded while PyTorch traces.
+    """
+    return _enabled_kernels != "off" and HAS_OPS and not is_transformed()
+
+
+def is_on(backend: ModuleType, device: torch.device) -> bool:
+    """Whether the kernels of ``backend`` are on and work.
+
+    Ask this last, for tensors that they would take: the log says once that the kernels for CUDA are off.
+    """
+    if device.type == "cuda" and _enabled_kernels != "cuda":
+        if not is_compiling():  # which does not go through a logger
+            _log_that_cuda_is_off()
+        return False
+    return backend.works(device)
+
+
+@cache
+def _log_that_cuda_is_off():
+    logging.getLogger(__name__).info(
+        "PyTorch's own ops compute group norm and weight standardization on CUDA: no GPU has measured the kernels of "
+        "gng_d2 yet, so they are off. GNG_D2_KERNELS=cuda turns them on, `make gpu` tests and measures them"
+    )
 
 
 def is_transformed() -> bool:
@@ -92,11 +144,16 @@ def is_transformed() -> bool:
     )
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read these without PyTorch's dispatcher.
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether these are dense tensors and of no subclass, which may have ops of its own and no memory."""
+    return all(t is None or (type(t) in _ordinary_types and t.layout is torch.strided) for t in tensors)
 
-    It may not where a mode watches ops, or a tensor is of a subclass, lazily negated, or without memory.
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may read these, which are ordinary, without PyTorch's dispatcher.
+
+    It may not where a mode watches ops, or a tensor is lazily negated or has no memory.
     """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_neg() and t.data_ptr()) for t in tensors
+        t is None or (not t.is_neg() and t.data_ptr()) for t in tensors
     )

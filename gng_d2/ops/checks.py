@@ -1,35 +1,50 @@
-"""What an op checks before it hands tensors to a kernel, which would read whatever lies at their addresses.
+"""What keeps tensors from a kernel, which would read whatever lies at their addresses.
 
-Anyone may call an op by itself, and a traced graph may run on other inputs than it was traced with.
+A function asks before it picks a kernel. An op asks again: anyone may call it by itself, and a traced graph may run on
+other inputs than it was traced with.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_readable", "check_shape", "memory_format"]
+__all__ = ["check_memory", "fault_of", "memory_format", "refuse"]
 
 
-def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    """Raise RuntimeError where ``tensor`` is missing, has another shape, or lies on another device."""
+def fault_of(
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> str | None:
+    """What is wrong with a tensor, None if nothing is: it is missing, or has another shape, device or type.
+
+    A fake tensor may have any type: ``dtypes`` is None for it.
+    """
     if tensor is None:  # an op called with None for a tensor gets it
-        raise RuntimeError(f"{name} is missing")
-    if tensor.shape != shape or tensor.device != device:
-        raise RuntimeError(
-            f"{name} has shape {tuple(tensor.shape)} and lies on {tensor.device}; "
-            f"this op needs shape {tuple(shape)} on {device}"
-        )
+        return f"{name} is missing"
+    if tensor.shape == shape and tensor.device == device and (dtypes is None or tensor.dtype in dtypes):
+        return None
+    types = "" if dtypes is None else f" and {' or '.join(map(str, dtypes))}"
+    return (
+        f"{name} has shape {tuple(tensor.shape)} and {tensor.dtype} and lies on {tensor.device}; "
+        f"this op needs shape {tuple(shape)}{types} on {device}"
+    )
 
 
-def check_readable(tensors: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Raise RuntimeError for a tensor of another type than ``dtypes``, or without memory (empty, or freed)."""
+def refuse(fault: str | None) -> None:
+    """Raise RuntimeError if there is a fault."""
+    if fault is not None:
+        raise RuntimeError(fault)
+
+
+def check_memory(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError for a tensor without memory, which is empty or was freed."""
     for t in tensors:
-        if t is not None and (t.dtype not in dtypes or not t.data_ptr()):
-            raise RuntimeError(
-                f"on {t.device.type} this op takes tensors of {' or '.join(map(str, dtypes))} that have memory, "
-                f"not {t.dtype} at {t.data_ptr():#x}"
-            )
+        if t is not None and not t.data_ptr():
+            raise RuntimeError(f"this op takes tensors that have memory: one of shape {tuple(t.shape)} has none")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

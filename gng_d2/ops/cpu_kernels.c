@@ -1,11 +1,14 @@
-/* Group norm and weight standardization on a CPU, whose threads share the work whatever the number of groups.
+/* Group norm, with what follows it, and weight standardization on a CPU, whose threads share the work whatever the number
+   of groups.
 
    All tensors are contiguous and in float32. A group is summed in pieces of `piece` elements, short enough to stay in the
    first cache, which are merged in float64 in one order: no result depends on the number of threads.
 
    Python calls these functions by name and cannot check their arguments: with other arguments, give them other names. */
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -16,13 +19,58 @@
 #else
 #define VECTORIZED __attribute__((noinline))
 #endif
+#define INLINE static inline __attribute__((always_inline))
 
 enum { LARGE = 5 << 20 }; /* elements: with its input, more than caches hold */
+enum { BLOCK = 1024 };    /* elements that are computed in the first cache before they are written past it */
+enum { NO_ACTIVATION, RELU, SILU };
+
+/* f(..., kept, activation), compiled for each activation, with and without `kept`: no loop asks which it is. */
+#define SPECIALIZED(f, kept, activation, ...) \
+  ((kept) ? (activation) == RELU   ? f(__VA_ARGS__, kept, RELU) \
+            : (activation) == SILU ? f(__VA_ARGS__, kept, SILU) \
+                                   : f(__VA_ARGS__, kept, NO_ACTIVATION) \
+   : (activation) == RELU ? f(__VA_ARGS__, NULL, RELU) \
+   : (activation) == SILU ? f(__VA_ARGS__, NULL, SILU) \
+                          : f(__VA_ARGS__, NULL, NO_ACTIVATION))
 
 typedef struct { double mean, m2; } moments_t; /* m2: sum of squared differences from the mean */
 typedef struct { double dy, dy_x; } sums_t;    /* of dy, and of dy times (x - mean) or (x - mean) rstd */
+typedef struct { float mean, scale, shift; } map_t; /* from x to (x - mean) scale + shift */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* e to the v, to 2 units in the last place: 2 to the k times a polynomial of what is left, within half a ln 2. */
+INLINE float exponential(float v) {
+  v = v > 88.9f ? 88.9f : v; /* beyond 88.7 it is infinite */
+  v = v < -87 ? -87 : v;
+  float shifted = v * 1.44269504f + 12582912; /* 1.5 times 2 to the 23: the last bits are k */
+  float k = shifted - 12582912, r = (v - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.f / 5040;
+  p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6, p = p * r + .5f;
+  p = p * r * r + r + 1;
+  int32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (int32_t)((uint32_t)(bits + 127) << 23);
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+INLINE float activated(float t, int activation) {
+  if (activation == RELU) return t < 0 ? 0 : t; /* NaN stays */
+  return activation == SILU ? t / (1 + exponential(-t)) : t;
+}
+
+/* What activated() passes back of dy. `kept` is what was added to the normalized x, of RELU the output. */
+INLINE float passed_back(float dy, float x, map_t map, const float *kept, int activation) {
+  if (activation == NO_ACTIVATION) return dy;
+  float t = kept && activation == RELU ? 0 : (x - map.mean) * map.scale + map.shift;
+  if (kept) t += *kept;
+  if (activation == RELU) return t <= 0 ? 0 : dy;
+  float sigmoid = 1 / (1 + exponential(-t));
+  return dy * (sigmoid * (1 + t * (1 - sigmoid)));
+}
 
 /* In two halves at once, as each addition waits for the one before it. */
 VECTORIZED static moments_t moments_of_piece(const float *x, int64_t n) {
@@ -42,41 +90,71 @@ VECTORIZED static moments_t moments_of_piece(const float *x, int64_t n) {
   return (moments_t){shift + correction / n, m2 + other_m2 - correction * correction / n};
 }
 
-VECTORIZED static sums_t sums_of_piece(const float *dy, const float *x, int64_t n, float mean) {
+/* With `kept`, what passes the activation is written to `passed`. */
+INLINE sums_t sums_of(float *restrict passed, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
+                      const float *restrict kept, int activation) {
   float sum_dy = 0, sum_dy_x = 0;
 #pragma omp simd reduction(+ : sum_dy, sum_dy_x)
   for (int64_t i = 0; i < n; i++) {
-    sum_dy += dy[i];
-    sum_dy_x += dy[i] * (x[i] - mean);
+    float before = passed_back(dy[i], x[i], map, kept ? kept + i : NULL, activation);
+    if (kept) passed[i] = before;
+    sum_dy += before;
+    sum_dy_x += before * (x[i] - map.mean);
   }
   return (sums_t){sum_dy, sum_dy_x};
 }
 
-VECTORIZED static void normalize(float *restrict y, const float *restrict x, int64_t n, float mean, float scale, float bias) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale + bias;
+VECTORIZED static sums_t sums_of_piece(float *passed, const float *dy, const float *x, int64_t n, map_t map,
+                                       const float *kept, int activation) {
+  return SPECIALIZED(sums_of, kept, activation, passed, dy, x, n, map);
 }
 
-/* The same for a y that no cache would hold: an ordinary write first reads what it overwrites. */
-static void normalize_past_caches(float *restrict y, const float *restrict x, int64_t n, float mean, float scale, float bias) {
+INLINE void normalized(float *restrict y, const float *restrict x, int64_t n, map_t map, const float *restrict residual,
+                       int activation) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    float t = (x[i] - map.mean) * map.scale + map.shift;
+    if (residual) t += residual[i];
+    y[i] = activated(t, activation);
+  }
+}
+
+VECTORIZED static void normalize(float *y, const float *x, int64_t n, map_t map, const float *residual, int activation) {
+  SPECIALIZED(normalized, residual, activation, y, x, n, map);
+}
+
+INLINE void differentiated(float *restrict dx, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
+                           float x_factor, float constant, const float *kept, int activation) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++)
+    dx[i] = passed_back(dy[i], x[i], map, kept, activation) * map.scale + (x[i] - map.mean) * x_factor + constant;
+}
+
+VECTORIZED static void differentiate(float *dx, const float *dy, const float *x, int64_t n, map_t map, float x_factor,
+                                     float constant, int activation) {
+  SPECIALIZED(differentiated, (const float *)NULL, activation, dx, dy, x, n, map, x_factor, constant);
+}
+
+/* How many of `n` elements to compute at once: all, or a block that ends with a cache line where they are streamed. */
+static int64_t block_of(const float *y, int64_t n, int past_caches) {
+  int64_t to_line = -(uintptr_t)y / sizeof(float) % 16;
+  return past_caches ? smaller(n, to_line ? to_line : BLOCK) : n;
+}
+
+/* A copy that does not read what it overwrites, as an ordinary write does, and leaves the caches as they are. */
+static void stream(float *restrict y, const float *restrict x, int64_t n) {
   int64_t i = 0;
 #ifdef __SSE__
-  i = smaller(n, -(uintptr_t)y / sizeof(float) % 16); /* whole cache lines: a part of one would be slow */
-  normalize(y, x, i, mean, scale, bias);
-  __m128 means = _mm_set1_ps(mean), scales = _mm_set1_ps(scale), biases = _mm_set1_ps(bias);
-  for (int64_t end = i + (n - i) / 16 * 16; i < end; i += 4) {
-    __m128 centered = _mm_sub_ps(_mm_loadu_ps(x + i), means);
-    _mm_stream_ps(y + i, _mm_add_ps(_mm_mul_ps(centered, scales), biases));
-  }
-  _mm_sfence();
+  if ((uintptr_t)y % 64 == 0) /* whole cache lines: a part of one would be slow */
+    for (; i < n / 16 * 16; i += 4) _mm_stream_ps(y + i, _mm_loadu_ps(x + i));
 #endif
-  normalize(y + i, x + i, n - i, mean, scale, bias);
+  for (; i < n; i++) y[i] = x[i];
 }
 
-VECTORIZED static void differentiate(float *restrict dx, const float *restrict dy, const float *restrict x, int64_t n,
-                                     float mean, float dy_factor, float x_factor, float constant) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * dy_factor + (x[i] - mean) * x_factor + constant;
+static void finish_stream(void) {
+#ifdef __SSE__
+  _mm_sfence();
+#endif
 }
 
 static moments_t merge(const moments_t *piece_moments, int64_t pieces, int64_t size, int64_t piece) {
@@ -90,15 +168,23 @@ static moments_t merge(const moments_t *piece_moments, int64_t pieces, int64_t s
   return whole;
 }
 
-/* x, y: (images, channels, positions); weight, bias: (channels) or null; mean, rstd: (images, groups);
-   partial: (images, groups, pieces of a group) */
-void gng_d2_group_norm(const float *x, const float *weight, const float *bias, float *y, float *mean, float *rstd,
-                       moments_t *partial, int64_t images, int64_t channels, int64_t positions, int64_t groups, int64_t piece,
-                       double eps, int threads) {
+static map_t map_of_row(int64_t row, const float *mean, const float *rstd, const float *weight, const float *bias,
+                        int64_t channels, int64_t per_group) {
+  int64_t group = row / per_group, channel = row % channels;
+  return (map_t){mean[group], rstd[group] * (weight ? weight[channel] : 1), bias ? bias[channel] : 0};
+}
+
+/* x, y, residual: (images, channels, positions), of which residual may be null; weight, bias: (channels) or null;
+   mean, rstd: (images, groups); partial: (images, groups, pieces of a group) */
+void gng_d2_group_norm_activation(const float *x, const float *weight, const float *bias, const float *residual, float *y,
+                                  float *mean, float *rstd, moments_t *partial, int64_t images, int64_t channels,
+                                  int64_t positions, int64_t groups, int64_t piece, int64_t activation, double eps,
+                                  int threads) {
   int64_t per_group = channels / groups, size = per_group * positions, pieces = (size + piece - 1) / piece;
   int past_caches = images * channels * positions > LARGE;
 #pragma omp parallel num_threads(threads)
   {
+    float block[BLOCK];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < images * groups * pieces; i++) {
       int64_t start = i % pieces * piece;
@@ -112,26 +198,37 @@ void gng_d2_group_norm(const float *x, const float *weight, const float *bias, f
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
-      int64_t group = row / per_group, channel = row % channels, i = row * positions;
-      float scale = rstd[group] * (weight ? weight[channel] : 1), shift = bias ? bias[channel] : 0;
-      (past_caches ? normalize_past_caches : normalize)(y + i, x + i, positions, mean[group], scale, shift);
+      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
+      for (int64_t n, i = row * positions, end = i + positions; i < end; i += n) {
+        n = block_of(y + i, end - i, past_caches);
+        normalize(past_caches ? block : y + i, x + i, n, map, residual ? residual + i : NULL, activation);
+        if (past_caches) stream(y + i, block, n);
+      }
     }
+    finish_stream();
   }
 }
 
-/* The same shapes; partial: (images, channels + groups) */
-void gng_d2_group_norm_backward(const float *dy, const float *x, const float *mean, const float *rstd, const float *weight,
-                                float *dx, float *dweight, float *dbias, sums_t *partial, int64_t images, int64_t channels,
-                                int64_t positions, int64_t groups, int64_t piece, int threads) {
+/* The same shapes; partial: (images, channels + groups). With an activation, `kept` is null or what was added to the
+   normalized x, of RELU the output, and dresidual takes the gradient of what was added. */
+void gng_d2_group_norm_activation_backward(const float *dy, const float *x, const float *mean, const float *rstd,
+                                           const float *weight, const float *bias, const float *kept, float *dx,
+                                           float *dweight, float *dbias, float *dresidual, sums_t *partial, int64_t images,
+                                           int64_t channels, int64_t positions, int64_t groups, int64_t piece,
+                                           int64_t activation, int threads) {
   int64_t per_group = channels / groups;
+  int past_caches = images * channels * positions > LARGE;
   sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
+    float block[BLOCK];
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
+      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       sums_t sums = {0, 0};
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        sums_t more = sums_of_piece(dy + i, x + i, smaller(piece, end - i), mean[row / per_group]);
+        sums_t more = sums_of_piece(kept ? dresidual + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
+                                    kept ? kept + i : NULL, activation);
         sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
       }
       partial[row] = sums;
@@ -152,14 +249,21 @@ void gng_d2_group_norm_backward(const float *dy, const float *x, const float *me
       }
       group_sums[group] = sums;
     }
+    const float *gradient = kept ? dresidual : dy; /* which passed the activation already */
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
-      int64_t group = row / per_group, i = row * positions;
-      float dy_factor = rstd[group] * (weight ? weight[row % channels] : 1);
+      int64_t group = row / per_group;
+      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       double share = -rstd[group] / (double)(per_group * positions);
-      differentiate(dx + i, dy + i, x + i, positions, mean[group], dy_factor, share * rstd[group] * group_sums[group].dy_x,
-                    share * group_sums[group].dy);
+      float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
+      for (int64_t n, i = row * positions, end = i + positions; i < end; i += n) {
+        n = block_of(dx + i, end - i, past_caches);
+        differentiate(past_caches ? block : dx + i, gradient + i, x + i, n, map, x_factor, constant,
+                      kept ? NO_ACTIVATION : activation);
+        if (past_caches) stream(dx + i, block, n);
+      }
     }
+    finish_stream();
   }
 }
 
@@ -170,7 +274,8 @@ void gng_d2_standardize(const float *weight, float *out, int64_t filters, int64_
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < filters; i++) {
     moments_t moments = moments_of_piece(weight + i * size, size);
-    normalize(out + i * size, weight + i * size, size, moments.mean, 1 / (deviation(moments, size) + eps), 0);
+    map_t map = {moments.mean, 1 / (deviation(moments, size) + eps), 0};
+    normalize(out + i * size, weight + i * size, size, map, NULL, NO_ACTIVATION);
   }
 }
 
@@ -181,9 +286,10 @@ void gng_d2_standardize_backward(const float *gradient, const float *weight, flo
   for (int64_t i = 0; i < filters; i++) {
     const float *dy = gradient + i * size, *filter = weight + i * size;
     moments_t moments = moments_of_piece(filter, size);
-    sums_t sums = sums_of_piece(dy, filter, size, moments.mean);
     double std = deviation(moments, size), scale = 1 / (std + eps);
+    map_t map = {moments.mean, scale, 0};
+    sums_t sums = sums_of_piece(NULL, dy, filter, size, map, NULL, NO_ACTIVATION);
     double weight_factor = std > 0 ? -sums.dy_x * scale * scale / (std * (size - 1)) : 0;
-    differentiate(out + i * size, dy, filter, size, moments.mean, scale, weight_factor, -sums.dy * scale / size);
+    differentiate(out + i * size, dy, filter, size, map, weight_factor, -sums.dy * scale / size, NO_ACTIVATION);
   }
 }

@@ -15,8 +15,8 @@ __all__ = ["is_compiled", "call"]
 
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
-    "group_norm": [_POINTER] * 7 + [_INTEGER] * 5 + [_NUMBER],
-    "group_norm_backward": [_POINTER] * 9 + [_INTEGER] * 5,
+    "group_norm_activation": [_POINTER] * 8 + [_INTEGER] * 6 + [_NUMBER],
+    "group_norm_activation_backward": [_POINTER] * 12 + [_INTEGER] * 6,
     "standardize": [_POINTER] * 2 + [_INTEGER] * 2 + [_NUMBER],
     "standardize_backward": [_POINTER] * 3 + [_INTEGER] * 2 + [_NUMBER],
 }

@@ -4,7 +4,8 @@ Reductions run over (image, tile of channels, chunk of positions), so that they 
 number of groups is. The groups enter when the small per-channel results are merged. Every partial result has
 one writer and every sum a fixed order: the same input gives the same bits.
 
-Three passes over the data forward (moments, read, write), five backward. Everything is computed in float32.
+Three passes over the data forward (moments, read, write), five backward, with an activation too; with a residual four
+and, if an activation follows it, seven. Everything is computed in float32.
 Tensors are contiguous or channels-last and keep their layout.
 """
 
@@ -23,9 +24,10 @@ from .group_norm_triton_kernels import (
 )
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
+__all__ = ["DTYPES", "READS_CHANNELS_LAST", "backward", "forward", "is_faster", "works"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+READS_CHANNELS_LAST = True
 
 # A group of fewer elements is read by one thread block in about the time that our additional launches take.
 _MIN_GROUP = 2**15
@@ -34,12 +36,19 @@ _MERGED = 1024, 16384  # partial results that a program merges at a time: few, m
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def is_faster(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Whether this is faster on CUDA than PyTorch's op, which copies some inputs and fills the GPU only with groups."""
-    if not x.is_cuda or x.dim() < 2:
+def is_faster(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, fused: bool = False
+) -> bool:
+    """Whether this is faster on CUDA than PyTorch's op, which copies some inputs and fills the GPU only with groups.
+
+    ``fused``: with an activation or a residual, whose passes over the data it saves. No GPU has measured that.
+    """
+    if x.dim() < 2:
         return False
     if _keeps_dtype(x, weight, bias) or memory_format(x) != torch.contiguous_format:
         return True
+    if fused:
+        return x.numel() >= _MIN_GROUP
     thread_blocks = x.shape[0] * num_groups
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return thread_blocks < multiprocessors and x.numel() >= thread_blocks * _MIN_GROUP
@@ -53,30 +62,25 @@ def _keeps_dtype(x, weight, bias):
     return wide or torch.is_autocast_enabled("cuda")
 
 
-def supports(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """Whether these are CUDA tensors of types and shapes that this takes, and Triton works.
-
-    Parameters have the type of the input, or are float32 beside a float16 or bfloat16 input.
-    """
-    if not x.is_cuda or x.dtype not in DTYPES or x.dim() < 2 or x.shape[1] % num_groups:
-        return False
-    if x.numel() <= num_groups:  # PyTorch refuses a single number
-        return False
-    affine = [p for p in (weight, bias) if p is not None]
-    if not all(isinstance(p, Tensor) and p.shape == x.shape[1:2] and p.device == x.device for p in affine):
-        return False
-    if not all(p.dtype == x.dtype for p in affine) and not all(p.dtype == torch.float32 for p in affine):
-        return False
-    return triton_works(x.device.index)
+def works(device: torch.device) -> bool:
+    """Whether Triton can launch a kernel on this device."""
+    return triton_works(device.index)
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output in the type and layout of ``x``, mean and 1 / std in float32.
 
     Shape:
-        - x: :math:`(N, C, *)`, contiguous or channels-last, at least one element; float32, float16 or bfloat16
+        - x, residual: :math:`(N, C, *)`, both contiguous or channels-last, at least one element; float32, float16 or
+          bfloat16
         - weight, bias: :math:`(C)`, contiguous, of any of these types
         - output: as x; mean, 1 / std: :math:`(N, G)`
     """
@@ -93,37 +97,52 @@ def forward(
             **_merge_options(partial[0].numel() // groups)
         )  # fmt: skip
         normalize_kernel[grid.programs](
-            x, y, mean, rstd, weight, bias, *grid.layout, num_groups, *grid.chunks, *grid.blocks
+            x, y, residual, mean, rstd, weight, bias, *grid.layout, num_groups, *grid.chunks, activation, *grid.blocks
         )
     return y, mean, rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, num_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (in its type and layout), weight and bias (both in float32).
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    activation: str | None = None,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight and bias (both in float32), and with ``kept`` that of the residual.
+
+    Those of x and the residual have the type and layout of x.
 
     Shape:
-        - dy: that of x, in its layout
+        - dy, kept: that of x, in its layout. ``kept`` is what an activation after a residual needs: the output for
+          relu, else the residual
         - others: as :func:`forward` takes and returns them
     """
     grid = _Grid(x)
     sums = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     group_sums = x.new_empty((2, *mean.shape), dtype=torch.float32)
-    dx = torch.empty_like(x)
+    dx, dresidual = torch.empty_like(x), None if kept is None else torch.empty_like(x)
     partials, groups = sums[0].numel(), mean.numel()
     with _on(x):
         gradient_sums_kernel[grid.programs](
-            dy, x, mean, rstd, sums, *grid.layout, num_groups, *grid.chunks, partials, *grid.blocks
-        )
+            dy, x, kept, dresidual, mean, rstd, weight, bias, sums,
+            *grid.layout, num_groups, *grid.chunks, partials, activation, *grid.blocks
+        )  # fmt: skip
         merge_gradient_sums_kernel[(groups,)](
             sums, weight, group_sums, grid.channels, grid.positions, num_groups, grid.num_chunks, partials, groups,
             **_merge_options(partials // groups)
         )  # fmt: skip
+        if kept is not None:  # what passed the activation was written
+            dy, activation = dresidual, None
         input_gradient_kernel[grid.programs](
-            dy, x, dx, mean, rstd, weight, group_sums, *grid.layout, num_groups, *grid.chunks, groups, *grid.blocks
-        )
-    return dx, sums[1].sum((0, 1)), sums[0].sum((0, 1))
+            dy, x, dx, mean, rstd, weight, bias, group_sums,
+            *grid.layout, num_groups, *grid.chunks, groups, activation, *grid.blocks
+        )  # fmt: skip
+    return dx, sums[1].sum((0, 1)), sums[0].sum((0, 1)), dresidual
 
 
 def _merge_options(partials):

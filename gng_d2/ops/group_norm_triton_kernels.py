@@ -111,37 +111,68 @@ def merge_moments_kernel(
 
 
 @triton.jit
-def normalize_kernel(
-    x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, positions, stride_c, stride_s,
-    num_groups, num_chunks, chunk, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    n, c, _, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
+def _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, channels, num_groups, BLOCK_C: tl.constexpr):
+    """Mean, 1 / std, weight and bias of the channels, as columns."""
     group = n * num_groups + c // (channels // num_groups)
     mean = tl.load(mean_ptr + group, mask=c < channels, other=0.0)
-    scale = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)
-    shift = tl.zeros([BLOCK_C], tl.float32)
+    rstd = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)
+    weight = tl.full([BLOCK_C], 1.0, tl.float32)
     if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    bias = tl.zeros([BLOCK_C], tl.float32)
     if bias_ptr is not None:
-        shift += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    return mean[:, None], rstd[:, None], weight[:, None], bias[:, None]
+
+
+@triton.jit
+def _sigmoid(t):
+    return 1.0 / (1.0 + tl.exp(-t))
+
+
+@triton.jit
+def _passed_back(dy, t, ACTIVATION: tl.constexpr):
+    """What the activation of t passes back of dy. Of relu, the output may be given for t."""
+    if ACTIVATION == "relu":
+        dy = tl.where(t <= 0, 0.0, dy)
+    elif ACTIVATION == "silu":
+        dy = dy * _sigmoid(t) * (1.0 + t * (1.0 - _sigmoid(t)))
+    return dy
+
+
+@triton.jit
+def normalize_kernel(
+    x_ptr, y_ptr, residual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, positions, stride_c, stride_s,
+    num_groups, num_chunks, chunk, ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    n, c, _, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
+    mean, rstd, weight, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, channels, num_groups, BLOCK_C)
     row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     for first in range(start, end, BLOCK_S):
         at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = (x - mean[:, None]) * scale[:, None] + shift[:, None]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        t = (x - mean) * (rstd * weight) + bias
+        if residual_ptr is not None:
+            t += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if ACTIVATION == "relu":
+            t = tl.where(t < 0, 0.0, t)
+        elif ACTIVATION == "silu":
+            t = t * _sigmoid(t)
+        tl.store(y_ptr + at, t.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gradient_sums_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, sums_ptr, channels, positions, stride_c, stride_s,
-    num_groups, num_chunks, chunk, all_partials, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    dy_ptr, x_ptr, kept_ptr, dresidual_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, sums_ptr,
+    channels, positions, stride_c, stride_s, num_groups, num_chunks, chunk, all_partials,
+    ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Sum of dy and of dy z, z the normalized input, of each (image, chunk, channel)."""
+    """Sum of dy and of dy z, z the normalized input, of each (image, chunk, channel).
+
+    Here dy is what passes the activation. It is the residual's gradient, and is written where there is a residual.
+    """
     n, c, k, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
-    group = n * num_groups + c // (channels // num_groups)
-    mean = tl.load(mean_ptr + group, mask=c < channels, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)
+    mean, rstd, weight, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, channels, num_groups, BLOCK_C)
     row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     sum_dy = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     sum_dyz = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
@@ -149,8 +180,18 @@ def gradient_sums_kernel(
         at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        t = (x - mean) * (rstd * weight) + bias
+        if kept_ptr is not None:
+            kept = tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if ACTIVATION == "relu":
+                t = kept
+            else:
+                t += kept
+        dy = _passed_back(dy, t, ACTIVATION)
+        if kept_ptr is not None:
+            tl.store(dresidual_ptr + at, dy.to(dresidual_ptr.dtype.element_ty), mask=inside)
         sum_dy += dy
-        sum_dyz += dy * ((x - mean[:, None]) * rstd[:, None])
+        sum_dyz += dy * ((x - mean) * rstd)
     partial = (n * num_chunks + k) * channels + c
     tl.store(sums_ptr + partial, tl.sum(sum_dy, axis=1), mask=c < channels)
     tl.store(sums_ptr + all_partials + partial, tl.sum(sum_dyz, axis=1), mask=c < channels)
@@ -188,24 +229,22 @@ def merge_gradient_sums_kernel(
 
 @triton.jit
 def input_gradient_kernel(
-    dy_ptr, x_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, group_sums_ptr, channels, positions, stride_c, stride_s,
-    num_groups, num_chunks, chunk, all_groups, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    dy_ptr, x_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group_sums_ptr, channels, positions, stride_c,
+    stride_s, num_groups, num_chunks, chunk, all_groups,
+    ACTIVATION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The gradient less its mean and its part along z, within each group (Eqs. 14 to 18)."""
     n, c, _, start, end = _tile(channels, positions, num_chunks, chunk, BLOCK_C, BLOCK_S)
+    mean, rstd, weight, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, channels, num_groups, BLOCK_C)
     group = n * num_groups + c // (channels // num_groups)
-    mean = tl.load(mean_ptr + group, mask=c < channels, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < channels, other=0.0)
-    mean_dy = tl.load(group_sums_ptr + group, mask=c < channels, other=0.0)
-    mean_dyz = tl.load(group_sums_ptr + all_groups + group, mask=c < channels, other=0.0)
-    weight = tl.full([BLOCK_C], 1.0, tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+    mean_dy = tl.load(group_sums_ptr + group, mask=c < channels, other=0.0)[:, None]
+    mean_dyz = tl.load(group_sums_ptr + all_groups + group, mask=c < channels, other=0.0)[:, None]
     row = n * channels * positions + c.to(tl.int64)[:, None] * stride_c
     for first in range(start, end, BLOCK_S):
         at, inside = _step(row, c, channels, first, end, stride_s, BLOCK_S)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        z = (x - mean[:, None]) * rstd[:, None]
-        dx = (dy * weight[:, None] - mean_dy[:, None] - z * mean_dyz[:, None]) * rstd[:, None]
+        dy = _passed_back(dy, (x - mean) * (rstd * weight) + bias, ACTIVATION)
+        z = (x - mean) * rstd
+        dx = (dy * weight - mean_dy - z * mean_dyz) * rstd
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

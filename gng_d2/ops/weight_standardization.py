@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels, weight_standardization_cpu
-from .backends import HAS_OPS, HAS_TRITON, kernels_may_run
-from .checks import check_readable, check_shape
+from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, kernels_may_run
+from .checks import check_memory, fault_of, refuse
 
-_BACKENDS = [weight_standardization_cpu]
+_BACKENDS = {"cpu": weight_standardization_cpu}
 if HAS_TRITON:
     from . import weight_standardization_triton
 
-    _BACKENDS.append(weight_standardization_triton)
+    _BACKENDS["cuda"] = weight_standardization_triton
 
 __all__ = ["standardize_weight"]
 
@@ -45,16 +45,15 @@ def standardize_weight(weight: Tensor) -> Tensor:
 
 
 def _backend(weight):
-    """The backend that takes this weight, None for PyTorch's ops."""
-    if kernels_may_run():
-        for backend in _BACKENDS:
-            if backend.is_faster(weight) and backend.supports(weight):
-                return backend
-    return None
+    """The backend that takes this weight, None for PyTorch's ops, which torch.compile fuses."""
+    backend = _BACKENDS.get(weight.device.type) if kernels_may_run() and not is_compiling() else None
+    if backend is None or not is_ordinary(weight) or _fault(weight, backend.DTYPES):
+        return None
+    return backend if is_on(backend, weight.device) else None
 
 
 def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:  # an argument, as TorchScript reads no global number
-    """In PyTorch's ops, which torch.compile fuses."""
+    """In PyTorch's ops."""
     wide = weight if weight.dtype == torch.float64 else weight.float()
     filters = wide.flatten(1)
     deviation = filters - filters.mean(1, keepdim=True)
@@ -77,24 +76,26 @@ class _Standardize(torch.autograd.Function):
         return torch.ops.gng_d2.standardize_backward.default(gradient, weight, _EPS)
 
 
-def _check(weight):
-    """Raise RuntimeError for filters that have no deviation."""
+def _fault(weight, dtypes=None, **others):
+    """What is wrong with the tensors of an op, None if nothing is."""
     shape = () if weight is None else weight.shape
     if len(shape) < 2 or not weight.numel() > shape[0]:
-        raise RuntimeError(f"a weight of shape {tuple(shape)} has no filters of two weights or more")
+        return f"a weight of shape {tuple(shape)} has no filters of two weights or more"
+    tensors = {"the weight": weight, **others}
+    faults = (fault_of(name, t, shape, weight.device, dtypes) for name, t in tensors.items())
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _forward(backend, weight, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
-    _check(weight)
-    check_readable((weight,), backend.DTYPES)
+    refuse(_fault(weight, backend.DTYPES))
+    check_memory(weight)
     return backend.forward(weight.contiguous(), eps)
 
 
 def _backward(backend, gradient, weight, eps):
-    _check(weight)
-    check_shape("gradient", gradient, weight.shape, weight.device)
-    check_readable((gradient, weight), backend.DTYPES)
+    refuse(_fault(weight, backend.DTYPES, gradient=gradient))
+    check_memory(gradient, weight)
     return backend.backward(gradient.contiguous(), weight.contiguous(), eps)
 
 
@@ -110,11 +111,10 @@ if HAS_OPS:
 
     @torch.library.register_fake("gng_d2::standardize")
     def _(weight, eps):
-        _check(weight)
+        refuse(_fault(weight))
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("gng_d2::standardize_backward")
     def _(gradient, weight, eps):
-        _check(weight)
-        check_shape("gradient", gradient, weight.shape, weight.device)
+        refuse(_fault(weight, gradient=gradient))
         return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -6,11 +6,11 @@ The backward pass computes the moments again: a filter is in the cache then, and
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "is_faster", "supports", "forward", "backward"]
+__all__ = ["DTYPES", "backward", "forward", "works"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,21 +71,9 @@ def _gradient_kernel(dy_ptr, x_ptr, dx_ptr, eps, size, BLOCK: tl.constexpr):
         tl.store(dx_ptr + row + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def is_faster(weight: Tensor) -> bool:
-    """Whether this is faster than PyTorch's ops: always, unless torch.compile fuses them."""
-    return not torch.compiler.is_compiling()
-
-
-def supports(weight: Tensor) -> bool:
-    """Whether this is a contiguous CUDA tensor of a type that this takes, of at least two weights a filter."""
-    return (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.is_cuda
-        and weight.dtype in DTYPES
-        and weight.is_contiguous()
-        and weight.numel() > weight.shape[0] > 0
-        and triton_works(weight.device.index)
-    )
+def works(device: torch.device) -> bool:
+    """Whether Triton can launch a kernel on this device."""
+    return triton_works(device.index)
 
 
 def forward(weight: Tensor, eps: float) -> Tensor:

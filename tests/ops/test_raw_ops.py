@@ -81,17 +81,27 @@ def wrong_ones_of(t):
     yield 3
 
 
-def group_norm_reference(x, weight, bias, num_groups, eps):
+def group_norm_reference(x, weight, bias, num_groups, eps, activation=None, residual=None):
     images, channels = x.shape[:2]
-    return torch.native_group_norm(x.contiguous(), weight, bias, images, channels, x[0, 0].numel(), num_groups, eps)
+    y, mean, rstd = torch.native_group_norm(
+        x.contiguous(), weight, bias, images, channels, x[0, 0].numel(), num_groups, eps
+    )
+    return group_norm_op._activate(y, activation, residual), mean, rstd
 
 
-def backward_reference(dy, x, mean, rstd, weight, num_groups):
+def backward_reference(dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):
     images, channels = x.shape[:2]
     dy, x, mean, rstd = (t.contiguous() for t in (dy, x, mean, rstd))  # PyTorch 2.4 misreads them in other layouts
-    return torch.ops.aten.native_group_norm_backward(
+    if activation == "silu":
+        z = (x.view(images, num_groups, -1) - mean[..., None]) * rstd[..., None]
+        by_channel = [1, channels] + [1] * (x.dim() - 2)
+        t = z.view(x.shape) * (1 if weight is None else weight.view(by_channel))
+        t = t + (0 if bias is None else bias.view(by_channel)) + (0 if kept is None else kept)
+        dy = torch.ops.aten.silu_backward(dy, t)
+    gradients = torch.ops.aten.native_group_norm_backward(
         dy, x, mean, rstd, weight, images, channels, x[0, 0].numel(), num_groups, [True] * 3
     )
+    return *gradients, x.new_empty(0) if kept is None else dy
 
 
 def standardize_reference(weight, eps):
@@ -106,7 +116,7 @@ def standardize_backward_reference(gradient, weight, eps):
 
 def calls(shape=(2, 6, 3, 2), groups=3):
     """Each op, its reference and arguments."""
-    dy, x = torch.randn(2, *shape)
+    dy, x, residual = torch.randn(3, *shape)
     weight, bias = torch.randn(2, shape[1])
     _, mean, rstd = group_norm_reference(x, weight, bias, groups, 1e-5)
     return [
@@ -114,11 +124,19 @@ def calls(shape=(2, 6, 3, 2), groups=3):
         (ops.group_norm_backward.default, backward_reference, [dy, x, mean, rstd, weight, groups]),
         (ops.standardize.default, standardize_reference, [x, 1e-5]),
         (ops.standardize_backward.default, standardize_backward_reference, [dy, x, 1e-5]),
+        (ops.group_norm.default, group_norm_reference, [x, weight, bias, groups, 1e-5, "silu", residual]),
+        (
+            ops.group_norm_backward.default,
+            backward_reference,
+            [dy, x, mean, rstd, weight, groups, "silu", bias, residual],
+        ),
     ]
 
 
-CALLS = ["group_norm", "group_norm_backward", "standardize", "standardize_backward"]
-TENSORS = [(call, tensor) for call, tensors in enumerate((3, 5, 1, 2)) for tensor in range(tensors)]
+CALLS = ["group_norm", "group_norm_backward", "standardize", "standardize_backward", "silu", "silu_backward"]
+TENSORS = [
+    (call, i) for call, (_, _, args) in enumerate(calls()) for i, value in enumerate(args) if torch.is_tensor(value)
+]
 
 
 @pytest.mark.slow
@@ -164,10 +182,18 @@ def outcome(op, args):
 
 @pytest.mark.parametrize("groups", [0, -1, -3, 4, 5, 7, 12, 2**31, 2**40, -(2**63), 2**63 - 1])
 def test_groups_that_do_not_divide_are_refused(backend, groups):
-    for op, _, args in calls()[:2]:
+    for op, _, args in (calls()[i] for i in (0, 1, 4, 5)):
         args[3 if op is ops.group_norm.default else 5] = groups
         with pytest.raises(RuntimeError, match="does not divide"):
             op(*args)
+
+
+def test_other_activations_are_refused(backend):
+    for op, _, args in calls()[4:]:
+        args[args.index("silu")] = "gelu"
+        for run in (op, faked):
+            with pytest.raises(RuntimeError, match="'gelu' is none of the activations"):
+                run(*args) if run is op else run(op, args)
 
 
 def test_filters_without_a_deviation_are_refused(backend):
@@ -202,11 +228,16 @@ def test_random_arguments(backend, seed):
         num_groups = rng.choice([1, 2, 3, 6, 0, -1])
         x, dy = (drawn(rng, [shape] * 8 + [(*shape, 1), shape[:-1]], dtypes) for _ in range(2))
         weight, bias = (drawn(rng, channels, dtypes) for _ in range(2))
+        activation, kept = rng.choice([(None, None), ("silu", None), ("silu", x), ("silu", dy)])
         moments = [(*shape[:1], max(num_groups, 0))] * 8 + [(2, 2), (1,)]
         mean, rstd = (drawn(rng, moments, dtypes) for _ in range(2))
         for op, reference, args in (
-            (ops.group_norm.default, group_norm_reference, (x, weight, bias, num_groups, 1e-5)),
-            (ops.group_norm_backward.default, backward_reference, (dy, x, mean, rstd, weight, num_groups)),
+            (ops.group_norm.default, group_norm_reference, (x, weight, bias, num_groups, 1e-5, activation, kept)),
+            (
+                ops.group_norm_backward.default,
+                backward_reference,
+                (dy, x, mean, rstd, weight, num_groups, activation, bias, kept),
+            ),
             (ops.standardize.default, standardize_reference, (x, 1e-5)),
             (ops.standardize_backward.default, standardize_backward_reference, (dy, x, 1e-5)),
         ):
@@ -228,7 +259,7 @@ def faked(op, args):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("call", range(4), ids=CALLS)
+@pytest.mark.parametrize("call", range(6), ids=CALLS)
 def test_the_ops_keep_pytorchs_rules_channels_last(backend, call):
     op, _, args = calls((1, 4, 2, 3), 2)[call]
     args = [a.contiguous(memory_format=torch.channels_last) if torch.is_tensor(a) and a.dim() == 4 else a for a in args]

@@ -1,13 +1,18 @@
+import json
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from needs import KERNELS
+from needs import KERNELS, needs_torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
-from gng_d2.ops import cpu_kernels, group_norm, set_kernels_enabled, standardize_weight
+from gng_d2.errors import InputError
+from gng_d2.ops import backends, cpu_kernels, group_norm, set_kernels_enabled, standardize_weight
 
 pytestmark = [
     pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler"),
@@ -16,12 +21,12 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def on():
+def default():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
-    yield
+    with set_kernels_enabled(True):
+        yield
     torch.set_num_threads(before)
-    set_kernels_enabled(True)
 
 
 def uses_kernels():
@@ -35,18 +40,59 @@ def uses_kernels():
     return used.pop()
 
 
-def test_switch():
+@pytest.mark.parametrize("off", ["off", False])
+@pytest.mark.parametrize("on", ["cpu", "cuda", True])
+def test_switch(on, off):
     assert uses_kernels()
-    set_kernels_enabled(False)
-    assert not uses_kernels()
-    set_kernels_enabled(True)
-    assert uses_kernels()
+    set_kernels_enabled(off)
+    assert not uses_kernels() and backends.enabled_kernels() == "off"
+    set_kernels_enabled(on)
+    assert uses_kernels() and backends.enabled_kernels() == (backends.DEFAULT_KERNELS if on is True else on)
+
+
+def test_other_states_are_refused():
+    for state in ("on", "1", 1, None, ""):
+        with pytest.raises(InputError, match="set_kernels_enabled is .*: set it to off .*, cpu .* or cuda"):
+            set_kernels_enabled(state)
+    assert backends.enabled_kernels() == backends.DEFAULT_KERNELS
+
+
+def test_the_default_follows_what_was_measured():
+    """The kernels for CUDA run by default once their tests passed on a GPU and their time was measured there."""
+    results = Path("docs", "results")
+    tests, costs = results / "kernel_tests_cuda.json", results / "benchmark_norm_cuda.json"
+    measured = (
+        costs.exists() and tests.exists() and "failed" not in {t["outcome"] for t in json.loads(tests.read_text())}
+    )
+    assert ("cuda" if measured else "cpu") == backends.DEFAULT_KERNELS
+
+
+@needs_torch(2, 11, "fake tensors of a GPU that is not there")
+def test_kernels_for_cuda_are_off_at_first_and_the_log_says_so_once(monkeypatch, caplog):
+    op_module = pytest.importorskip("gng_d2.ops.group_norm_triton") and sys.modules["gng_d2.ops.group_norm"]
+    weight_module = sys.modules["gng_d2.ops.weight_standardization"]
+    monkeypatch.setattr(backends, "_ordinary_types", (*backends._ordinary_types, FakeTensor))
+    for module in (op_module, weight_module):
+        monkeypatch.setattr(module._BACKENDS["cuda"], "works", lambda device: True)
+    backends._log_that_cuda_is_off.cache_clear()
+
+    def chosen(state, dtype=torch.float32):
+        with FakeTensorMode(), set_kernels_enabled(state), caplog.at_level(logging.INFO):
+            x = torch.empty(1, 4, 8, 8, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+            found = {op_module._backend(x, 2, None, None, 1e-5) is not None, weight_module._backend(x) is not None}
+        assert len(found) == 1
+        return found.pop()
+
+    assert not chosen("off") and not chosen("cpu", torch.float64) and not caplog.records
+    assert not chosen("cpu") and not chosen("cpu")
+    assert ["GNG_D2_KERNELS=cuda turns them on" in record.message for record in caplog.records] == [True]
+    assert chosen("cuda")
 
 
 def test_switch_as_a_context():
-    with set_kernels_enabled(False):
+    with set_kernels_enabled("off"):
         assert not uses_kernels()
-        with set_kernels_enabled(True):
+        with set_kernels_enabled("cpu"):
             assert uses_kernels()
         assert not uses_kernels()
     assert uses_kernels()
@@ -57,7 +103,7 @@ def test_switch_as_a_context():
 
 def test_off_gives_pytorchs_bits():
     x, (weight, bias) = torch.randn(1, 64, 128, 128), torch.randn(2, 64)
-    with set_kernels_enabled(False):
+    with set_kernels_enabled("off"):
         assert torch.equal(group_norm(x, 1, weight, bias), F.group_norm(x, 1, weight, bias))
 
 
@@ -70,11 +116,11 @@ print(type(group_norm(torch.randn(1, 64, 128, 128, requires_grad=True), 1).grad_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value, expected", [("0", "NativeGroupNormBackward0"), ("off", "")])
+@pytest.mark.parametrize("value, expected", [("off", "NativeGroupNormBackward0"), ("0", "")])
 def test_environment_variable(value, expected):
     environment = {**os.environ, "GNG_D2_KERNELS": value}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ENVIRONMENT], env=environment, capture_output=True, text=True
     )
     assert run.stdout.strip() == expected, run.stderr
-    assert expected or "GNG_D2_KERNELS is 'off': set it to 0 (kernels off) or 1 (on)" in run.stderr
+    assert expected or "GNG_D2_KERNELS is '0': set it to off " in run.stderr

@@ -126,8 +126,8 @@ def test_kernels_are_for_plain_eager_tensors():
         weight_standardization._backend,
         weight_standardization_cpu if cpu_kernels.is_compiled() else None,
     )
-    assert backend(weight) is backend(nn.Parameter(weight)) is expected
-    assert not any(map(backend, (weight.double(), weight.half(), weight.transpose(0, 1), weight[:0])))
+    assert backend(weight) is backend(nn.Parameter(weight)) is backend(weight.transpose(0, 1)) is expected
+    assert not any(map(backend, (weight.double(), weight.half(), weight[:0])))
     with FakeTensorMode():
         assert standardize_weight(torch.empty(4, 3, 3, 3)).shape == weight.shape
     assert standardize_weight(torch.empty(4, 3, 3, 3, device="meta")).is_meta

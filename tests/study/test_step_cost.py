@@ -4,7 +4,7 @@ from needs import KERNELS
 from torch import nn
 
 from gng_d2.layers import WSConv2d
-from gng_d2.ops.backends import kernels_may_run
+from gng_d2.ops.backends import DEFAULT_KERNELS, enabled_kernels
 from study import step_cost
 from study.rows import read_rows
 
@@ -73,13 +73,13 @@ def test_our_kernels_are_off_where_pytorchs_ops_are_measured():
 
     class Trainer:
         def run_step(self):
-            seen.append(kernels_may_run())
+            seen.append(enabled_kernels())
 
-    for kernels in (True, False):
+    for kernels in ("cuda", "off"):
         job = object.__new__(step_cost._Job)
         job.kernels, job.trainer = kernels, Trainer()
         job.step()
-    assert seen == [True, False] and kernels_may_run()
+    assert seen == ["cuda", "off"] and enabled_kernels() == DEFAULT_KERNELS
 
 
 def test_mixed_precision_on_a_cpu_is_refused(reproduce):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from command_line import add_outputs
 from gng_d2.job.files import prepare_outputs
-from gng_d2.ops import cpu_kernels
+from gng_d2.ops import cpu_kernels, set_kernels_enabled
 from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 
 from .detector_norms import detector_norms
@@ -119,7 +119,7 @@ def implementations(device: str) -> dict[str, tuple[Callable, bool]]:
         "var_mean": (_var_mean, True),
     }
     if device == "cuda" or cpu_kernels.is_compiled():
-        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS), True)
+        known["our_kernels"] = (lambda x, g, w, b: _GroupNorm.apply(x, w, b, g, _EPS, None, None), True)
     if device == "cuda":
         for name, options in (("compiled", None), ("compiled_cooperative", {"triton.cooperative_reductions": True})):
             with suppress(RuntimeError):  # an older inductor lacks the option
@@ -298,10 +298,10 @@ def main(args) -> None:
         if job not in done:
             shape, num_groups, dtype, layout = job
             setting = getattr(torch, dtype), layout == "channels_last"
-            measured = norm_rows(
-                shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations
-            )
-            rows += measured
+            with set_kernels_enabled("cuda"):  # those for CUDA may be off by default
+                rows += norm_rows(
+                    shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations
+                )
             if args.json:
                 write_rows(args.json, rows)
     print(table(rows))

@@ -142,7 +142,7 @@ class _Job:
     def __init__(self, cfg, amp, images, height, width, kernels=True):
         torch.manual_seed(0)
         before = _allocated(cfg)
-        self.cfg, self.kernels = cfg, kernels
+        self.cfg, self.kernels = cfg, "cuda" if kernels else "off"
         self.model = DefaultTrainer.build_model(cfg).train()
         for module in self.model.modules():
             if isinstance(module, FrozenBatchNorm2d):
