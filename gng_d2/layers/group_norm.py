@@ -127,6 +127,10 @@ class GroupNorm(nn.GroupNorm):
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):
                 return call_as_leaf(self, input)
+        return self._normalize(input)
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
             self._check(input)
             if not self.uses_kernels:
                 return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -178,7 +182,7 @@ class GroupNorm(nn.GroupNorm):
         write_record(self, destination, prefix)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        take_record(self, prefix, local_metadata)
+        take_record(self, state_dict, prefix, local_metadata, args[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
