@@ -66,6 +66,8 @@ class GroupNorm(nn.GroupNorm):
 
     # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
     channels_per_group: int | None = None
+    # the size of its input where a pooling leaves so little that convert_norms chose the groups by it, such as (1, 1)
+    pooled_to: tuple[int, ...] | None = None
     _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
     # True once fold_weight_standardization wrote the standardized weight into the weight layer
     weight_standardization_folded: bool = False

@@ -13,7 +13,7 @@ from timm import layers as timm_layers
 from torch import nn
 
 from gng_d2 import convert_norms
-from gng_d2.models.convert_norms import PracticalGroupNormAct
+from gng_d2.layers.group_norm_act import PracticalGroupNormAct
 
 
 @pytest.fixture
