@@ -34,7 +34,7 @@ class Place:
     producers: list[Producer] | None = None
     shapes: list[tuple] = field(default_factory=list)  # of its inputs, where the model was run
     size: tuple | None = None  # height and width, say, of its smallest input, where that has such
-    is_pooled: bool = False  # whether larger images leave that size as it is, behind a global pooling
+    is_pooled: bool = False  # whether wider images leave that size as it is, behind a global pooling
 
 
 def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]:
@@ -72,7 +72,7 @@ def _find_by_running(model, found, example_inputs):
     small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
     if small:
         with _shapes_of_inputs(small) as shapes, suppress(InputError):  # what it reaches before it fails is seen
-            find_producers(model, (), tree_map(_twice_the_size, example_inputs))
+            find_producers(model, (), tree_map(_wider, example_inputs))
         for norm in small:
             found[norm].is_pooled = _smallest(shapes[norm]) == found[norm].size
 
@@ -81,9 +81,11 @@ def _smallest(shapes):
     return min((shape[2:] for shape in shapes if len(shape) > 2), key=math.prod, default=None)
 
 
-def _twice_the_size(x):
-    is_image = isinstance(x, Tensor) and x.dim() > 2
-    return x.repeat(1, 1, *[2] * (x.dim() - 2)) if is_image else x
+def _wider(x):
+    """Images twice as wide, and wide enough for any stride to leave more than one pixel."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return x
+    return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / x.shape[-1])))
 
 
 @contextmanager

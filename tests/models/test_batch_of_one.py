@@ -77,17 +77,18 @@ def test_other_dimensions(pooling, dims):
     model.train()(torch.randn(1, 3, *[4] * dims))
 
 
+@pytest.mark.parametrize("stride", [8, 100])
 @pytest.mark.parametrize("width, becomes", [(64, nn.BatchNorm2d), (128, PracticalGroupNorm)])
-def test_small_maps_of_small_images_are_no_pooling(width, becomes, caplog):
-    """At twice the size they are larger, so the image is not one that is trained on."""
-    model = convert_norms(pooled(width, nn.MaxPool2d(8)), "PGN", IMAGES)
+def test_small_maps_of_small_images_are_no_pooling(width, becomes, stride, caplog):
+    """Those of wider images are larger, so the image is not one that is trained on."""
+    model = convert_norms(pooled(width, nn.MaxPool2d(stride, ceil_mode=True)), "PGN", IMAGES)
     assert type(model[4]) is becomes and "give example_inputs of the size that you train on" in caplog.text
     assert f"{'with one number' if width == 64 else 'fewer than 16 numbers'}" in caplog.text
     assert "(4)" in caplog.text and "global pooling" not in caplog.text
 
 
 def test_a_model_of_one_size(caplog):
-    """At twice the size it fails, behind the pooling."""
+    """With wider images it fails, behind the pooling."""
 
     class Model(nn.Module):
         def __init__(self):
