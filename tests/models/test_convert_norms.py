@@ -201,6 +201,19 @@ def test_every_name(name, groups):
         torch.testing.assert_close(model(x), F.group_norm(F.conv2d(x, w, model[0].bias), groups))
 
 
+def test_gn_with_an_activation_computes_the_same_bits_as_without_this_package(monkeypatch):
+    def kernel(*args):
+        raise AssertionError("not PyTorch's op")
+
+    monkeypatch.setattr("gng_d2.layers.group_norm.group_norm", kernel)
+    model, x = nn.Sequential(nn.Conv2d(3, 64, 1), timm_layers.BatchNormAct2d(64)), torch.randn(1, 3, 32, 32)
+    convert_norms(model, "GN")
+    right = F.group_norm(model[0](x), 32, model[1].weight, model[1].bias, model[1].eps).relu()
+    assert torch.equal(model(x), right)
+    with pytest.raises(AssertionError, match="not PyTorch's op"):
+        convert_norms(model, "GN16")(x)
+
+
 # what stays
 
 
