@@ -11,10 +11,11 @@ import torch.ao.quantization as quantization
 from detectron2.layers import get_norm
 from fvcore.nn import FlopCountAnalysis
 from needs import EXPORT
+from timm import layers as timm_layers
 from torch import nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from gng_d2 import PracticalGroupNorm, to_plain
+from gng_d2 import PracticalGroupNorm, convert_norms, to_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -53,6 +54,14 @@ def test_eager_quantization_of_standardized_weights():
     right = model(X)
     quantized = eager(to_plain(model))
     assert type(quantized[1]) is torch.ao.nn.quantized.Conv2d
+    torch.testing.assert_close(quantized(X), right, atol=0.1, rtol=0.1)
+
+
+def test_eager_quantization_of_a_norm_with_an_activation():
+    model = convert_norms(net(timm_layers.BatchNormAct2d(32))[:3], "PGN").append(quantization.DeQuantStub())
+    right = model(X)
+    quantized = eager(to_plain(model))
+    assert type(quantized[2][0]) is torch.ao.nn.quantized.GroupNorm
     torch.testing.assert_close(quantized(X), right, atol=0.1, rtol=0.1)
 
 
