@@ -4,6 +4,7 @@ Importing it is all that a Detectron2 program needs: every ``NORM`` key then tak
 ``GN<k>``, ``GN/<c>``, and each with ``+WS``.
 """
 
+import logging
 from importlib import import_module
 
 from .gains import activation_gains
@@ -11,6 +12,7 @@ from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
 from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
 from .layers.binding import install_binding_hook
 from .layers.norm_names import extend_get_norm
+from .layers.quantization import extend_quantization
 from .models import (
     bind_norms,
     convert_norms,
@@ -18,6 +20,7 @@ from .models import (
     norm_table,
     recompute_norms,
     recomputed_modules,
+    to_plain,
 )
 from .ops.backends import HAS_DETECTRON2
 
@@ -37,6 +40,7 @@ __all__ = [
     "practical_num_groups",
     "recompute_norms",
     "recomputed_modules",
+    "to_plain",
     "unbound_norms",
 ]
 
@@ -53,5 +57,7 @@ def __getattr__(name):
 
 
 install_binding_hook()
+extend_quantization()
 if HAS_DETECTRON2:
     extend_get_norm()
+    logging.getLogger(__name__).parent = logging.getLogger("detectron2")  # whose setup_logger writes log.txt

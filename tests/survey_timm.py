@@ -60,21 +60,29 @@ def is_norm(module):
 
 
 def check(fed, model):
-    """Compare the groups of ``model``, converted to PGN, with what fed its norms: (converted, alone, left, wrong)."""
-    converted, alone, left, wrong = [], [], [], []
+    """Compare the groups of ``model``, converted to PGN, with what fed its norms.
+
+    Returns the names of those with the groups of their layer, or their own width, with fewer, left, and wrong.
+    """
+    converted, alone, fewer, left, wrong = [], [], [], [], []
     modules = dict(model.named_modules())
     for name, (shape, sizes) in fed.items():
         norm = modules[name]
         width = shape[1]
         groups = brute_force_groups(*(sizes or (width, width)))
-        one_number = len(shape) == 2 or (groups == width and math.prod(shape[2:]) == 1)
-        if not isinstance(norm, gng_d2.PracticalGroupNorm):
+        pixels = math.prod(shape[2:])
+        one_number = len(shape) == 2 or (groups == width and pixels == 1)
+        if isinstance(norm, gng_d2.GroupNorm) and not isinstance(norm, gng_d2.PracticalGroupNorm):
+            enough = [d for d in range(1, groups) if width % d == 0 and width // d * pixels >= 16] or [1]
+            right = width // groups * pixels < 16 and norm.num_groups == max(enough) < groups
+            (fewer if right else wrong).append(name)
+        elif not isinstance(norm, gng_d2.PracticalGroupNorm):
             (left if one_number else wrong).append(name)
         elif one_number or (norm.num_groups, norm.num_channels) != (groups, width):
             wrong.append(name)
         else:
             (converted if sizes else alone).append(name)
-    return converted, alone, left, wrong
+    return converted, alone, fewer, left, wrong
 
 
 SIZES = (("in_channels", "in_features"), ("out_channels", "out_features"))
@@ -120,6 +128,7 @@ def survey(name):
         "norms": 0,
         "converted": 0,
         "own_width": 0,
+        "fewer": 0,
         "left": 0,
         "not_run": 0,
         "wrong": [],
@@ -132,11 +141,11 @@ def survey(name):
     randomize(model)
     images, fed = run_small(model)
     gng_d2.convert_norms(model, "PGN", images)
-    converted, alone, left, wrong = check(fed, model)
+    converted, alone, fewer, left, wrong = check(fed, model)
     if not model.train()(images).isfinite().all():
         wrong.append("output")
     row |= {"input": list(images.shape[1:]), "norms": len(norms), "not_run": len(norms) - len(fed), "wrong": wrong}
-    return row | {"converted": len(converted), "own_width": len(alone), "left": len(left)}
+    return row | {"converted": len(converted), "own_width": len(alone), "fewer": len(fewer), "left": len(left)}
 
 
 def run_small(model):
@@ -163,7 +172,9 @@ def main():
             rows.append({"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
         print(rows[-1], flush=True)
     done = [row for row in rows if "error" not in row]
-    total = {key: sum(row[key] for row in done) for key in ("norms", "converted", "own_width", "left", "not_run")}
+    total = {
+        key: sum(row[key] for row in done) for key in ("norms", "converted", "own_width", "fewer", "left", "not_run")
+    }
     versions = f"timm {timm.__version__}, PyTorch {torch.__version__}"
     total["wrong"] = sum(len(row["wrong"]) for row in done)
     rows.insert(0, {"models": len(done), "of": len(rows), **total, "versions": versions})

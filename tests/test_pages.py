@@ -169,8 +169,8 @@ def test_numbers_of_the_survey():
     assert summary["wrong"] == 0 and summary["norms"] == sum(row["norms"] for row in rows)
     said = (
         f"{len(rows)} of {summary['of']} families have such norms, {summary['norms']} in all: {summary['converted']} "
-        f"have the groups of their layer, {summary['own_width']} their own width, {summary['left']} were left, "
-        "0 were wrong"
+        f"have the groups of their layer, {summary['own_width']} their own width, {summary['fewer']} fewer "
+        f"groups behind a global pooling, {summary['left']} were left, 0 were wrong"
     )
     assert said in Path("docs/any-model.md").read_text().replace("\n", " ")
 

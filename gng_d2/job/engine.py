@@ -36,7 +36,6 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -205,7 +204,6 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
     """What each process of a job does."""
     import_modules(getattr(args, "imports", ()))  # a launched process starts without them
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="gng_d2")
     if not args.eval_only:
         trainer = Trainer(cfg)
         if getattr(args, "recompute_norms", False):

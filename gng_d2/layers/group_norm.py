@@ -66,6 +66,8 @@ class GroupNorm(nn.GroupNorm):
 
     # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
     channels_per_group: int | None = None
+    # the size of its input where a pooling leaves so little that convert_norms chose the groups by it, such as (1, 1)
+    pooled_to: tuple[int, ...] | None = None
     _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
     # True once fold_weight_standardization wrote the standardized weight into the weight layer
     weight_standardization_folded: bool = False
@@ -127,6 +129,10 @@ class GroupNorm(nn.GroupNorm):
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):
                 return call_as_leaf(self, input)
+        return self._normalize(input)
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
             self._check(input)
             if not self.uses_kernels:
                 return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -178,7 +184,7 @@ class GroupNorm(nn.GroupNorm):
         write_record(self, destination, prefix)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        take_record(self, prefix, local_metadata)
+        take_record(self, state_dict, prefix, local_metadata, args[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:

@@ -4,8 +4,9 @@ Only names, shapes and plain numbers of autograd's nodes are read. A saved tenso
 again, or fails, where activations are checkpointed.
 """
 
+import logging
 import re
-import warnings
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -118,22 +119,25 @@ def _bind(norm, made):
     if made is None or norm.weight_standardization:  # whose convolution has already run
         return
     norm.bind(made.n_in, str(made))
-    warnings.warn(
+    _warn_once(
         "PracticalGroupNorm layers that met no weight layer when the model was built take their groups in this "
         "training step, from the layers that made their inputs. Copies of the model that were made earlier (EMA, "
-        "replicas) are not bound: gng_d2.bind_norms(model, example_inputs), called before them, binds all",
-        stacklevel=2,
+        "replicas) are not bound: gng_d2.bind_norms(model, example_inputs), called before them, binds all"
     )
 
 
 def _compare_with_given(norm, made):
     if made is not None and made.is_layer and made.n_in != norm.in_channels:
         path, layer = _paths(norm, made)
-        warnings.warn(
+        _warn_once(
             f"{path}: this norm was given in_channels={norm.in_channels}, which stands, but the layer that made its "
-            f"input, {layer}, has {made.n_in}",
-            stacklevel=2,
+            f"input, {layer}, has {made.n_in}"
         )
+
+
+@cache
+def _warn_once(message):
+    logging.getLogger(__name__).warning(message)
 
 
 def _compare(norm, made):

@@ -10,10 +10,11 @@ distributed checkpoint, it is the record of the model itself, which then fits wh
 """
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
+
+from gng_d2.groups import practical_num_groups
 
 __all__ = ["norm_record", "write_record", "take_record", "records_of", "put_records", "fits", "describe_record"]
 
@@ -65,58 +66,51 @@ def _valid(record):
     return record if sizes and (type(standardized) is bool or str(standardized) == "folded") else None
 
 
-def take_record(norm: nn.Module, prefix: str, local_metadata: Mapping) -> None:
-    """For the ``_load_from_state_dict`` of ``norm``: an unbound norm takes its groups from the record.
+# what a norm has for its weight layer whose groups come from a record
+_RECORD = "the layer of a checkpoint's record"
 
-    The first norm of a model compares for all of them, and logs what differs or was not recorded.
+
+def take_record(norm: nn.Module, state_dict: Mapping, prefix: str, local_metadata: Mapping, load: list) -> None:
+    """Compare ``norm`` with the record of the weights that it loads; a PGN without groups takes those of the record.
+
+    For its ``_load_from_state_dict``. What many norms of a load have in common is logged once, for the first of them.
+
+    Args:
+        load: the list of errors that PyTorch passes to each module of one ``load_state_dict``. Its identity tells one
+            load from the next.
     """
     record = _valid(local_metadata.get(_KEY))
-    if norm.num_groups is None and record is not None and record["num_groups"] is not None:
-        norm.num_groups, norm.in_channels = record["num_groups"], record.get("in_channels")
-    model, state_dict = _load_in_progress()
-    if model is not None and next(_our_norms(model)) == (prefix[:-1], norm):
-        _log_differences(model, state_dict)
+    if f"{prefix}weight" not in state_dict if norm.affine else record is None:
+        return
+    name = prefix[:-1] or "the norm"
+    if record is None:
+        if norm.norm_name() != "GN":
+            _log_once(load, logging.INFO, f"{name}: its groups were not checked, because its weights have no record")
+    elif norm.num_groups is not None:
+        if not fits(record, norm_record(norm)):
+            here = (
+                f"{describe_record(norm_record(norm))} here, {describe_record(record)} where its weights were trained"
+            )
+            _log_once(load, logging.WARNING, f"{name} has {here}")
+    elif record["num_groups"] is not None and not norm.weight_standardization:  # which has to meet its layer
+        norm.num_groups, norm.weight_layer = record["num_groups"], _RECORD
+        n_in = record.get("in_channels")
+        if n_in and practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) == norm.num_groups:
+            norm.in_channels = n_in
+        else:
+            taken = (
+                f"this PGN takes {describe_record(record)} from the record of its weights, which is not that of a PGN"
+            )
+            _log_once(load, logging.WARNING, f"{name}: {taken}. Training or gng_d2.bind_norms compares its real layer")
 
 
-def _load_in_progress() -> tuple[nn.Module | None, Mapping | None]:
-    """The model and the state_dict of the ``load_state_dict`` that calls this.
-
-    PyTorch tells a module that is loaded neither, nor when the load is over. Without its frame there would be a
-    warning for each norm.
-    """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
-        frame = frame.f_back
-    return (None, None) if frame is None else (frame.f_locals["self"], frame.f_locals["state_dict"])
+_logged: dict[int, list] = {}  # level -> the load of the last message
 
 
-def _our_norms(model) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "norm_name"))
-
-
-def _log_differences(model, state_dict):
-    records = records_of(state_dict)
-    loaded = {
-        name: norm
-        for name, norm in _our_norms(model)
-        if (f"{name}.weight".lstrip(".") in state_dict if norm.affine else name in records)
-    }
-    differ = [
-        f"{name or 'the norm'}: {describe_record(records[name])} there, {describe_record(norm_record(norm))} here"
-        for name, norm in loaded.items()
-        if name in records and norm.num_groups is not None and not fits(records[name], norm_record(norm))
-    ]
-    if differ:
-        logging.getLogger(__name__).warning(
-            f"{len(differ)} of {len(loaded)} norms take weights that were trained with other groups or another weight "
-            f"standardization than they have here, for instance {differ[0]}"
-        )
-    unknown = [name for name, norm in loaded.items() if name not in records and norm.norm_name() != "GN"]
-    if unknown:
-        logging.getLogger(__name__).info(
-            f"the groups of {len(unknown)} of {len(loaded)} norms were not checked, for instance "
-            f"{unknown[0] or 'the norm'}: the weights came without a record of the groups that they were trained with"
-        )
+def _log_once(load, level, message):
+    if _logged.get(level) is not load:
+        _logged[level] = load
+        logging.getLogger(__name__).log(level, f"{message}. The same may hold for other norms of this model")
 
 
 def fits(recorded: Record, here: Record) -> bool:

@@ -3,6 +3,8 @@
 Paper: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization".
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -14,6 +16,7 @@ from gng_d2.ops.backends import HAS_DETECTRON2
 
 from .class_change import change_class, original_class
 from .fx_leaf import call_as_leaf
+from .module_path import module_path
 
 __all__ = ["WS", "WSConv2d", "plain_class", "standardize", "unstandardize"]
 
@@ -88,6 +91,13 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
         raise InputError(
             f"{norm_name} cannot follow a {type(layer).__name__}: only Conv2d can be weight-standardized. "
             f"Use {norm_name.removesuffix(WS)} there"
+        )
+    weight = layer._parameters.get("weight")
+    if type(weight) is nn.Parameter and not weight.is_meta and not weight.any():
+        logging.getLogger(__name__).warning(
+            f"{module_path(layer)}: all weights of this {type(layer).__name__} are zero, and {norm_name} divides them "
+            f"by their standard deviation + 1e-5, so the first gradient is 100,000 times as large as without +WS. "
+            f"Use {norm_name.removesuffix(WS)} there, or other initial weights"
         )
     if original_class(layer) is nn.Conv2d:
         layer.applies_norm = False

@@ -3,6 +3,7 @@ from .convert_norms import convert_norms
 from .fold import fold_weight_standardization
 from .norm_table import norm_table
 from .recompute_norms import recompute_norms, recomputed_modules
+from .to_plain import to_plain
 
 __all__ = [
     "bind_norms",
@@ -11,4 +12,5 @@ __all__ = [
     "norm_table",
     "recompute_norms",
     "recomputed_modules",
+    "to_plain",
 ]

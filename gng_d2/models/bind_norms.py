@@ -63,15 +63,15 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 @contextmanager
 def runnable(norms):
-    """Norms that are not bound have a group while within."""
-    unbound = {norm: norm.num_groups for norm in norms if not norm.is_bound()}
-    for norm in unbound:
-        norm.num_groups, norm.weight_layer = norm.num_groups or 1, NO_LAYER
+    """While within, all ``norms`` have one group, with which each of them can run."""
+    kept = {norm: (norm.num_groups, norm.weight_layer) for norm in norms}
+    for norm in kept:
+        norm.num_groups, norm.weight_layer = 1, norm.weight_layer or NO_LAYER
     try:
         yield
     finally:
-        for norm, num_groups in unbound.items():
-            norm.num_groups, norm.weight_layer = num_groups, None
+        for norm, (num_groups, weight_layer) in kept.items():
+            norm.num_groups, norm.weight_layer = num_groups, weight_layer
 
 
 def _layers(norm, name, producers) -> list[Producer]:

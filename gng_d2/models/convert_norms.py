@@ -1,34 +1,27 @@
 """Group norm in a model that exists: its norms are turned into ours where they stand."""
 
 import logging
-import re
-from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
-from gng_d2.layers.binding import named_norms
 from gng_d2.layers.class_change import original_class
-from gng_d2.layers.fx_leaf import call_as_leaf
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
-from gng_d2.layers.kinds import NO_LAYER, Producer, layer_shape, num_channels
+from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
+from gng_d2.layers.kinds import NO_LAYER, num_channels
 from gng_d2.layers.norm_names import OURS, norm_from_name, norm_name, unknown_norm
-from gng_d2.layers.producers import find_producers
 from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
-from gng_d2.ops import group_norm
 
-from .bind_norms import bind_to_producers, runnable
+from .bind_norms import bind_to_producers
+from .norm_places import NUMBERS_IN_A_GROUP, Place, find_places
 
-__all__ = ["convert_norms", "GroupNormAct", "PracticalGroupNormAct"]
+__all__ = ["convert_norms"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,25 +33,6 @@ _REPLACED = {
     *("timm.BatchNormAct2d", "timm.SyncBatchNormAct", "timm.FrozenBatchNormAct2d"),
     *("timm.GroupNormAct", "timm.GroupNorm1Act"),
 }
-
-
-class _WithActivation:
-    """Where timm's norm holds a dropout and an activation, ours holds them too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # as in GroupNorm, whose forward TorchScript cannot call from here
-            if isinstance(input, Proxy):
-                return call_as_leaf(self, input)
-            self._check(input)
-        return self.act(self.drop(group_norm(input, self.num_groups, self.weight, self.bias, self.eps)))
-
-
-class GroupNormAct(_WithActivation, GroupNorm):
-    """:class:`GroupNorm`, then ``drop``, then ``act``, as in timm's GroupNormAct."""
-
-
-class PracticalGroupNormAct(_WithActivation, PracticalGroupNorm):
-    """:class:`PracticalGroupNorm`, then ``drop``, then ``act``, as in timm's GroupNormAct."""
 
 
 def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> nn.Module:
@@ -80,7 +54,9 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
         example_inputs: what :func:`~gng_d2.bind_norms` takes: the model is run on it once, without gradients,
             and each norm learns its weight layer from the tensor that reaches it. A norm that no single layer
             feeds (after a concatenation, a sum, a pooling) then takes its own width as n_in, so 1 group in
-            PGN, and is listed; one on a 2-d input, or whose groups would hold a single number, is left.
+            PGN, and is listed. One behind a global pooling, whose groups would hold fewer than 16 numbers, takes
+            the most groups that hold 16, or one, so that the model can train on a single image; it is listed
+            with both counts. One on a 2-d input is left.
             None: each norm takes the layer that is registered right before it. A PGN that finds none has no
             groups until :func:`~gng_d2.bind_norms` or its first training step gives them, and is listed.
 
@@ -100,98 +76,32 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
         raise InputError(f"convert_norms(model, norm, example_inputs): norm is a name, not {type(norm).__name__}")
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
-    places = _find(model, example_inputs)
-    changes: list[_Change] = []
-    left: dict[str, str] = {}
-    already = 0
-    for name, old in model.named_modules():
-        if not _is_norm(old) or name.startswith(tuple(f"{other}." for other in left)):
-            continue
-        found = places.get(old, _Found())
-        if _is_it_already(old, norm, found):
-            already += 1
-            continue
-        why = _cannot_be_replaced(old, found)
-        if why is None:
-            change = _Change(name, old, _new_norm(name, norm, old, found), found)
-            why = change.would_hold_single_numbers()
-        if why is None:
-            changes.append(change)
-        else:
-            left[name] = why
+    changes, left, already = _plan(model, norm, find_places(model, example_inputs))
     for change in changes:
         change.make()
     _report(norm, already, changes, left, example_inputs is not None)
     return model
 
 
-@dataclass
-class _Found:
-    """What is known of a norm's place in the model."""
-
-    # the weight layers that feed it, alike in their sizes; empty: no single one does; None: not known
-    producers: list[Producer] | None = None
-    shapes: list[tuple] = field(default_factory=list)  # of its inputs, where the model was run
-
-
-def _find(model: nn.Module, example_inputs: Any) -> dict[nn.Module, _Found]:
-    """What feeds each norm: seen by running the model, else by the order of registration or the norm's record."""
-    found = {}
-    registered = defaultdict(list)
-    for _, norm, _, layer in named_norms(model):
-        registered[norm].append(layer)
-    for norm, layers in registered.items():
-        if None not in layers and len({layer_shape(layer) for layer in layers}) == 1:
-            found[norm] = _Found([Producer(type(layer).__name__, *layer_shape(layer), layer) for layer in layers])
-        elif isinstance(norm, GroupNorm) and norm.in_channels is not None:
-            op = (norm.weight_layer or "Layer").partition("(")[0]
-            none = norm.weight_layer == NO_LAYER
-            found[norm] = _Found([] if none else [Producer(op, norm.in_channels, norm.num_channels)])
-    if example_inputs is None:
-        return found
-    norms = [module for module in model.modules() if _is_norm(module)]
-    with runnable(norm for norm in norms if isinstance(norm, GroupNorm)), _shapes_of_inputs(norms) as shapes:
-        calls = find_producers(model, norms, example_inputs)
-    for norm, made in calls.items():
-        if None not in made:  # all of them could be seen
-            alike = len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm)
-            found[norm] = _Found(list(dict.fromkeys(made)) if alike else [])
-        found.setdefault(norm, _Found()).shapes = shapes[norm]
-    return found
-
-
-@contextmanager
-def _shapes_of_inputs(norms):
-    shapes = defaultdict(list)
-
-    def note(norm, args, kwargs):
-        shapes[norm].append(tuple((*args, *kwargs.values())[0].shape))
-
-    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
-    try:
-        yield shapes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _is_norm(module):
-    """Whether it normalizes, and holds no norm or other module with parameters."""
-    if isinstance(module, (_NormBase, nn.GroupNorm)):
-        return True
-    if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):
-        return False
-    own = next(chain(module.parameters(False), module.buffers(False)), None)
-    within = (m for child in module.children() for m in child.modules())
-    return own is not None and not any(m._parameters for m in within)
-
-
-def _is_it_already(old, norm, found):
-    """Whether ``old`` is the norm of that name and bound; not by the order of registration, if its layer was seen."""
-    if not isinstance(old, GroupNorm) or norm_name(old) != norm or old.in_channels is None:
-        return False
-    seen = (found.shapes and old.weight_layer is not None and found.producers) or []
-    return all(producer.n_in == old.in_channels for producer in seen)
+def _plan(model, norm, places):
+    """The changes to make; why which other norms are left, by their names; how many are such norms already."""
+    changes: list[_Change] = []
+    left: dict[str, str] = {}
+    already = 0
+    for name, old in model.named_modules():
+        if old not in places or name.startswith(tuple(f"{other}." for other in left)):
+            continue
+        found = places[old]
+        why = _cannot_be_replaced(old, found)
+        change = None if why else _change(name, norm, old, found)
+        why = why or change.obstacle()
+        if why:
+            left[name] = why
+        elif change.is_made():
+            already += 1
+        else:
+            changes.append(change)
+    return changes, left, already
 
 
 def _cannot_be_replaced(old, found):
@@ -206,11 +116,15 @@ def _cannot_be_replaced(old, found):
         flat = any(len(shape) == 2 for shape in found.shapes)
     else:
         flat = isinstance(old, nn.BatchNorm1d) and any(isinstance(p.layer, nn.Linear) for p in found.producers or [])
-    return f"{kind} on a 2-d input" if flat else None
+    return f"{kind} on a 2-d input{_no_batch_of_one(old)}" if flat else None
 
 
-def _new_norm(name, norm, old, found):
-    """What ``old`` becomes, without its affine: that of ``old`` stays."""
+def _no_batch_of_one(old):
+    return ", which cannot train on a batch of one" * isinstance(old, _BatchNorm)
+
+
+def _change(name, norm, old, found):
+    """What ``old`` becomes: a norm without an affine, as that of ``old`` stays."""
     width, base = num_channels(old), norm.removesuffix(WS)
     options = {"eps": old.eps, "affine": False}
     if base == "PGN":
@@ -223,7 +137,14 @@ def _new_norm(name, norm, old, found):
             f"convert_norms: {norm} cannot replace {name}: its {width} channels do not divide into "
             f"{new.num_groups} groups. Choose PGN, or GN/<c> (c channels in each group), which divide any width"
         )
-    return new
+    groups = new.num_groups
+    if groups is None and found.producers is not None:
+        n_in = found.producers[0].n_in if found.producers else width
+        groups = practical_num_groups(n_in, width, new.gain_ratio)
+    change = _Change(name, old, new, groups, found)
+    if found.is_pooled:
+        change.make_groups_larger()
+    return change
 
 
 def _can_be_standardized(found):
@@ -235,25 +156,50 @@ def _can_be_standardized(found):
 
 @dataclass
 class _Change:
-    """One norm that becomes another."""
+    """A norm that becomes another."""
 
     name: str
     old: nn.Module
     new: GroupNorm
-    found: _Found
+    groups: int | None  # by the name alone, whatever the size of the input; None: not known yet
+    found: Place
 
     def __post_init__(self):
         self.is_fresh = not isinstance(self.old, nn.GroupNorm)
         self.had_ws = getattr(self.old, "weight_standardization", False)
 
-    def would_hold_single_numbers(self):
-        width, groups = self.new.num_channels, self.new.num_groups
-        if groups is None and self.found.producers:
-            groups = practical_num_groups(self.found.producers[0].n_in, width, self.new.gain_ratio)
-        for shape in self.found.shapes:
-            if groups == width and all(size == 1 for size in shape[2:]):
-                return f"{type(self.old).__name__} on an input {shape} with one number in each group"
-        return None
+    def numbers_in_a_group(self):
+        groups = self.new.num_groups or self.groups
+        return self.new.num_channels // groups * math.prod(self.found.size) if groups and self.found.size else math.inf
+
+    def make_groups_larger(self):
+        """Behind a global pooling: until each group holds enough numbers, or there is one."""
+        width, new = self.new.num_channels, self.new
+        if self.groups and self.numbers_in_a_group() < NUMBERS_IN_A_GROUP:
+            most = max(width * math.prod(self.found.size) // NUMBERS_IN_A_GROUP, 1)
+            fewer = max(divisor for divisor in range(1, most + 1) if width % divisor == 0)
+            if fewer < self.groups:
+                ws = new.weight_standardization
+                self.new = GroupNorm(fewer, width, new.eps, affine=False, weight_standardization=ws)
+        self.new.pooled_to = self.found.size
+
+    def shape(self):
+        return f"({', '.join(map(str, ('N', self.new.num_channels, *self.found.size)))})"
+
+    def obstacle(self):
+        """Why the norm is left: normalization of a single number does not depend on the input."""
+        if self.numbers_in_a_group() > 1:
+            return None
+        why = f"{type(self.old).__name__} on an input {self.shape()} with one number in each group"
+        return why + _no_batch_of_one(self.old) + f": {_TRAINING_SIZE}" * (not self.found.is_pooled)
+
+    def is_made(self):
+        """Whether ``old`` is that norm and bound; by the order of registration alone, its layer must not be another."""
+        old, new = self.old, self.new
+        if not isinstance(old, GroupNorm) or norm_name(old) != norm_name(new) or old.in_channels is None:
+            return False
+        seen = (self.found.shapes and old.weight_layer is not None and self.found.producers) or []
+        return old.pooled_to == new.pooled_to and all(producer.n_in == old.in_channels for producer in seen)
 
     def make(self):
         """Turn the module that stands in the model into the new norm, and introduce it to its layer."""
@@ -289,6 +235,9 @@ def _begin_anew(weight, bias):
                 bias.zero_()
 
 
+_TRAINING_SIZE = "give example_inputs of the size that you train on"
+
+
 def _report(norm, already, changes, left, has_run):
     """One line on what became of which norm."""
     fresh = sum(change.is_fresh for change in changes)
@@ -301,6 +250,14 @@ def _report(norm, already, changes, left, has_run):
         "have no groups until bind_norms or a training step": [n for n, m in became if not m.is_bound()],
         "follow a layer that cannot be standardized": [
             n for n, m in became if norm.endswith(WS) and not m.weight_standardization
+        ],
+        f"follow a global pooling and have fewer groups, to hold {NUMBERS_IN_A_GROUP} numbers in each": [
+            f"{c.name}: {c.shape()}, {c.groups} to {c.new.num_groups} groups"
+            for c in changes
+            if c.new.num_groups not in (None, c.groups)
+        ],
+        f"have fewer than {NUMBERS_IN_A_GROUP} numbers in a group: {_TRAINING_SIZE}": [
+            c.name for c in changes if c.numbers_in_a_group() < NUMBERS_IN_A_GROUP and not c.found.is_pooled
         ],
     }
     for name, why in left.items():

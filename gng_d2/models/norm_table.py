@@ -9,10 +9,10 @@ from torch import nn
 from gng_d2.groups import ideal_num_groups, isometry_ratio
 from gng_d2.layers import GroupNorm, WSConv2d
 from gng_d2.layers.binding import named_norms
-from gng_d2.layers.kinds import NO_LAYER, layer_shape
+from gng_d2.layers.kinds import NO_LAYER, layer_shape, num_groups
 from gng_d2.layers.norm_names import norm_name
 
-__all__ = ["NormRow", "NormTable", "norm_summary", "norm_table", "num_groups"]
+__all__ = ["NormRow", "NormTable", "norm_summary", "norm_table"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,3 @@ def norm_summary(model: nn.Module) -> str:
     with_groups = ", ".join(f"{count} x {number}" for number, count in sorted(groups.items()))
     parts = [f"{with_groups} groups"] * bool(groups) + [f"{count} x {name}" for name, count in others.items()]
     return f"{len(rows)} norms: {'; '.join(parts) or 'none'}"
-
-
-def num_groups(norm: nn.Module) -> int | None:
-    """Groups of a group or layer norm; None for a norm over the batch."""
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_groups
-    return 1 if type(norm).__name__ == "LayerNorm" else None

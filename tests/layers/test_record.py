@@ -7,9 +7,12 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
+from needs import LOOK
 from torch import nn
 
-from gng_d2.layers import GroupNorm, PracticalGroupNorm
+from gng_d2 import bind_norms
+from gng_d2.errors import InputError
+from gng_d2.layers import GroupNorm, PracticalGroupNorm, WSConv2d
 from gng_d2.layers.record import norm_record, records_of
 
 
@@ -58,7 +61,7 @@ def test_other_groups_are_one_warning_in_any_loader(load, saved, caplog):
         load(net(gn16), saved)
     assert messages(caplog, logging.INFO) == []
     (warning,) = messages(caplog, logging.WARNING)
-    assert warning.startswith("2 of 2 norms") and "body.1: 1 group there, 16 groups here" in warning
+    assert warning.startswith("body.1 has 16 groups here, 1 group where its weights were trained")
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -77,7 +80,7 @@ def test_weights_without_a_record_are_one_line_unless_all_norms_are_gn(load, sav
         load(net(gn16), saved)
         load(net(lambda: GroupNorm(32, 64)), saved)
     (line,) = messages(caplog, logging.INFO)
-    assert line.startswith("the groups of 2 of 2 norms were not checked, for instance body.1")
+    assert line.startswith("body.1: its groups were not checked")
     assert messages(caplog, logging.WARNING) == []
 
 
@@ -114,7 +117,7 @@ def test_a_part_and_a_single_norm_are_compared(caplog):
     net(gn16)["body"].load_state_dict(net(pgn)["body"].state_dict())
     gn16().load_state_dict(PracticalGroupNorm(64, in_channels=64).state_dict())
     parts = messages(caplog, logging.WARNING)
-    assert parts[0].startswith("2 of 2 norms") and parts[1].startswith("1 of 1 norms")
+    assert parts[0].startswith("1 has 16 groups here") and parts[1].startswith("the norm has 16 groups here")
 
 
 def test_weight_standardization_is_recorded(caplog):
@@ -123,7 +126,7 @@ def test_weight_standardization_is_recorded(caplog):
 
     net(gn16).load_state_dict(net(ws).state_dict())
     (warning,) = messages(caplog, logging.WARNING)
-    assert "body.1: 16 groups and WS there, 16 groups here" in warning
+    assert "body.1 has 16 groups here, 16 groups and WS where" in warning
     caplog.clear()
     net(ws).load_state_dict(net(ws).state_dict())
     assert messages(caplog, logging.WARNING) == []
@@ -147,19 +150,61 @@ def test_the_record_of_a_folded_model_says_so(caplog):
     folded(net(gn16)).load_state_dict(net(ws).state_dict())  # raw weights, which nobody standardizes any more
     net(ws).load_state_dict(folded(net(gn16)).state_dict())
     warnings = messages(caplog, logging.WARNING)
-    assert "16 groups and WS there, 16 groups and folded WS here" in warnings[0]
-    assert "16 groups and folded WS there, 16 groups and WS here" in warnings[1]
+    assert "16 groups and folded WS here, 16 groups and WS where" in warnings[0]
+    assert "16 groups and WS here, 16 groups and folded WS where" in warnings[1]
+
+
+class Unbound(nn.Module):
+    """A PGN that meets its layer in the forward pass alone."""
+
+    def __init__(self, n_in=64, **options):
+        super().__init__()
+        self.norm, self.conv = PracticalGroupNorm(64, **options), nn.Conv2d(n_in, 64, 1)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
 
 
 def test_an_unbound_norm_takes_its_groups_from_the_record(caplog):
-    norm = PracticalGroupNorm(64)
-    assert norm.num_groups is None
-    nn.ModuleDict({"norm": norm}).load_state_dict(
-        nn.ModuleDict({"norm": PracticalGroupNorm(64, in_channels=256)}).state_dict()
-    )
-    assert (norm.num_groups, norm.in_channels) == (64, 256)
-    assert norm(torch.randn(2, 64, 4, 4)).shape == (2, 64, 4, 4)
+    model, trained = Unbound(256), bind_norms(Unbound(256), torch.randn(1, 256, 4, 4))
+    assert model.norm.num_groups is None
+    model.load_state_dict(trained.state_dict())
+    assert (model.norm.num_groups, model.norm.in_channels) == (64, 256)
+    model(torch.randn(2, 256, 4, 4)).sum().backward()
+    assert str(bind_norms(model, torch.randn(1, 256, 4, 4))) == str(trained)
     assert messages(caplog, logging.WARNING) == []
+
+
+@pytest.mark.parametrize("norm", [gn16, lambda: GroupNorm(32, 64), lambda: PracticalGroupNorm(64, 64, gain_ratio=2)])
+def test_a_record_that_pgn_would_not_give_is_a_warning_and_gives_way_to_the_layer(norm, caplog):
+    trained = Unbound()
+    trained.norm = norm()
+    groups = trained.norm.num_groups
+    assert groups > 1, "what PGN gives"
+    model, x = Unbound(), torch.randn(2, 64, 4, 4)
+    model.load_state_dict(trained.state_dict())
+    (warning,) = messages(caplog, logging.WARNING)
+    assert warning.startswith(f"norm: this PGN takes {groups} groups from the record of its weights")
+    assert model.norm.num_groups == groups
+    with torch.no_grad():
+        assert torch.equal(model(x), trained(x))
+    assert bind_norms(model, torch.randn(1, 64, 4, 4)).norm.num_groups == 1
+
+
+@LOOK
+def test_training_compares_what_a_record_gave_with_the_layer():
+    model = Unbound()
+    trained = nn.ModuleDict({"norm": gn16(), "conv": model.conv})
+    model.load_state_dict(trained.state_dict())
+    with pytest.raises(InputError, match=r"bound to the layer of a checkpoint's record, but .*num_groups=1, not 16"):
+        model(torch.randn(2, 64, 4, 4))
+
+
+def test_a_norm_with_ws_waits_for_its_layer():
+    model, image = Unbound(weight_standardization=True), torch.randn(1, 64, 4, 4)
+    model.load_state_dict(bind_norms(Unbound(weight_standardization=True), image).state_dict())
+    assert not model.norm.is_bound()
+    assert bind_norms(model, image).norm.is_bound() and type(model.conv) is WSConv2d
 
 
 @pytest.mark.parametrize("garbage", [3, {}, {"num_groups": "8", "weight_standardized": True}, {"num_groups": 8}])
@@ -178,7 +223,14 @@ def test_a_norm_in_two_places_and_one_without_weights(caplog):
     theirs = nn.ModuleList([GroupNorm(8, 64), GroupNorm(8, 64), GroupNorm(8, 64, affine=False)])
     model.load_state_dict(theirs.state_dict())
     (warning,) = messages(caplog, logging.WARNING)
-    assert warning.startswith("2 of 2 norms")
+    assert warning.startswith("0 has 16 groups here, 8 groups where")
+
+
+def test_each_load_warns_once(caplog):
+    ours, theirs = net(gn16), net(pgn)
+    for count in range(1, 4):
+        ours.load_state_dict(theirs.state_dict())
+        assert len(messages(caplog, logging.WARNING)) == count
 
 
 def test_the_record_says_what_the_norm_is():

@@ -1,4 +1,5 @@
 import copy
+import logging
 import pickle
 
 import pytest
@@ -7,7 +8,7 @@ from detectron2.layers import Conv2d, get_norm
 from torch import nn
 from torch.nn import functional as F
 
-from gng_d2 import WSConv2d
+from gng_d2 import WSConv2d, bind_norms
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
@@ -38,6 +39,24 @@ def test_plain_convolution_before_a_sibling_norm():
 def test_other_layers_are_refused_by_name(layer):
     with pytest.raises(InputError, match=rf"PGN\+WS cannot follow a {type(layer).__name__}.*Use PGN there"):
         nn.Sequential(layer, get_norm("PGN+WS", 4))
+
+
+def test_a_weight_that_begins_as_zero_is_one_warning(caplog):
+    def zero(n_in, n_out):
+        conv = nn.Conv2d(n_in, n_out, 1)
+        nn.init.zeros_(conv.weight)
+        return conv
+
+    norms = get_norm("GN1+WS", 4), get_norm("PGN+WS", 4), get_norm("PGN", 4)
+    model = nn.Sequential(nn.Conv2d(6, 4, 3, device="meta"), get_norm("GN1+WS", 4), zero(6, 4), norms[0])
+    model.append(nn.Sequential(nn.Conv2d(4, 4, 1), norms[1], zero(4, 4), norms[2]))
+    bind_norms(model[2:], torch.randn(1, 6, 5, 5))
+    (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "all weights of this Conv2d are zero, and GN1+WS divides them" in message and "Use GN1 there" in message
+
+    x = torch.randn(1, 6, 5, 5)
+    gradients = [torch.autograd.grad(conv(x).sum(), conv.weight)[0] for conv in (model[2], zero(6, 4))]
+    assert gradients[0].norm() > 1e4 * gradients[1].norm(), "what the warning says"
 
 
 class DeformConv(nn.Module):

@@ -13,7 +13,7 @@ from timm import layers as timm_layers
 from torch import nn
 
 from gng_d2 import convert_norms
-from gng_d2.models.convert_norms import PracticalGroupNormAct
+from gng_d2.layers.group_norm_act import PracticalGroupNormAct
 
 
 @pytest.fixture
@@ -92,7 +92,8 @@ sys.modules["detectron2"] = None
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name.startswith("detectron2") else find(name, *args)
-import torch, torchvision, gng_d2
+import logging, torch, torchvision, gng_d2
+assert logging.getLogger("gng_d2").parent is logging.getLogger()
 model = gng_d2.convert_norms(torchvision.models.resnet18(), "PGN+WS", torch.rand(1, 3, 64, 64))
 model(torch.rand(2, 3, 64, 64)).sum().backward()
 assert not any(name.startswith("detectron2.") for name in sys.modules)

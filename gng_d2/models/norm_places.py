@@ -1,0 +1,114 @@
+"""What is known of each norm's place in a model: the layers that feed it, and the size of its inputs."""
+
+import math
+import re
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
+
+from gng_d2.errors import InputError
+from gng_d2.layers.binding import named_norms
+from gng_d2.layers.group_norm import GroupNorm
+from gng_d2.layers.kinds import NO_LAYER, Producer, layer_shape, num_channels
+from gng_d2.layers.producers import find_producers
+
+from .bind_norms import runnable
+
+__all__ = ["NUMBERS_IN_A_GROUP", "Place", "find_places"]
+
+# With fewer, a group says little of its input: two numbers become +1 and -1, whatever they were.
+NUMBERS_IN_A_GROUP = 16
+
+
+@dataclass
+class Place:
+    """What is known of a norm's place in the model."""
+
+    # the weight layers that feed it, alike in their sizes; empty: no single one does; None: not known
+    producers: list[Producer] | None = None
+    shapes: list[tuple] = field(default_factory=list)  # of its inputs, where the model was run
+    size: tuple | None = None  # height and width, say, of its smallest input, where that has such
+    is_pooled: bool = False  # whether wider images leave that size as it is, behind a global pooling
+
+
+def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]:
+    """What feeds each norm: seen by running the model, else by the order of registration or the norm's record."""
+    norms = [module for module in model.modules() if _is_norm(module)]
+    found = {norm: Place() for norm in norms}
+    registered = defaultdict(list)
+    for _, norm, _, layer in named_norms(model):
+        registered[norm].append(layer)
+    for norm, place in found.items():
+        layers = registered[norm]
+        if layers and None not in layers and len({layer_shape(layer) for layer in layers}) == 1:
+            place.producers = [Producer(type(layer).__name__, *layer_shape(layer), layer) for layer in layers]
+        elif isinstance(norm, GroupNorm) and norm.in_channels is not None:
+            op = (norm.weight_layer or "Layer").partition("(")[0]
+            none = norm.weight_layer == NO_LAYER
+            place.producers = [] if none else [Producer(op, norm.in_channels, norm.num_channels)]
+        place.size = getattr(norm, "pooled_to", None)
+        place.is_pooled = place.size is not None
+    if example_inputs is not None:
+        with runnable(norm for norm in norms if isinstance(norm, GroupNorm)):
+            _find_by_running(model, found, example_inputs)
+    return found
+
+
+def _find_by_running(model, found, example_inputs):
+    with _shapes_of_inputs(found) as shapes:
+        calls = find_producers(model, found, example_inputs)
+    for norm, made in calls.items():
+        place = found[norm]
+        if None not in made:  # all of them could be seen
+            alike = len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm)
+            place.producers = list(dict.fromkeys(made)) if alike else []
+        place.shapes, place.size, place.is_pooled = shapes[norm], _smallest(shapes[norm]), False
+    small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
+    if small:
+        with _shapes_of_inputs(small) as shapes, suppress(InputError):  # what it reaches before it fails is seen
+            find_producers(model, (), tree_map(_wider, example_inputs))
+        for norm in small:
+            found[norm].is_pooled = _smallest(shapes[norm]) == found[norm].size
+
+
+def _smallest(shapes):
+    return min((shape[2:] for shape in shapes if len(shape) > 2), key=math.prod, default=None)
+
+
+def _wider(x):
+    """Images twice as wide, and wide enough for any stride to leave more than one pixel."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return x
+    return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / x.shape[-1])))
+
+
+@contextmanager
+def _shapes_of_inputs(norms):
+    shapes = defaultdict(list)
+
+    def note(norm, args, kwargs):
+        shapes[norm].append(tuple((*args, *kwargs.values())[0].shape))
+
+    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
+    try:
+        yield shapes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_norm(module):
+    """Whether it normalizes, and holds no norm or other module with parameters."""
+    if isinstance(module, (_NormBase, nn.GroupNorm)):
+        return True
+    if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):
+        return False
+    own = next(chain(module.parameters(False), module.buffers(False)), None)
+    within = (m for child in module.children() for m in child.modules())
+    return own is not None and not any(m._parameters for m in within)
