@@ -56,7 +56,8 @@ def main():
     from gng_d2.job.files import prepare_folder, prepare_outputs
     from gng_d2.job.imports import import_modules
     from gng_d2.predict.coco_results import CocoResults, class_metadata, image_ids
-    from gng_d2.predict.predictions import find_images, load_model, output_names, set_threshold
+    from gng_d2.predict.model import load_model, set_threshold
+    from gng_d2.predict.predictions import find_images, output_names
     from gng_d2.predict.settings import check_test_classes, prediction_settings
 
     check_numbers(args)
@@ -77,7 +78,10 @@ def main():
     check_test_classes(cfg, settings)
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
-    prepare_folder(args.output)
+    try:
+        prepare_folder(args.output)
+    except OSError as error:
+        raise InputError(f"--output: cannot write to {args.output!r}: {error.strerror}") from error
     prepare_outputs(args.json)
     model = load_model(build(cfg), args.weights)
     if args.threshold is not None:

@@ -44,9 +44,13 @@ def find_producers(
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in _calls(inputs):
-        with _unchanged(model), _eager(), torch.inference_mode(False), torch.no_grad(), _Watch(
-            model, set(norms)
-        ) as watch:
+        with (
+            _unchanged(model),
+            _eager(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _Watch(model, set(norms)) as watch,
+        ):
             watch.take_inputs(inputs)
             try:
                 model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing

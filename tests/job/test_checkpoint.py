@@ -17,7 +17,7 @@ from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.weight_files import save_weight_file
 from gng_d2.layers.record import records_of
-from gng_d2.predict.predictions import load_model
+from gng_d2.predict.model import load_model
 
 
 def model(*overrides):
@@ -339,5 +339,5 @@ def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     weights = {name: tensor * float("nan") for name, tensor in model.state_dict().items()}
     save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
-    with pytest.raises(InputError, match="a.pth: 0.weight and 1 more weights are not finite"):
+    with pytest.raises(InputError, match="a.pth: weights are not finite: 0.weight, 0.bias"):
         load_model(model, str(tmp_path / "a.pth"))
