@@ -33,10 +33,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    import os
-    import shutil
-    import tempfile
-
     import torch
 
     from gng_d2.job.build import build
@@ -65,13 +61,11 @@ def main():
         first = torch.cat([first, first.flip(-1)])
     adapter = export.trace(model, first, args.backbone)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.pt2")  # PyTorch remarks on other endings
-        export.export(adapter, args.format, path)
-        results = export.load_and_run(path, args.format, [first, second])
-        difference = export.largest_difference(adapter, [first, second], results)
-        with open(path, "rb") as source, atomic_open(args.output, "wb") as target:
-            shutil.copyfileobj(source, target)
+    content = export.export(adapter, args.format)
+    results = export.load_and_run(content, args.format, [first, second])
+    difference = export.largest_difference(adapter, [first, second], results)
+    with atomic_open(args.output, "wb") as file:
+        file.write(content)
     print(describe(settings.image_format, args.backbone, model, first, export.output_names(adapter), results))
     print(f"wrote {args.output}: runs without gng_d2, differs by {difference:.1e} (limit {export.TOLERANCE:.0e})")
 

@@ -67,7 +67,7 @@ def find_producers(
 
 
 def _eager():
-    """A context in which parts of a model that torch.compile made run as they are written, so that their ops are seen."""
+    """A context in which the parts of a model that torch.compile made run uncompiled, so that their ops are seen."""
     set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)  # since PyTorch 2.6
     return set_stance("force_eager") if set_stance else nullcontext()
 

@@ -22,6 +22,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
+from gng_d2.job.files import atomic_open
 
 __all__ = ["FORMATS", "MIN_SIDE", "TOLERANCE", "backbone_input", "check_format", "export", "largest_difference"]
 __all__ += ["load_and_run", "output_names", "trace"]
@@ -51,10 +52,10 @@ def check_format(format: str) -> None:
 def trace(model: nn.Module, example: Tensor, backbone: bool = False) -> TracingAdapter:
     """``model`` as a module from a tensor to a tuple of tensors, whose names are :func:`output_names`.
 
-    - A whole model takes a (3, H, W) image. Boxes are in pixels of that image, and masks are relative to their boxes, as
-      in Detectron2's models before results are resized to an original image. The step that combines the two heads of a
-      panoptic model is Python code and is left out.
-    - Its backbone takes a batch as :func:`backbone_input` makes it, and returns the feature maps.
+    - A whole model takes a (3, H, W) image. Its boxes are in pixels of that image and its masks are relative to their
+      boxes, as Detectron2's models have them before they resize results to the original image. The step that combines
+      the two heads of a panoptic model is Python code and is left out.
+    - A backbone takes a batch as :func:`backbone_input` makes it, and returns the feature maps.
     """
     if backbone:
         adapter = TracingAdapter(model.backbone, example)
@@ -65,8 +66,8 @@ def trace(model: nn.Module, example: Tensor, backbone: bool = False) -> TracingA
 
 
 def backbone_input(model: nn.Module, image: Tensor) -> Tensor:
-    """A (3, H, W) image as the backbone takes it: (1, 3, H', W'), normalized, with sides of MIN_SIDE pixels or more that
-    it can divide."""
+    """A (3, H, W) image as the backbone takes it: (1, 3, H', W'), normalized, with sides that the backbone can divide
+    and that have MIN_SIDE pixels or more."""
     normalized = (image.to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std
     scale = max(1.0, MIN_SIDE / min(image.shape[1:]))
     normalized = nn.functional.interpolate(normalized[None], size=[round(scale * side) for side in image.shape[1:]])[0]
@@ -98,10 +99,10 @@ def _tensors(output):
     return tensors
 
 
-def export(adapter: TracingAdapter, format: str, path: str) -> None:
-    """Write ``adapter`` to the file ``path``.
+def export(adapter: TracingAdapter, format: str) -> bytes:
+    """The content of a file in ``format`` that computes what ``adapter`` does.
 
-    An exported backbone takes any number of images, of any size that it can divide, from MIN_SIDE pixels on. An exported
+    An exported backbone takes any number of images, of any size that it can divide, from MIN_SIDE pixels on. A whole
     model takes one image: of any size in TorchScript and ONNX, of the size that it was traced with in torch.export.
 
     Raises:
@@ -109,7 +110,7 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
     """
     try:
         with _quiet(), torch.no_grad():
-            _EXPORT[format](adapter, adapter.flattened_inputs, path)
+            return _EXPORT[format](adapter, adapter.flattened_inputs)
     except Exception as error:  # of any kind, because exporters run the model's Python on things that are no tensors
         line = next(iter(str(error).splitlines()), "")
         raise InputError(
@@ -120,7 +121,7 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
 
 @contextmanager
 def _quiet():
-    """Without the hundreds of warnings about Python numbers in a trace, and without printed graphs of a failed export."""
+    """Silences the hundreds of warnings about Python numbers in a trace, and the printed graph of a failed export."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -131,41 +132,42 @@ def _quiet():
         logging.disable(before)
 
 
-def _torchscript(adapter, inputs, path):
-    torch.jit.trace(adapter, inputs, check_trace=False).save(path)
+def _torchscript(adapter, inputs):
+    return torch.jit.trace(adapter, inputs, check_trace=False).save_to_buffer()
 
 
-def _torch_export(adapter, inputs, path):
-    auto = torch.export.Dim.AUTO
+def _torch_export(adapter, inputs):
+    auto, content = torch.export.Dim.AUTO, io.BytesIO()
     shapes = (({0: auto, 2: auto, 3: auto},),) if inputs[0].dim() == 4 else None
-    torch.export.save(torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False), path)
+    torch.export.save(torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False), content)
+    return content.getvalue()
 
 
-def _onnx(adapter, inputs, path):
+def _onnx(adapter, inputs):
     names = output_names(adapter)
     if inputs[0].dim() == 4:
         axes = {0: "batch", 2: "height", 3: "width"}
-        options = {"dynamo": True, "verbose": False, "external_data": False, "dynamic_shapes": ((axes,),)}
-        torch.onnx.export(adapter, inputs, path, input_names=["images"], output_names=names, **options)
-        return
+        options = {"dynamo": True, "verbose": False, "dynamic_shapes": ((axes,),)}
+        program = torch.onnx.export(adapter, inputs, input_names=["images"], output_names=names, **options)
+        return program.model_proto.SerializeToString()
     axes = {name: {1: "height", 2: "width"} if name == "sem_seg" else {0: "detections"} for name in names}
     axes["image"] = {1: "height", 2: "width"}
     # torch.export, on which dynamo=True relies, cannot take a number of detections that depends on the image
-    options = {"dynamo": False, "opset_version": 17, "dynamic_axes": axes}
-    torch.onnx.export(adapter, inputs, path, input_names=["image"], output_names=names, **options)
-    _write_fixed_sizes(path, adapter(*inputs))
+    options, content = {"dynamo": False, "opset_version": 17, "dynamic_axes": axes}, io.BytesIO()
+    torch.onnx.export(adapter, inputs, content, input_names=["image"], output_names=names, **options)
+    return _with_fixed_sizes(content.getvalue(), adapter(*inputs))
 
 
-def _write_fixed_sizes(path, outputs):
-    """Write into an ONNX file the sizes of ``outputs`` that the exporter took for dynamic ones without a name."""
+def _with_fixed_sizes(content, outputs):
+    """An ONNX model with those sizes of its ``outputs`` that its exporter took for dynamic ones without a name."""
     import onnx
 
-    model = onnx.load(path)
+    model = onnx.load_from_string(content)
     for value, output in zip(model.graph.output, outputs):
         for dim, size in zip(value.type.tensor_type.shape.dim, output.shape):
             if dim.dim_param not in ("height", "width", "detections"):
                 dim.dim_value = size
-    onnx.save(model, path)
+    return model.SerializeToString()
 
 
 _EXPORT = {"torchscript": _torchscript, "onnx": _onnx, "torch_export": _torch_export}
@@ -191,15 +193,17 @@ np.savez(outputs, **{f"{i} {j}": x for i, result in enumerate(results) for j, x 
 """
 
 
-def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The outputs of the exported file ``path`` for each example, from a process that can import neither gng_d2 nor
-    Detectron2.
+def load_and_run(content: bytes, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The outputs of an exported file's ``content`` for each example, from a process that can import neither gng_d2
+    nor Detectron2.
 
     Raises:
         InputError: the file cannot be loaded or run there.
     """
     with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = os.path.join(folder, "inputs.npz"), os.path.join(folder, "outputs.npz")
+        path, inputs, outputs = (os.path.join(folder, name) for name in ("model.pt2", "inputs.npz", "outputs.npz"))
+        with atomic_open(path, "wb") as file:
+            file.write(content)
         np.savez(inputs, *(example.cpu().numpy() for example in examples))
         command = [sys.executable, "-W", "ignore", "-c", _LOAD_AND_RUN, format, str(examples[0].device), path]
         done = subprocess.run([*command, inputs, outputs], capture_output=True, text=True)

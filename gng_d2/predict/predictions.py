@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data import transforms as T
 from detectron2.data import detection_utils
+from detectron2.data import transforms as T
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 

@@ -331,7 +331,9 @@ def test_twenty_kills_inside_checkpoint_writes_change_nothing(tmp_path):
 @pytest.mark.parametrize("content", [{}, {"other.weight": torch.zeros(8)}, {"0.weight": torch.zeros(9, 3, 3, 3)}])
 def test_weights_of_which_none_fits_are_an_error(content, tmp_path):
     save_weight_file(str(tmp_path / "a.pth"), {"model": content})
-    with pytest.raises(InputError, match="a.pth holds no weight of this model: .* where the model has 0.weight"):
+    with pytest.raises(
+        InputError, match="a.pth holds no weight of this model: .*, (where the model has 0.weight|not )"
+    ):
         Checkpointer(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).load(str(tmp_path / "a.pth"))
 
 
