@@ -34,7 +34,8 @@ def blocks(text):
 
 def commands(text):
     """The indented commands of a page, with their continuation lines, and those under tables of results."""
-    indented = re.findall(r"^    (python tools/(?:.*\\\n)*.*)$", text.split("```{", 1)[0], re.MULTILINE)
+    text = re.sub(r"^```\{.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)  # of Sphinx
+    indented = re.findall(r"^    (python tools/(?:.*\\\n)*.*)$", text, re.MULTILINE)
     below = re.findall(r"^`(python tools/[^`]+)`", text, re.MULTILINE)
     return [re.sub(r"\\\n\s*", "", command).split("    #")[0].strip() for command in (*indented, *below)]
 
@@ -54,13 +55,25 @@ def folder(tmp_path_factory, shapes):
     for name in ("tools", "configs", "gng_d2"):
         (root / name).symlink_to(ROOT / name)
     shutil.copytree("docs", root / "docs")
-    own = root / "datasets" / "own_data"
-    (root / "datasets" / "gng_shapes").parent.mkdir()
-    (root / "datasets" / "gng_shapes").symlink_to(shapes / "gng_shapes")
-    own.mkdir()
+    drawn, data = shapes / "gng_shapes", root / "datasets"
+    data.mkdir()
+    (data / "gng_shapes").symlink_to(drawn)
+    for own in ("own_data", "own_semantic", "own_panoptic"):
+        (data / own).mkdir()
     for split in ("train", "val"):
-        (own / split).symlink_to(shapes / "gng_shapes" / split)
-        shutil.copy(shapes / "gng_shapes" / "annotations" / f"instances_{split}.json", own / f"{split}.json")
+        instances = drawn / "annotations" / f"instances_{split}.json"
+        panoptic = drawn / "annotations" / f"panoptic_{split}.json"
+        for link, target in {
+            f"own_data/{split}": drawn / split,
+            f"own_data/{split}.json": instances,
+            f"own_semantic/{split}": drawn / split,
+            f"own_semantic/{split}_maps": drawn / f"panoptic_stuff_{split}",
+            f"own_panoptic/{split}": drawn / split,
+            f"own_panoptic/panoptic_{split}": drawn / f"panoptic_{split}",
+            f"own_panoptic/panoptic_{split}.json": panoptic,
+            f"own_panoptic/instances_{split}.json": instances,
+        }.items():
+            (data / link).symlink_to(target)
     Image.new("RGB", (96, 64), "gray").save(root / "photo.jpg")
     for kind, config in (("pfpn_pgn", "pfpn_pgn"), ("faster_rcnn_pgn_ws", "faster_rcnn_pgn_ws")):
         run(root, f"python tools/train_net.py --config-file configs/quick/{config}.yaml OUTPUT_DIR output/quick_{kind}")
@@ -90,10 +103,10 @@ def shortened(words):
             at = words.index(flag) + 2
             while at < len(words) and not words[at].startswith("--"):
                 words.pop(at)
-    if tool.endswith(("train_net.py", "compare.py")) and ("quick" in text or "own_data" in text):
+    if tool.endswith(("train_net.py", "compare.py")) and ("quick" in text or "own_" in text):
         words += SMALL
     if tool.endswith(("predict.py", "export.py")) and not re.search(r"--config-file \S+\.py\b", text):
-        words += [*SAME_MODEL, "MODEL.DEVICE", "cpu"]
+        words += SMALL if "own_" in text else [*SAME_MODEL, "MODEL.DEVICE", "cpu"]
     return [tool, *words]
 
 
@@ -103,7 +116,7 @@ LACKING = r"^error: .*(is not there|does not exist|not found|no images|cannot (b
 
 def lacks(command):
     """What the command needs and a checkout does not have."""
-    if "configs/quick" in command or "analyze_groups" in command or "own_data" in command:
+    if "configs/quick" in command or "analyze_groups" in command or "own_" in command:
         return False
     return not re.search(r"reproduce.py (table1|table2|sweep|norm-cost|step-cost|memory|page)", command)
 
@@ -161,6 +174,15 @@ def test_links_lead_somewhere():
     for path in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_contributing_lists_every_place_that_names_the_norms():
+    """A place knows a name if it has the pattern of one, GN/<c>, or one such norm of a fixed list of all kinds."""
+    line = re.search(r"\*\*A norm name\*\*.*?\n- \*\*", Path("CONTRIBUTING.md").read_text(), re.DOTALL).group()
+    files = [path for folder in ("gng_d2", "tools") for path in Path(folder).rglob("*.py")]
+    files += [Path("README.md"), *Path("docs").glob("*.md")]
+    shows_all = [str(path) for path in files if re.search(r"GN/<c>|`PGN`, `GN`.*`GN16`", path.read_text())]
+    assert len(shows_all) > 4 and not [path for path in shows_all if f"`{path}`" not in line]
 
 
 def test_numbers_of_the_survey():

@@ -145,6 +145,7 @@ def run_tool(main, if_stopped=ANEW):
         main: the tool, without arguments.
         if_stopped: what becomes of its work when it is interrupted.
     """
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)  # of other packages, when imported
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     try:

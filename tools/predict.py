@@ -56,7 +56,8 @@ def main():
     from gng_d2.job.files import prepare_folder, prepare_outputs
     from gng_d2.job.imports import import_modules
     from gng_d2.predict.coco_results import CocoResults, class_metadata, image_ids
-    from gng_d2.predict.predictions import find_images, load_model, output_names, set_threshold
+    from gng_d2.predict.model import load_model, set_threshold
+    from gng_d2.predict.predictions import output_names
     from gng_d2.predict.settings import check_test_classes, prediction_settings
 
     check_numbers(args)
@@ -64,20 +65,16 @@ def main():
     cfg = load_any_config(args.config_file, args.opts)
     settings = prediction_settings(cfg)
     check_weight_file(args.weights, "--weights")
-    paths, without = find_images(args.input)
-    keys = [given for given in without if given.split(".")[0] in cfg and ("=" in given or given[0].isupper())]
-    if keys:
-        raise InputError(
-            f"{keys[0]} was taken as an --input: another option must stand between --input and the overrides"
-        )
-    if not paths:
-        raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
+    paths, without = find_inputs(args.input, cfg)
     names = output_names(paths)
     metadata, records = class_metadata(settings, with_records=args.json is not None)
     check_test_classes(cfg, settings)
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
-    prepare_folder(args.output)
+    try:
+        prepare_folder(args.output)
+    except OSError as error:
+        raise InputError(f"--output: cannot write to {args.output!r}: {error.strerror}") from error
     prepare_outputs(args.json)
     model = load_model(build(cfg), args.weights)
     if args.threshold is not None:
@@ -94,6 +91,21 @@ def main():
             print("results:", *results.write(), sep="\n  ")
     if skipped or without:
         raise InputError(f"{skipped + len(without)} of --input were skipped, named above; the others are predicted")
+
+
+def find_inputs(inputs, cfg):
+    from gng_d2.errors import InputError
+    from gng_d2.predict.predictions import find_images
+
+    paths, without = find_images(inputs)
+    keys = [given for given in without if given.split(".")[0] in cfg and ("=" in given or given[0].isupper())]
+    if keys:
+        raise InputError(
+            f"{keys[0]} was taken as an --input: another option must stand between --input and the overrides"
+        )
+    if not paths:
+        raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
+    return paths, without
 
 
 def check_numbers(args):

@@ -178,9 +178,11 @@ class Checkpointer(DetectionCheckpointer):
         missing = set(incompatible.missing_keys)
         names = {name for name, _ in self.model.named_parameters()}
         if names and names <= missing:
-            raise InputError(
-                f"{self._reading} holds no weight of this model: it has {given}, where the model has {min(names)}"
-            )
+            model_has = f"where the model has {next(iter(self.model.state_dict()))}"
+            if incompatible.incorrect_shapes:
+                given, found, wanted = incompatible.incorrect_shapes[0]
+                given, model_has = f"{given} of shape {found}", f"not {wanted}"
+            raise InputError(f"{self._reading} holds no weight of this model: it has {given}, {model_has}")
         self._warn_of_batch_norms(batch_norms, missing)
         return incompatible
 

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -44,7 +44,13 @@ def find_producers(
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in _calls(inputs):
-        with _unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:
+        with (
+            _unchanged(model),
+            _eager(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _Watch(model, set(norms)) as watch,
+        ):
             watch.take_inputs(inputs)
             try:
                 model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
@@ -58,6 +64,12 @@ def find_producers(
         f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer makes the "
         f"input of each norm: {type(failed).__name__}: {failed}"
     ) from failed
+
+
+def _eager():
+    """A context in which the parts of a model that torch.compile made run uncompiled, so that their ops are seen."""
+    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)  # since PyTorch 2.6
+    return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def _calls(inputs):

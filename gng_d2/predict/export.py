@@ -1,7 +1,7 @@
 """A trained model as a file that runs without gng_d2 and Detectron2: TorchScript, ONNX, or torch.export.
 
-The road is Detectron2's TracingAdapter. Norms are PyTorch's own op in all three, as tracing and exporting ask for it
-(:func:`gng_d2.ops.backends.is_transformed`), and weight standardization has been folded into the weights.
+Detectron2's TracingAdapter turns a model into one from tensors to tensors. While it is traced or exported, the norms
+run PyTorch's own op (:func:`gng_d2.ops.backends.is_transformed`). Weight standardization must be folded before.
 """
 
 import io
@@ -22,53 +22,55 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
+from gng_d2.job.files import atomic_open
 
-__all__ = [
-    "FORMATS",
-    "MIN_SIDE",
-    "TOLERANCE",
-    "backbone_input",
-    "check_installed",
-    "export",
-    "largest_difference",
-    "load_and_run",
-]
-__all__ += ["trace_backbone", "trace_model"]
+__all__ = ["FORMATS", "MIN_SIDE", "TOLERANCE", "backbone_input", "check_format", "export", "largest_difference"]
+__all__ += ["load_and_run", "output_names", "trace"]
 
 FORMATS = ("torchscript", "onnx", "torch_export")
 
-# Of the largest value of an output. float32 in another order of additions differs by 1e-6 to 1e-4.
+# as a part of the largest value of an output: float32 sums in another order differ by 1e-6 to 1e-4
 TOLERANCE = 1e-3
 
-# Of a backbone's images: smaller ones have one pixel in the last map of a pyramid, and torch.export takes a size of 1
-# as fixed.
+# Of the images that a backbone is exported with. The last map of a pyramid has one pixel for smaller ones, and
+# torch.export takes a size of 1 as fixed.
 MIN_SIDE = 256
 
 
-def check_installed(format: str) -> None:
-    """Raises: InputError: a package that ``format`` needs is not installed."""
+def check_format(format: str) -> None:
+    """Raises: InputError: PyTorch is too old for ``format``, or a package that it needs is not installed."""
+    if format != "torchscript" and torch.__version__ < (2, 6):
+        raise InputError(
+            f"--format {format} needs PyTorch 2.6 or newer; this is {torch.__version__}. Export torchscript, or "
+            f"install a newer one: pip install 'torch>=2.6'"
+        )
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if format == "onnx" and missing:
         raise InputError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def trace_model(model: nn.Module, image: Tensor) -> TracingAdapter:
-    """``model`` as a module from a (3, H, W) image to a tuple of tensors, whose names are :func:`output_names`.
+def trace(model: nn.Module, example: Tensor, backbone: bool = False) -> TracingAdapter:
+    """``model`` as a module from a tensor to a tuple of tensors, whose names are :func:`output_names`.
 
-    Boxes are in that image's pixels, masks are those of the boxes, as Detectron2's models have them before they are
-    resized to an original image. The combination of a panoptic model is Python, and is left to the caller.
+    - A whole model takes a (3, H, W) image. Its boxes are in pixels of that image and its masks are relative to their
+      boxes, as Detectron2's models have them before they resize results to the original image. The step that combines
+      the two heads of a panoptic model is Python code and is left out.
+    - A backbone takes a batch as :func:`backbone_input` makes it, and returns the feature maps.
     """
-    return _adapter(model, image, _predict)
-
-
-def trace_backbone(model: nn.Module, images: Tensor) -> TracingAdapter:
-    """``model.backbone`` as a module from a batch of :func:`backbone_input` to the tuple of its feature maps."""
-    return _adapter(model.backbone, images, lambda backbone, images: backbone(images))
+    if backbone:
+        adapter = TracingAdapter(model.backbone, example)
+    else:
+        adapter = TracingAdapter(model, example, _predict)
+    adapter.eval()(example)  # after this call it knows its outputs
+    return adapter
 
 
 def backbone_input(model: nn.Module, image: Tensor) -> Tensor:
-    """A (3, H, W) image as the backbone takes it: (1, 3, H', W'), normalized, padded to what it can divide."""
+    """A (3, H, W) image as the backbone takes it: (1, 3, H', W'), normalized, with sides that the backbone can divide
+    and that have MIN_SIDE pixels or more."""
     normalized = (image.to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std
+    scale = max(1.0, MIN_SIDE / min(image.shape[1:]))
+    normalized = nn.functional.interpolate(normalized[None], size=[round(scale * side) for side in image.shape[1:]])[0]
     return ImageList.from_tensors([normalized], model.backbone.size_divisibility).tensor
 
 
@@ -76,18 +78,12 @@ def output_names(adapter: TracingAdapter) -> list[str]:
     return adapter.outputs_schema.keys
 
 
-def _adapter(module, example, function):
-    adapter = TracingAdapter(module, example, function).eval()
-    adapter(example)  # from which it knows its outputs
-    return adapter
-
-
 def _predict(model, image):
     inputs = [{"image": image}]
     if not hasattr(model, "roi_heads"):
         return _tensors(model(inputs)[0])
     outputs = model.inference(inputs, do_postprocess=False)
-    if isinstance(outputs, tuple):  # a panoptic model's two heads
+    if isinstance(outputs, tuple):  # the two heads of a panoptic model
         (instances,), (sem_seg,) = outputs
         return {**_tensors({"instances": instances}), "sem_seg": sem_seg[:, : image.shape[1], : image.shape[2]]}
     return _tensors({"instances": outputs[0]})
@@ -103,25 +99,19 @@ def _tensors(output):
     return tensors
 
 
-def export(adapter: TracingAdapter, format: str, path: str) -> None:
-    """Write ``adapter`` to the file ``path``.
+def export(adapter: TracingAdapter, format: str) -> bytes:
+    """The content of a file in ``format`` that computes what ``adapter`` does.
 
-    A backbone takes any number of images of any size that it can divide, from MIN_SIDE pixels on. A whole model takes
-    one image of any size in TorchScript and ONNX, and in torch.export one of the size that it was traced with.
+    An exported backbone takes any number of images, of any size that it can divide, from MIN_SIDE pixels on. A whole
+    model takes one image: of any size in TorchScript and ONNX, of the size that it was traced with in torch.export.
 
     Raises:
-        InputError: the model cannot be exported in this format; says what can. Or PyTorch is older than 2.6, and the
-            format not TorchScript.
+        InputError: the model cannot be exported in this format; says in which it can.
     """
-    if format != "torchscript" and torch.__version__ < (2, 6):
-        raise InputError(
-            f"--format {format} needs PyTorch 2.6 or newer; this is {torch.__version__}. It can export torchscript, or "
-            f"install a newer one: pip install 'torch>=2.6'"
-        )
     try:
         with _quiet(), torch.no_grad():
-            _EXPORT[format](adapter, path)
-    except Exception as error:  # of any kind: it runs the model's Python in a way that it was not written for
+            return _EXPORT[format](adapter, adapter.flattened_inputs)
+    except Exception as error:  # of any kind, because exporters run the model's Python on things that are no tensors
         line = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"--format {format} cannot take this model: {type(error).__name__}: {line}. Whole models can "
@@ -131,7 +121,7 @@ def export(adapter: TracingAdapter, format: str, path: str) -> None:
 
 @contextmanager
 def _quiet():
-    """Without the warnings of each Python number on the way, by the hundred, and the graphs that failed."""
+    """Silences the hundreds of warnings about Python numbers in a trace, and the printed graph of a failed export."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -142,53 +132,50 @@ def _quiet():
         logging.disable(before)
 
 
-def _torchscript(adapter, path):
-    torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False).save(path)
+def _torchscript(adapter, inputs):
+    return torch.jit.trace(adapter, inputs, check_trace=False).save_to_buffer()
 
 
-def _torch_export(adapter, path):
-    torch.export.save(_program(adapter), path)
+def _torch_export(adapter, inputs):
+    auto, content = torch.export.Dim.AUTO, io.BytesIO()
+    shapes = (({0: auto, 2: auto, 3: auto},),) if inputs[0].dim() == 4 else None
+    torch.export.save(torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False), content)
+    return content.getvalue()
 
 
-def _onnx(adapter, path):
-    if _is_batch(adapter):
-        torch.onnx.export(
-            _program(adapter),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=output_names(adapter),
-        ).save(path, external_data=False)
-        return
-    # torch.export, and with it dynamo=True, cannot take a number of detections that depends on the image.
-    torch.onnx.export(
-        adapter,
-        adapter.flattened_inputs,
-        path,
-        dynamo=False,
-        opset_version=17,
-        input_names=["image"],
-        output_names=output_names(adapter),
-        dynamic_axes={"image": {1: "height", 2: "width"}},
-    )
+def _onnx(adapter, inputs):
+    names = output_names(adapter)
+    if inputs[0].dim() == 4:
+        axes = {0: "batch", 2: "height", 3: "width"}
+        options = {"dynamo": True, "verbose": False, "dynamic_shapes": ((axes,),)}
+        program = torch.onnx.export(adapter, inputs, input_names=["images"], output_names=names, **options)
+        return program.model_proto.SerializeToString()
+    axes = {name: {1: "height", 2: "width"} if name == "sem_seg" else {0: "detections"} for name in names}
+    axes["image"] = {1: "height", 2: "width"}
+    # torch.export, on which dynamo=True relies, cannot take a number of detections that depends on the image
+    options, content = {"dynamo": False, "opset_version": 17, "dynamic_axes": axes}, io.BytesIO()
+    torch.onnx.export(adapter, inputs, content, input_names=["image"], output_names=names, **options)
+    return _with_fixed_sizes(content.getvalue(), adapter(*inputs))
+
+
+def _with_fixed_sizes(content, outputs):
+    """An ONNX model with those sizes of its ``outputs`` that its exporter took for dynamic ones without a name."""
+    import onnx
+
+    model = onnx.load_from_string(content)
+    for value, output in zip(model.graph.output, outputs):
+        for dim, size in zip(value.type.tensor_type.shape.dim, output.shape):
+            if dim.dim_param not in ("height", "width", "detections"):
+                dim.dim_value = size
+    return model.SerializeToString()
 
 
 _EXPORT = {"torchscript": _torchscript, "onnx": _onnx, "torch_export": _torch_export}
 
 
-def _is_batch(adapter):
-    return adapter.flattened_inputs[0].dim() == 4
-
-
-def _program(adapter):
-    auto = torch.export.Dim.AUTO
-    shapes = (({0: auto, 2: auto, 3: auto},),) if _is_batch(adapter) else None
-    return torch.export.export(adapter, adapter.flattened_inputs, dynamic_shapes=shapes, strict=False)
-
-
 _LOAD_AND_RUN = """
 import sys
-sys.modules.update(gng_d2=None, detectron2=None)  # as where they are not installed: importing them is an error
+sys.modules.update(gng_d2=None, detectron2=None)  # importing them is an error, as where they are not installed
 import numpy as np
 format, device, path, inputs, outputs = sys.argv[1:]
 examples = list(np.load(inputs).values())
@@ -197,7 +184,7 @@ if format == "onnx":
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     results = [session.run(None, {session.get_inputs()[0].name: example}) for example in examples]
 else:
-    import torch, torchvision  # whose ops a detector needs
+    import torch, torchvision  # torchvision has ops that a detector needs
     load = torch.jit.load if format == "torchscript" else lambda path: torch.export.load(path).module()
     model = load(path)
     with torch.no_grad():
@@ -206,15 +193,17 @@ np.savez(outputs, **{f"{i} {j}": x for i, result in enumerate(results) for j, x 
 """
 
 
-def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The outputs of the exported file ``path`` for each example, from a process that can import neither gng_d2 nor
-    Detectron2.
+def load_and_run(content: bytes, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The outputs of an exported file's ``content`` for each example, from a process that can import neither gng_d2
+    nor Detectron2.
 
     Raises:
         InputError: the file cannot be loaded or run there.
     """
     with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = os.path.join(folder, "inputs.npz"), os.path.join(folder, "outputs.npz")
+        path, inputs, outputs = (os.path.join(folder, name) for name in ("model.pt2", "inputs.npz", "outputs.npz"))
+        with atomic_open(path, "wb") as file:
+            file.write(content)
         np.savez(inputs, *(example.cpu().numpy() for example in examples))
         command = [sys.executable, "-W", "ignore", "-c", _LOAD_AND_RUN, format, str(examples[0].device), path]
         done = subprocess.run([*command, inputs, outputs], capture_output=True, text=True)
@@ -229,11 +218,11 @@ def load_and_run(path: str, format: str, examples: Sequence[Tensor]) -> list[lis
 
 
 def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], results: Sequence[list[Tensor]]) -> float:
-    """By how much the ``results`` of an exported file differ from what the model says, at most, as a part of the
-    largest value of each output. Detections may come in another order.
+    """The largest difference between the ``results`` of an exported file and the model's, as a part of the largest
+    value of each output. The order of detections does not count.
 
     Raises:
-        InputError: by more than TOLERANCE, or in number.
+        InputError: they differ by more than TOLERANCE, or in shape.
     """
     names, largest = output_names(adapter), 0.0
     for example, result in zip(examples, results):
@@ -247,7 +236,7 @@ def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], resu
         found = _in_the_order_of(expected, found)
         for name in names:
             difference = _difference(expected[name].double(), found[name].double())
-            if not difference <= TOLERANCE:  # NaN is not
+            if not difference <= TOLERANCE:  # which holds for NaN too
                 raise InputError(f"{where}: {name} by {difference:.1e} of its largest value. Nothing is written")
             largest = max(largest, difference)
     return largest
@@ -260,7 +249,7 @@ def _difference(expected, found):
 
 
 def _in_the_order_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Detections of nearly the same score may have changed places."""
+    """``found`` with its detections in the order of ``expected``: those of nearly the same score may change places."""
     if "pred_boxes" not in expected or not len(expected["pred_boxes"]):
         return found
     distance = torch.cdist(expected["pred_boxes"], found["pred_boxes"], p=float("inf"))

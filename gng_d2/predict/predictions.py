@@ -1,31 +1,28 @@
 """A model's predictions on image files: find them, read them, run them in batches."""
 
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_image_to_rgb, read_image
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from gng_d2.errors import InputError
-from gng_d2.job.build import bind_remaining_norms
-from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.files import atomic_open
-from gng_d2.models.fold import fold_weight_standardization
 
 from .settings import PredictionSettings
 
-__all__ = ["Prediction", "find_images", "load_model", "model_input", "output_names", "predict", "save_png"]
-__all__ += ["set_threshold"]
+__all__ = ["Prediction", "find_images", "model_input", "output_names", "predict", "read_image", "save_png"]
 
 
 class Prediction(NamedTuple):
-    """What a model says on an image file; ``error`` says why it does not, and the rest is None."""
+    """What a model predicts on an image file, or the ``error`` because of which there is no image and no output."""
 
     path: str
     image: np.ndarray | None = None  # (H, W, 3), RGB
@@ -33,44 +30,21 @@ class Prediction(NamedTuple):
     error: str | None = None
 
 
-def load_model(model: nn.Module, weights: str) -> nn.Module:
-    """``model`` with the file ``weights``, ready for inference: in eval mode, weight standardization folded.
-
-    Raises:
-        InputError: the file holds no weights of this model, or some that are no numbers.
-    """
-    bind_remaining_norms(model).eval()
-    Checkpointer(model).load(weights)
-    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    if broken:
-        raise InputError(
-            f"{weights}: {broken[0]} and {len(broken) - 1} more weights are not finite. Had its run diverged?"
-        )
-    return fold_weight_standardization(model)
-
-
-def set_threshold(model: nn.Module, threshold: float) -> None:
-    """Have a Detectron2 ``model`` leave out instances with a lower score, and no others."""
-    for module in model.modules():
-        for name in ("test_score_thresh", "combine_instances_score_thresh"):  # of heads; of a panoptic combination
-            if hasattr(module, name):
-                setattr(module, name, threshold)
-
-
 def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The files that a user's list of files, folders and patterns means, each once.
+    """The image files that a user's list of files, folders and patterns names, each once.
 
-    Of a folder it takes all files but hidden ones, whatever they are called: only reading tells what is an image.
+    All files of a folder are taken except hidden ones. Their endings do not matter, because only reading a file shows
+    whether it is an image.
 
     Returns:
-        The files, and for each of ``inputs`` without any the reason.
+        The files; and the inputs that name no file, each with the reason.
     """
     files, without = {}, {}
     for given in inputs:
         found, reason = [given], "not found"
         if os.path.isdir(given):
             found = [os.path.join(given, name) for name in sorted(os.listdir(given)) if not name.startswith(".")]
-            reason = f"a folder without files. Those of its subfolders are '{os.path.join(given, '**', '*')}'"
+            reason = f"a folder without files. '{os.path.join(given, '**', '*')}' takes those of its subfolders"
         elif not os.path.lexists(given):
             found = sorted(glob.glob(given, recursive=True))
         found = [path for path in found if not os.path.isdir(path)]
@@ -82,9 +56,10 @@ def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """For each image a name of its own and that of its picture, for instance ("a.jpg", "a.png").
+    """A unique name for each image and one for its picture, for instance ("a.jpg", "a.png").
 
-    Images of one name in several folders keep their subfolders; images that differ in their ending alone keep it.
+    Where two images have the same name, the names include the subfolders. Where two differ only in their ending, the
+    pictures' names include the ending ("a.jpg.png").
     """
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):
@@ -97,22 +72,51 @@ def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {path: (name, f"{stem}.png") for path, name, stem in zip(paths, names, stems)}
 
 
+def read_image(path: str, format: str) -> np.ndarray:
+    """Detectron2's ``read_image``, which gives an (H, W, C) array of 0 to 255, for greyscale images of 16 bits too.
+
+    Detectron2 makes all their values above 255 white; here their high bytes are taken, as PIL does for colour images of
+    16 bits. Of a file with several frames the first is read, with a warning.
+
+    Raises:
+        InputError: the pixels are floats or 32-bit integers, and no format says which value is white.
+    """
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones keep a preview in MPO files
+            logging.getLogger(__name__).warning(f"{path} has {image.n_frames} frames; only the first is used")
+        # PIL has 16 bits in a mode of 32 for some formats
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            high_bytes = (np.asarray(ImageOps.exif_transpose(image)) >> 8).astype(np.uint8)
+            return detection_utils.convert_PIL_to_numpy(Image.fromarray(high_bytes), format)
+        if image.mode in ("I", "F"):
+            kind = "floats" if image.mode == "F" else "32-bit integers"
+            raise InputError(f"its pixels are {kind}, and nothing says which value is white. Save it with 8 or 16 bits")
+    return detection_utils.read_image(path, format)
+
+
 def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
-    """What Detectron2's models take, of an image in the config's format: resized as in its evaluation."""
-    augmented = T.AugInput(image)
-    T.AugmentationList(settings.augmentations)(augmented)
-    resized = augmented.image.astype("float32").transpose(2, 0, 1)
+    """An image in the config's format as the input of a Detectron2 model, resized as in its evaluation.
+
+    Raises:
+        InputError: one side of the resized image would have no pixels.
+    """
     height, width = image.shape[:2]
+    augmented = T.AugInput(image)
+    try:
+        T.AugmentationList(settings.augmentations)(augmented)
+    except ValueError as error:
+        raise InputError(f"{width} x {height} pixels cannot be resized as the config says: {error}") from error
+    resized = augmented.image.astype("float32").transpose(2, 0, 1)
     return {"image": torch.as_tensor(resized.copy()), "height": height, "width": width}
 
 
 def predict(
     settings: PredictionSettings, model: nn.Module, paths: Sequence[str], batch_size: int = 1
 ) -> Iterator[Prediction]:
-    """Run ``model`` on image files, and yield for each of them its prediction or what is wrong with it.
+    """Run ``model`` on image files, and yield for each file its prediction or what is wrong with it.
 
-    A batch holds images of one size only: next to a larger one an image is padded, and a norm that computes its
-    statistics over the padding too would give another output. So images may come in another order than ``paths``.
+    A batch holds images of one size only, because Detectron2 pads an image next to a larger one, and norms whose
+    statistics include the padding would give another output. So the order may differ from that of ``paths``.
     """
     waiting: dict[tuple[int, ...], list] = {}
     for path in paths:
@@ -122,11 +126,14 @@ def predict(
         except UnidentifiedImageError:
             yield Prediction(path, error="is no image, or of a format that PIL does not know")
             continue
-        except Exception as error:  # broken files have raised a dozen kinds
+        except InputError as error:
+            yield Prediction(path, error=str(error))
+            continue
+        except Exception as error:  # broken files raise errors of many kinds
             yield Prediction(path, error=f"cannot be read as an image: {_one_line(error)}")
             continue
         group = waiting.setdefault(inputs["image"].shape, [])
-        group.append((path, convert_image_to_rgb(image, settings.image_format), inputs))
+        group.append((path, detection_utils.convert_image_to_rgb(image, settings.image_format), inputs))
         if len(group) == batch_size or sum(map(len, waiting.values())) >= 4 * batch_size:
             yield from _predict_batch(model, waiting.pop(max(waiting, key=lambda size: len(waiting[size]))))
     for group in waiting.values():
@@ -138,7 +145,7 @@ def _predict_batch(model, group):
     try:
         with torch.no_grad():
             outputs = model([inputs for _, _, inputs in group])
-    except (RuntimeError, InputError) as error:  # too large for the memory, too small for the model
+    except (RuntimeError, InputError) as error:  # it is too large for the memory, or too small for the model
         reason = f"the model cannot take it: {_one_line(error)}"
     if outputs is not None:
         for (path, image, _), output in zip(group, outputs):
@@ -151,7 +158,7 @@ def _predict_batch(model, group):
 
 
 def save_png(picture: np.ndarray, path: str) -> None:
-    """Write an (H, W, 3) RGB picture, whole or not at all, and make its folder if it is not there."""
+    """Write an (H, W, 3) RGB picture, whole or not at all, and make its folder if there is none."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_open(path, "wb") as file:
         Image.fromarray(picture).save(file, "PNG")

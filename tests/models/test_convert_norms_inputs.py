@@ -1,9 +1,12 @@
 """What convert_norms learns by running a model, and what it says of inputs that it cannot use."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from needs import needs_torch
 from survey_timm import brute_force_groups
 from torch import nn
 
@@ -59,6 +62,19 @@ def test_a_scripted_module_inside():
     model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16), torch.jit.script(nn.ReLU()))
     assert convert_norms(model, "PGN", IMAGE)[1].num_groups == brute_force_groups(64, 16)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model[:2].modules())
+
+
+@needs_torch(2, 6, "torch.compiler.set_stance")
+def test_a_part_that_torch_compile_made_is_seen_and_nothing_is_compiled(monkeypatch):
+    ignored = []
+    monkeypatch.setattr("sys.unraisablehook", ignored.append)
+    # in the order of registration the norm's layer is the second convolution
+    part = nn.Sequential(OrderedDict(a=nn.Conv2d(8, 32, 1), b=nn.Conv2d(32, 32, 1), norm=nn.BatchNorm2d(32)))
+    part.forward = lambda x: part.b(part.norm(part.a(x)))
+    compiled = []
+    model = nn.Sequential(torch.compile(part, backend=lambda graph, inputs: compiled.append(graph) or graph))
+    convert_norms(model, "PGN", torch.rand(2, 8, 5, 5))
+    assert part.norm.in_channels == 8 and not compiled and not ignored
 
 
 def test_a_model_whose_train_freezes_and_returns_nothing():

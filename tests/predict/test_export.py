@@ -1,11 +1,11 @@
 """Exported files, run without gng_d2 and compared with the model that is neither exported nor folded."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from needs import EXPORT, KERNELS, needs_torch
 from PIL import Image
@@ -57,6 +57,9 @@ def run_file(path, format, image):
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path))
+        sizes = [size for value in (*session.get_inputs(), *session.get_outputs()) for size in value.shape]
+        words = {word for size in sizes if isinstance(size, str) for word in re.findall(r"[a-zA-Z_]\w*", size)}
+        assert {"height", "width"} <= words <= {"batch", "height", "width", "detections"}
         values = session.run(None, {session.get_inputs()[0].name: image.numpy()})
         return {output.name: torch.as_tensor(x) for output, x in zip(session.get_outputs(), values)}
     if format == "torchscript":
@@ -66,7 +69,10 @@ def run_file(path, format, image):
         program = torch.export.load(path)
         assert not [node for node in program.graph.nodes if str(node.target).startswith("gng_d2")]
         model = program.module()
-    return dict(enumerate(model(image)))
+    with torch.enable_grad():
+        outputs = model(image)
+    assert not any(output.requires_grad for output in outputs)
+    return dict(enumerate(outputs))
 
 
 def assert_equal(found, expected):
@@ -141,7 +147,7 @@ def test_a_file_that_differs_is_not_written(export, monkeypatch):
 
 @pytest.mark.slow
 @KERNELS
-def test_a_file_that_needs_gng_d2_does_not_pass(tmp_path):
+def test_a_file_that_needs_gng_d2_does_not_pass():
     class Plain(nn.Module):
         def forward(self, x):
             return (torch.nn.functional.group_norm(x, 2),)
@@ -152,14 +158,13 @@ def test_a_file_that_needs_gng_d2_does_not_pass(tmp_path):
 
     x = torch.randn(1, 4, 5, 5)
     for module, passes in ((Plain(), True), (Ours(), False)):
-        path = str(tmp_path / "module.pt")
-        torch.jit.trace(module, x).save(path)
+        content = torch.jit.trace(module, x).save_to_buffer()
         if passes:
-            ((result,),) = gng_d2.predict.export.load_and_run(path, "torchscript", [x])
+            ((result,),) = gng_d2.predict.export.load_and_run(content, "torchscript", [x])
             torch.testing.assert_close(result, module(x)[0])
         else:
             with pytest.raises(InputError, match="does not run without gng_d2"):
-                gng_d2.predict.export.load_and_run(path, "torchscript", [x])
+                gng_d2.predict.export.load_and_run(content, "torchscript", [x])
 
 
 class Detections:
@@ -206,17 +211,13 @@ def test_bad_input_is_one_line(export, tmp_path, monkeypatch):
 
 
 def test_an_image_of_ones_own_is_the_example(tmp_path):
-    from PIL import Image
-
-    cfg = load_config(PANOPTIC, [])
     Image.fromarray(np.random.randint(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    first, second = tool.example_images(cfg, str(tmp_path / "a.png"), one_size=False)
+    first, second = tool.example_images("BGR", str(tmp_path / "a.png"), one_size=False)
     assert (first[:, :, ::-1] == np.asarray(Image.open(tmp_path / "a.png"))).all() and second.shape == (30, 60, 3)
-    assert len({image.shape for image in tool.example_images(cfg, None, one_size=True)}) == 1
+    assert len({image.shape for image in tool.example_images("BGR", None, one_size=True)}) == 1
 
 
 def test_the_smallest_image_gives_two(tmp_path):
     path = tmp_path / "one.png"
     Image.new("RGB", (1, 1)).save(path)
-    cfg = get_cfg()
-    assert [image.shape for image in tool.example_images(cfg, str(path), one_size=False)] == [(1, 1, 3), (1, 1, 3)]
+    assert [image.shape for image in tool.example_images("BGR", str(path), one_size=False)] == [(1, 1, 3), (1, 1, 3)]
