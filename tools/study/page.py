@@ -100,6 +100,7 @@ def _steps_on_a_gpu(rows):
 
 _THREE = "--norms GN GN1 PGN --seeds 0 1 2"
 _REAL = "--import configs/study/bccd_camvid.py --config-file configs/study/"
+_WITHOUT_WS = "MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN"
 _COCO_80 = (
     "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 DATASETS.TEST '()' INPUT.MIN_SIZE_TRAIN '(128,)' "
     "INPUT.MAX_SIZE_TRAIN 213 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.WARMUP_ITERS 20 SOLVER.STEPS '()' "
@@ -161,6 +162,13 @@ SECTIONS = {
         "bccd_faster_rcnn_channels.png",
         "bccd_faster_rcnn_curves.png",
     ),
+    "camvid_ws": _comparison(
+        f"{_REAL}semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --norms GN+WS GN1+WS GN/1+WS "
+        "--seeds 0 1 2 --output DIR"
+    ),
+    "bccd_plain": _comparison(
+        f"{_REAL}faster_rcnn_bccd.yaml --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR {_WITHOUT_WS}"
+    ),
     "bccd_camvid_recipe": Section(
         RecipeRow,
         _recipe_table,
@@ -211,6 +219,7 @@ NUMBERS = {
     "paper_head_width": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_group": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # a test: the bed has the same head
+    "camvid_head_group": lambda: _config("study/semantic_fpn_camvid.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_rate": lambda: _config("study/semantic_fpn_camvid.yaml").SOLVER.BASE_LR,
     "bccd_rate": lambda: _config("study/faster_rcnn_bccd.yaml").SOLVER.BASE_LR,
     "paper_table_4": classifier.paper_table,
@@ -229,7 +238,7 @@ def page(docs: str = DOCS) -> str:
     def fill(match):
         name = match[1]
         if name in SECTIONS:
-            title = re.findall(r"^## (.*)$", match.string[: match.start()], re.MULTILINE)[-1]
+            title = re.findall(r"^##+ (.*)$", match.string[: match.start()], re.MULTILINE)[-1]
             return SECTIONS[name].text(name, os.path.join(docs, "results"), title)
         if name not in NUMBERS:
             raise InputError(f"{TEMPLATE}: {{{{{name}}}}} is neither in SECTIONS nor in NUMBERS of page.py")
