@@ -77,8 +77,8 @@ class MixtureNorm(nn.InstanceNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         own_variance, own_mean = torch.var_mean(input.flatten(2), 2, correction=0)
-        means = torch.stack([_over_groups(own_mean, k) for k in self.sizes])
-        squares = torch.stack([_over_groups(own_variance + own_mean.square(), k) for k in self.sizes])
+        means = self._over_groups(own_mean)
+        squares = self._over_groups(own_variance + own_mean.square())
         of_mean, of_variance = self.mixtures()
         mean = torch.tensordot(of_mean, means, 1)
         # rounding may make it negative
@@ -88,14 +88,18 @@ class MixtureNorm(nn.InstanceNorm2d):
         shape = (*scale.shape, *[1] * (input.dim() - 2))
         return torch.addcmul(shift.view(shape), input, scale.view(shape))
 
+    def subtracted(self, means: Tensor) -> Tensor:
+        """What is taken off where the channels have these ``means``, (N, C)."""
+        of_mean, _ = self.mixtures()
+        return torch.tensordot(of_mean.to(means), self._over_groups(means), 1)
+
+    def _over_groups(self, values):
+        """The mean of ``values`` (N, C) over each channel's group, for each of the sizes."""
+        groups = (values.unflatten(1, (-1, size)) for size in self.sizes)
+        return torch.stack([group.mean(2, keepdim=True).expand_as(group).flatten(1) for group in groups])
+
     def extra_repr(self) -> str:
         return f"{self.num_features}, {self.name}"
-
-
-def _over_groups(values, size):
-    """The mean over each group of ``size`` channels, for each channel."""
-    groups = values.unflatten(1, (-1, size))
-    return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
 
 
 NORMS = {

@@ -61,6 +61,7 @@ class ComparisonRow:
     channels_per_group: list[tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
     curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where curves_of has them
     machine: str = ""
+    commit: str = ""  # of the code that trained it
 
 
 def paper_values(cfg: CfgNode) -> dict[str, float]:
@@ -285,6 +286,7 @@ def write_report(comparison: Comparison) -> str:
     comparison's folder, and return the text of results.md."""
     finished = [run for run in comparison.runs if comparison.state(run).status == "finished"]
     machines = sorted({comparison.state(run).machine for run in finished})
+    commits = sorted({comparison.state(run).commit or "unknown" for run in finished})
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
         values[run.norm][run.seed] = final_values(run)
@@ -298,6 +300,7 @@ def write_report(comparison: Comparison) -> str:
             channels_per_group=channels[row.norm],
             curves=curves.get(row.metric, {}).get(row.norm, {}),
             machine="; ".join(machines),
+            commit="; ".join(commits),
         )
         for row in summarize(values, paper)
     ]
