@@ -40,7 +40,7 @@ def test_every_file_of_results_is_read_and_written_as_it_is(name, tmp_path):
 def test_the_template_names_every_section_once():
     names = re.findall(r"\{\{(\w+)\}\}", Path(pages.TEMPLATE).read_text())
     assert sorted(name for name in names if name in pages.SECTIONS) == sorted(pages.SECTIONS)
-    assert set(names) == {*pages.SECTIONS, *pages.NUMBERS}
+    assert set(names) == {*pages.SECTIONS, *pages.COMPUTED, *pages.NUMBERS}
     assert set(RESULTS) <= set(pages.SECTIONS)
 
 

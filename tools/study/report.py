@@ -20,7 +20,8 @@ from .comparison import Comparison, Run
 from .paper import TABLE_5, TABLE_6
 from .rows import differences, markdown, mean_and_std, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "write_report"]
+__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "together"]
+__all__ += ["write_report"]
 
 # in percent, by their names in Detectron2
 METRICS = {
@@ -119,6 +120,16 @@ def summarize(
                 )
             )
     return rows
+
+
+def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
+    """Rows of several comparisons as if they were of one, in which the first row's norm is the baseline."""
+    values = {}
+    for row in rows:
+        of_norm = values.setdefault(row.norm, {})
+        for seed, value in zip(row.seeds, row.values):
+            of_norm.setdefault(seed, {})[row.metric] = value
+    return summarize(values, {})
 
 
 def table(rows: list[ComparisonRow]) -> str:
