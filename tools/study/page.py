@@ -172,7 +172,9 @@ SECTIONS = {
         "bccd_faster_rcnn_channels.png",
         "bccd_faster_rcnn_curves.png",
     ),
-    "camvid_ws": _comparison(f"{_BEDS} {_CAMVID} --norms GN+WS GN1+WS GN/1+WS --seeds 0 1 2 --output DIR"),
+    "camvid_ws": _comparison(
+        f"{_BEDS} {_CAMVID} --norms GN+WS GN1+WS GN/1+WS --seeds 0 1 2 --output DIR", "camvid_ws_curves.png"
+    ),
     "camvid_collapse": _experiment(
         collapse,
         collapse.CollapseRow,
@@ -183,12 +185,17 @@ SECTIONS = {
     "camvid_mixtures": _comparison(
         f"{_MIXTURES} {_CAMVID} --norms MIX MIX-uniform MIX-fixed MIX-fixed-last MIX-shared "
         "--seeds 0 1 2 3 4 --output DIR",
+        "camvid_mixtures_curves.png",
         beside=("camvid_semantic_fpn", "GN", "GN/1"),
     ),
     "camvid_long": _comparison(
-        f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600"
+        f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
+        "camvid_long_curves.png",
     ),
-    "bccd_plain": _comparison(f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 MIX --seeds 0 1 2 --output DIR {_WITHOUT_WS}"),
+    "bccd_plain": _comparison(
+        f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 MIX --seeds 0 1 2 --output DIR {_WITHOUT_WS}",
+        "bccd_plain_curves.png",
+    ),
     "bccd_collapse": _experiment(
         collapse,
         collapse.CollapseRow,
@@ -197,10 +204,12 @@ SECTIONS = {
     ),
     "bccd_mixtures": _comparison(
         f"{_MIXTURES} {_BCCD} --norms MIX-fixed MIX-slow --seeds 0 1 2 --output DIR",
+        "bccd_mixtures_curves.png",
         beside=("bccd_faster_rcnn", "GN", "GN/1"),
     ),
     "bccd_box_head": _comparison(
         f"{_MIXTURES} {_BCCD} --norm-keys MODEL.ROI_BOX_HEAD.NORM --norms MIX --seeds 0 1 2 --output DIR",
+        "bccd_box_head_curves.png",
         beside=("bccd_faster_rcnn", "GN"),
     ),
     "bccd_camvid_recipe": Section(
