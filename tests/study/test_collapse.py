@@ -1,6 +1,7 @@
 """What a norm receives and loses, beside sums over lists of numbers."""
 
 import os
+from dataclasses import replace
 from statistics import fmean, pvariance
 
 import pytest
@@ -79,6 +80,24 @@ def test_table(line_of):
     assert line_of(collapse.table(rows), "GN") == ["GN", "2", "1", "0.300 ± 0.141", "0.250 ± 0.000"]
 
 
+def test_mixture_table(line_of):
+    """Between 1 and 4 channels, in equal parts, are 2."""
+    rows = [
+        replace(row("MIX", seed, 0.2), mixtures=[[1, first, 0.0], [4, 1 - first, 1.0]])
+        for seed, first in ((0, 0.25), (1, 0.75))
+    ]
+    cells = line_of(collapse.mixture_table([*rows, row("GN", 0, 0.2)]), "MIX")
+    assert cells == ["MIX", "head", "2", "2.0 (0.50, 0.50)", "4.0 (0.00, 1.00)"]
+
+
+def test_mixtures_are_those_that_the_norm_learned():
+    norm = MixtureNorm(4, rate=10)
+    with torch.no_grad():
+        norm.logits.copy_(torch.tensor([[100, 0, 0], [0, 0, 100]]))
+    assert collapse._mixtures(norm) == [(1, 1, 0), (2, 0, 0), (4, 0, 1)]
+    assert collapse._mixtures(MixtureNorm(4)) is None and collapse._mixtures(nn.GroupNorm(2, 4)) is None
+
+
 def test_other_folders_are_refused(reproduce, tmp_path):
     with pytest.raises(InputError, match="is no folder of tools/compare.py"):
         collapse.finished_runs(str(tmp_path))
@@ -87,6 +106,12 @@ def test_other_folders_are_refused(reproduce, tmp_path):
         collapse.finished_runs(str(tmp_path))
     with pytest.raises(SystemExit, match="two or more"):
         reproduce("collapse", "--runs", tmp_path, "--images", 1)
+
+
+def test_a_run_without_test_images_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("DATASETS: {TEST: []}")
+    with pytest.raises(InputError, match="config.yaml: DATASETS.TEST is empty"):
+        collapse.measure_run(str(tmp_path / "config.yaml"), "model_final.pth", set(), 2)
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ def test_change_is_of_the_seeds_that_both_have(line_of):
     ]
 
 
+def test_a_single_seed_has_no_interval(line_of):
+    one = {norm: {0: of_seed[0]} for norm, of_seed in WITH_WS.items()}
+    assert line_of(table({"CamVid": (PLAIN, one)}), "CamVid")[1:] == ["-3.00, 1 seed", "+1.00, 1 seed", "+4.00, 1 seed"]
+
+
 def test_what_was_not_measured_says_so(line_of):
     assert line_of(table({"BCCD": ({}, WITH_WS)}), "BCCD") == [
         "BCCD", "not measured", "+1.00 (+1.00 to +1.00), 3 seeds *", "not measured"

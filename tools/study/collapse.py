@@ -8,6 +8,8 @@ constant  of the power of its input, the share that is the same for all images a
           large, the layer before it says little of what it sees
 lost      of the variance of a channel's mean from image to image, the share that goes when the norm subtracts the
           mean of the channel's group. A norm of 1 channel a group loses all
+
+For a norm of study/mixture_norm.py that learns its mixtures, the rows have them too.
 """
 
 import glob
@@ -16,6 +18,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
@@ -35,7 +38,7 @@ from gng_d2.models.norm_table import norm_table
 
 from .rows import machine, markdown, mean_and_std, write_rows
 
-__all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "plot"]
+__all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixture_table", "plot"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class CollapseRow:
     lost: float | None  # None where all images have the same means
     images: int
     machine: str
+    mixtures: list[tuple[int, float, float]] | None = None  # (channels in a group, weight in the mean, in the variance)
 
 
 class Collapse:
@@ -146,6 +150,8 @@ def _under_test(cfg, keys):
 def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[CollapseRow]:
     """The norms of a finished run, on the first ``images`` of its test images."""
     cfg = load_config(config)
+    if not cfg.DATASETS.TEST:
+        raise InputError(f"{config}: DATASETS.TEST is empty, so there are no images to measure the run on")
     prepare_datasets(cfg, eval_only=True)
     model = Trainer.build_model(cfg)
     Checkpointer(model).load(weights)
@@ -163,9 +169,16 @@ def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[
             lost=found.lost(),
             images=len(batches),
             machine=machine(cfg.MODEL.DEVICE),
+            mixtures=_mixtures(found.norm),
         )
         for name, found in measure(model, batches).items()
     ]
+
+
+def _mixtures(norm):
+    if not hasattr(norm, "logits"):
+        return None
+    return list(zip(norm.sizes, *(weights.tolist() for weights in norm.mixtures())))
 
 
 def _value(cfg, key):
@@ -195,6 +208,21 @@ def table(rows: list[CollapseRow]) -> str:
         cells = [f"{mean:.3f}" + (f" ± {std:.3f}" if std is not None else "") for mean, std in shares]
         lines.append([run, len(by_seed), len(next(iter(by_seed.values()))), *cells])
     return markdown(lines, ["norm", "seeds", "norms", "constant power", "lost of images' own means"])
+
+
+def mixture_table(rows: list[CollapseRow]) -> str:
+    """Over how many channels each norm takes its mean and its variance: the geometric mean of the group sizes by their
+    weights, and the weight of single channels and of all; all of it the mean over seeds."""
+    learned = {}
+    for row in rows:
+        if row.under_test and row.mixtures:
+            learned.setdefault((row.run, row.name), []).append(np.array(row.mixtures))
+    lines = []
+    for (run, name), seeds in learned.items():
+        channels, *weights = np.mean(seeds, axis=0).T
+        cells = [f"{np.exp2(w @ np.log2(channels)):.1f} ({w[0]:.2f}, {w[-1]:.2f})" for w in weights]
+        lines.append([run, name.removesuffix(".norm"), len(seeds), *cells])
+    return markdown(lines, ["norm", "in the model", "seeds", "channels for the mean", "for the variance"])
 
 
 def plot(rows: list[CollapseRow], path: str) -> None:
@@ -236,3 +264,5 @@ def main(args) -> None:
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))
+    if any(row.mixtures for row in rows):
+        print(f"\n{mixture_table(rows)}")

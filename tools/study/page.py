@@ -188,6 +188,11 @@ SECTIONS = {
         "camvid_mixtures_curves.png",
         beside=("camvid_semantic_fpn", "GN", "GN/1"),
     ),
+    "camvid_learned": Section(
+        collapse.CollapseRow,
+        collapse.mixture_table,
+        f"reproduce.py collapse {_MIXTURES} --runs DIR --json docs/results/camvid_learned.json",
+    ),
     "camvid_long": _comparison(
         f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
         "camvid_long_curves.png",

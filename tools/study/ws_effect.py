@@ -40,7 +40,9 @@ def table(sets: Mapping[str, tuple[Mapping, Mapping]]) -> str:
 
 
 def _cell(values):
-    if len(values) < 2:
+    if not values:
         return "not measured"
+    if len(values) == 1:
+        return f"{values[0]:+.2f}, 1 seed"
     mean, low, high = interval(values)
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}), {len(values)} seeds" + " *" * (low > 0 or high < 0)
