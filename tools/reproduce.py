@@ -27,6 +27,7 @@ EXPERIMENTS = {
     "norm-cost": ("norm_cost", "the time of each norm of a detector"),
     "step-cost": ("step_cost", "the time and memory of a training step"),
     "memory": ("memory", "the memory of a training step, with norms computed again and without"),
+    "collapse": ("collapse", "what the norms of trained models receive and lose"),
     "page": ("page", "docs/results.md, from docs/results/*.json"),
 }
 

@@ -167,7 +167,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
     list(train_all(Local(uninterrupted)))
     write_report(uninterrupted)
     expected, rows = (
-        [replace(row, machine="") for row in read_rows(folder / "results.json", ComparisonRow)]
+        [replace(row, machine="", commit="") for row in read_rows(folder / "results.json", ComparisonRow)]
         for folder in (whole, cut)
     )
     assert rows == expected

@@ -1,6 +1,7 @@
 """What the report of a comparison says."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -75,6 +76,8 @@ def test_the_report_of_finished_runs(job, tmp_path, small):
     assert row.curves == {"0": [[20, 41]], "1": [[20, 42]], "2": [[20, 43]]}
     assert (row.norm, row.metric, row.values, row.difference) == ("PGN", "AP", [41, 42, 43], 1)
     assert row.machine == comparison.machine()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert head.startswith(row.commit.removesuffix("-dirty")) if head else row.commit == "unknown"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gng_d2.errors import InputError
-from study.rows import differences, finish_run, machine, markdown, mean_and_std, open_run, read_rows, write_rows
+from study.rows import commit, differences, finish_run, machine, markdown, mean_and_std, open_run, read_rows, write_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ def test_rows_come_back_as_they_were(tmp_path):
         '{"norm": "GN", "epochs": 20, "errors": [0.5, 1e-09], "paper": null, "machine": ""},',
         '{"norm": "PGN", "epochs": 20, "errors": [], "paper": 2.0, "machine": "here"}',
     ]
+
+
+def test_outside_of_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("study.rows.ROOT", str(tmp_path))
+    assert commit() is None
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", '[{"norm": "GN"}]', '[{"other": 1}]', "{}x", "\xff"])

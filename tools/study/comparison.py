@@ -48,6 +48,7 @@ class RunState:
     status: str
     reason: str | None = None  # of a failure, or what a run waits for
     machine: str | None = None
+    commit: str | None = None  # of the code that trained it
 
     def __str__(self):
         return self.status + f": {self.reason}" * bool(self.reason)

@@ -1,8 +1,8 @@
 """Write docs/results.md from the measurements in docs/results.
 
 The prose is tools/study/page.md. In it {{NAME}} stands for a section of SECTIONS, the table of docs/results/NAME.json
-with its command and machine, or for a number of NUMBERS. To add a measurement, add its JSON file, a line in SECTIONS,
-and a heading with {{NAME}} in page.md.
+with its command and machine, for a table of COMPUTED, made of several such files, or for a number of NUMBERS. To add
+a measurement, add its JSON file, a line in SECTIONS, and a heading with {{NAME}} in page.md.
 """
 
 import os
@@ -19,23 +19,26 @@ from gng_d2.models.norm_table import norm_table
 from . import (
     ROOT,
     classifier,
+    collapse,
     goals,
     gradients,
     kernel_tests,
     memory,
     mlp,
     norm_cost,
+    regret,
     report,
     rule,
     step_cost,
     sweep,
     table1,
     table2,
+    ws_effect,
 )
 from .paper import TABLE_5, TABLE_6
 from .rows import markdown, read_rows
 
-__all__ = ["SECTIONS", "NUMBERS", "Section", "page"]
+__all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page"]
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.md")
 DOCS = os.path.join(ROOT, "docs")
@@ -49,6 +52,7 @@ class Section:
     table: Callable[[list], str]  # Markdown of the rows
     command: str  # that measured them, without "python tools/"
     pictures: tuple[str, ...] = ()  # their names in docs/results
+    beside: tuple[str, ...] = ()  # of a comparison: another's name and the norms of it that come first in the table
 
     def text(self, name: str, results: str, title: str) -> str:
         """What stands below the heading ``title``."""
@@ -57,6 +61,10 @@ class Section:
             return f"Not measured. The command:\n\n    python tools/{self.command}"
         rows = read_rows(path, self.row_type)
         machines = ", ".join(dict.fromkeys(row.machine for row in rows))
+        if self.beside:
+            name_of_other, *norms = self.beside
+            others = read_rows(os.path.join(results, f"{name_of_other}.json"), self.row_type)
+            rows = report.together([*(row for row in others if row.norm in norms), *rows])
         made = f"`python tools/{self.command}`, on {machines} ([raw](results/{name}.json))."
         return "\n\n".join([self.table(rows), made, *(f"![{title}](results/{picture})" for picture in self.pictures)])
 
@@ -86,8 +94,8 @@ def _experiment(module, row_type, command, *pictures):
     return Section(row_type, module.table, f"reproduce.py {command}", pictures)
 
 
-def _comparison(arguments, *pictures):
-    return Section(report.ComparisonRow, report.table, f"compare.py {arguments}", pictures)
+def _comparison(arguments, *pictures, beside=()):
+    return Section(report.ComparisonRow, report.table, f"compare.py {arguments}", pictures, beside)
 
 
 def _norms_on_a_gpu(rows):
@@ -99,7 +107,11 @@ def _steps_on_a_gpu(rows):
 
 
 _THREE = "--norms GN GN1 PGN --seeds 0 1 2"
-_REAL = "--import configs/study/bccd_camvid.py --config-file configs/study/"
+_BEDS = "--import configs/study/bccd_camvid.py"
+_MIXTURES = f"{_BEDS} tools/study/mixture_norm.py"
+_CAMVID = "--config-file configs/study/semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM"
+_BCCD = "--config-file configs/study/faster_rcnn_bccd.yaml"
+_WITHOUT_WS = "MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN"
 _COCO_80 = (
     "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 DATASETS.TEST '()' INPUT.MIN_SIZE_TRAIN '(128,)' "
     "INPUT.MAX_SIZE_TRAIN 213 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.WARMUP_ITERS 20 SOLVER.STEPS '()' "
@@ -151,21 +163,65 @@ SECTIONS = {
         "coco80_faster_rcnn.png",
     ),
     "camvid_semantic_fpn": _comparison(
-        f"{_REAL}semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --norms GN GN1 PGN GN/16 GN/1 "
-        "--seeds 0 1 2 3 4 --output DIR",
+        f"{_BEDS} {_CAMVID} --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 3 4 --output DIR",
         "camvid_semantic_fpn_channels.png",
         "camvid_semantic_fpn_curves.png",
     ),
     "bccd_faster_rcnn": _comparison(
-        f"{_REAL}faster_rcnn_bccd.yaml --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 --output DIR",
+        f"{_BEDS} {_BCCD} --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 --output DIR",
         "bccd_faster_rcnn_channels.png",
         "bccd_faster_rcnn_curves.png",
+    ),
+    "camvid_ws": _comparison(
+        f"{_BEDS} {_CAMVID} --norms GN+WS GN1+WS GN/1+WS --seeds 0 1 2 --output DIR", "camvid_ws_curves.png"
+    ),
+    "camvid_collapse": _experiment(
+        collapse,
+        collapse.CollapseRow,
+        f"collapse {_BEDS} --runs PLAIN_DIR WS_DIR --json docs/results/camvid_collapse.json "
+        "--plot docs/results/camvid_collapse.png",
+        "camvid_collapse.png",
+    ),
+    "camvid_mixtures": _comparison(
+        f"{_MIXTURES} {_CAMVID} --norms MIX MIX-uniform MIX-fixed MIX-fixed-last MIX-shared "
+        "--seeds 0 1 2 3 4 --output DIR",
+        "camvid_mixtures_curves.png",
+        beside=("camvid_semantic_fpn", "GN", "GN/1"),
+    ),
+    "camvid_learned": Section(
+        collapse.CollapseRow,
+        collapse.mixture_table,
+        f"reproduce.py collapse {_MIXTURES} --runs DIR --json docs/results/camvid_learned.json",
+    ),
+    "camvid_long": _comparison(
+        f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
+        "camvid_long_curves.png",
+    ),
+    "bccd_plain": _comparison(
+        f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 MIX --seeds 0 1 2 --output DIR {_WITHOUT_WS}",
+        "bccd_plain_curves.png",
+    ),
+    "bccd_collapse": _experiment(
+        collapse,
+        collapse.CollapseRow,
+        f"collapse {_MIXTURES} --runs DIR --json docs/results/bccd_collapse.json --plot docs/results/bccd_collapse.png",
+        "bccd_collapse.png",
+    ),
+    "bccd_mixtures": _comparison(
+        f"{_MIXTURES} {_BCCD} --norms MIX-fixed MIX-slow --seeds 0 1 2 --output DIR",
+        "bccd_mixtures_curves.png",
+        beside=("bccd_faster_rcnn", "GN", "GN/1"),
+    ),
+    "bccd_box_head": _comparison(
+        f"{_MIXTURES} {_BCCD} --norm-keys MODEL.ROI_BOX_HEAD.NORM --norms MIX --seeds 0 1 2 --output DIR",
+        "bccd_box_head_curves.png",
+        beside=("bccd_faster_rcnn", "GN"),
     ),
     "bccd_camvid_recipe": Section(
         RecipeRow,
         _recipe_table,
-        f"train_net.py {_REAL}BED.yaml SEED 100 SOLVER.BASE_LR RATE SOLVER.MAX_ITER ITERATIONS "
-        "DATASETS.TEST \"('IMAGES',)\"",
+        f"train_net.py {_BEDS} --config-file configs/study/BED.yaml SEED 100 SOLVER.BASE_LR RATE "
+        "SOLVER.MAX_ITER ITERATIONS DATASETS.TEST \"('IMAGES',)\"",
     ),
     "shapes_wide": _comparison(
         "--norms GN GN1 PGN GN/1 --seeds 0 1 2 --output DIR --config-file configs/study/{pfpn,faster_rcnn}_shapes.yaml"
@@ -182,6 +238,25 @@ SECTIONS = {
     "memory_cpu": _experiment(memory, memory.MemoryRow, "memory --json docs/results/memory_cpu.json"),
     "memory_cuda": Section(memory.MemoryRow, memory.table, "gpu.py"),
 }
+
+
+def _regrets(results):
+    camvid = regret.read_values(results, ("camvid_semantic_fpn", "camvid_mixtures"), "mIoU")
+    bccd = regret.read_values(results, ("bccd_faster_rcnn", "bccd_mixtures"), "AP")
+    return regret.table({"CamVid": camvid, "BCCD": bccd}) if camvid and bccd else "Not measured: it needs both sets."
+
+
+def _ws_effect(results):
+    def values(names, metric):
+        return [regret.read_values(results, [name], metric) for name in names]
+
+    camvid = values(("camvid_semantic_fpn", "camvid_ws"), "mIoU")
+    bccd = values(("bccd_plain", "bccd_faster_rcnn"), "AP")
+    return ws_effect.table({"CamVid": camvid, "BCCD": bccd})
+
+
+# tables of several files: what makes them, from the folder of the files
+COMPUTED = {"regrets": _regrets, "ws_effect": _ws_effect}
 
 
 def _config(name):
@@ -211,6 +286,7 @@ NUMBERS = {
     "paper_head_width": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_group": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # a test: the bed has the same head
+    "camvid_head_group": lambda: _config("study/semantic_fpn_camvid.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_rate": lambda: _config("study/semantic_fpn_camvid.yaml").SOLVER.BASE_LR,
     "bccd_rate": lambda: _config("study/faster_rcnn_bccd.yaml").SOLVER.BASE_LR,
     "paper_table_4": classifier.paper_table,
@@ -229,10 +305,12 @@ def page(docs: str = DOCS) -> str:
     def fill(match):
         name = match[1]
         if name in SECTIONS:
-            title = re.findall(r"^## (.*)$", match.string[: match.start()], re.MULTILINE)[-1]
+            title = re.findall(r"^##+ (.*)$", match.string[: match.start()], re.MULTILINE)[-1]
             return SECTIONS[name].text(name, os.path.join(docs, "results"), title)
+        if name in COMPUTED:
+            return COMPUTED[name](os.path.join(docs, "results"))
         if name not in NUMBERS:
-            raise InputError(f"{TEMPLATE}: {{{{{name}}}}} is neither in SECTIONS nor in NUMBERS of page.py")
+            raise InputError(f"{TEMPLATE}: {{{{{name}}}}} is in none of SECTIONS, COMPUTED and NUMBERS of page.py")
         return str(NUMBERS[name]())
 
     with open(TEMPLATE, encoding="utf-8") as file:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from .comparison import Comparison, Run, RunState
+from .rows import commit
 
 __all__ = ["Process", "start_training"]
 
@@ -82,7 +83,7 @@ class Process:
     def end(self, machine: str) -> RunState:
         """How a run whose command has ended, ended on ``machine``."""
         reason = self.failure()
-        return RunState("failed" if reason else "finished", reason, machine)
+        return RunState("failed" if reason else "finished", reason, machine, commit())
 
     def printed(self) -> str:
         """What the command printed up to now."""

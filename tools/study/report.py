@@ -20,7 +20,8 @@ from .comparison import Comparison, Run
 from .paper import TABLE_5, TABLE_6
 from .rows import differences, markdown, mean_and_std, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "write_report"]
+__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "together"]
+__all__ += ["write_report"]
 
 # in percent, by their names in Detectron2
 METRICS = {
@@ -61,6 +62,7 @@ class ComparisonRow:
     channels_per_group: list[tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
     curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where curves_of has them
     machine: str = ""
+    commit: str = ""  # of the code that trained it
 
 
 def paper_values(cfg: CfgNode) -> dict[str, float]:
@@ -118,6 +120,16 @@ def summarize(
                 )
             )
     return rows
+
+
+def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
+    """Rows of several comparisons as if they were of one, in which the first row's norm is the baseline."""
+    values = {}
+    for row in rows:
+        of_norm = values.setdefault(row.norm, {})
+        for seed, value in zip(row.seeds, row.values):
+            of_norm.setdefault(seed, {})[row.metric] = value
+    return summarize(values, {})
 
 
 def table(rows: list[ComparisonRow]) -> str:
@@ -285,6 +297,7 @@ def write_report(comparison: Comparison) -> str:
     comparison's folder, and return the text of results.md."""
     finished = [run for run in comparison.runs if comparison.state(run).status == "finished"]
     machines = sorted({comparison.state(run).machine for run in finished})
+    commits = sorted({comparison.state(run).commit or "unknown" for run in finished})
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
         values[run.norm][run.seed] = final_values(run)
@@ -298,6 +311,7 @@ def write_report(comparison: Comparison) -> str:
             channels_per_group=channels[row.norm],
             curves=curves.get(row.metric, {}).get(row.norm, {}),
             machine="; ".join(machines),
+            commit="; ".join(commits),
         )
         for row in summarize(values, paper)
     ]

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -18,7 +19,10 @@ from tabulate import tabulate
 from gng_d2.errors import InputError
 from gng_d2.job.files import atomic_open, prepare_outputs
 
+from . import ROOT
+
 __all__ = [
+    "commit",
     "machine",
     "read_rows",
     "rows_to_keep",
@@ -41,6 +45,15 @@ def machine(device: str = "cpu") -> str:
     threads = torch.get_num_threads()
     capability = re.search(r"CPU capability usage: (\w+)", torch.__config__.show())[1]
     return f"{threads} thread{'s' * (threads > 1)} of {_processor()} ({capability}), {pytorch}"
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "-dirty" where its files differ from it; None outside of one."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor():

@@ -1,0 +1,268 @@
+"""What trained norms receive and lose: channels that are constant, and what sets one image apart.
+
+    tools/reproduce.py collapse --import configs/study/bccd_camvid.py --runs output/camvid --json OUT --plot OUT.png
+
+Each finished run in the folders of tools/compare.py sees test images once. Measured is, at each norm of single images,
+
+constant  of the power of its input, the share that is the same for all images and positions of a channel: where it is
+          large, the layer before it says little of what it sees
+lost      of the variance of a channel's mean from image to image, the share that goes when the norm subtracts the
+          mean of the channel's group. A norm of 1 channel a group loses all
+
+For a norm of study/mixture_norm.py that learns its mixtures, the rows have them too.
+"""
+
+import glob
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from command_line import add_import, add_outputs, add_trust
+from gng_d2.errors import InputError
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.config import load_config, with_value
+from gng_d2.job.data.checks import prepare_datasets
+from gng_d2.job.engine import Trainer
+from gng_d2.job.files import prepare_outputs, save_figure
+from gng_d2.job.imports import import_modules
+from gng_d2.models.norm_table import norm_table
+
+from .rows import machine, markdown, mean_and_std, write_rows
+
+__all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixture_table", "plot"]
+
+
+@dataclass(frozen=True)
+class CollapseRow:
+    """A norm of a trained model."""
+
+    run: str  # the norm that the run was trained with, as compare's --norms have it
+    seed: int
+    name: str  # of the norm in the model
+    under_test: bool  # whether the norm is one that the comparison varies
+    constant: float
+    lost: float | None  # None where all images have the same means
+    images: int
+    machine: str
+    mixtures: list[tuple[int, float, float]] | None = None  # (channels in a group, weight in the mean, in the variance)
+
+
+class Collapse:
+    """What a norm has received: the sums over its calls.
+
+    Args:
+        norm: a GroupNorm, or another whose ``subtracted(means)`` says what it takes off where the channels have these
+            means, (N, C).
+    """
+
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+        self.numbers, self.total, self.squares = 0, 0, 0
+        self.means = []
+
+    def add(self, x: Tensor) -> None:
+        """An input of the norm, (N, C, *)."""
+        x = x.detach().flatten(2).double()
+        self.numbers += x.shape[0] * x.shape[2]
+        self.total = self.total + x.sum((0, 2))
+        self.squares = self.squares + x.square().sum()
+        self.means.append(x.mean(2))
+
+    def constant(self) -> float:
+        return (self.total.square().sum() / self.numbers / self.squares).item()
+
+    def lost(self) -> float | None:
+        means = torch.cat(self.means)
+        own, kept = (t - t.mean(0) for t in (means, means - self._subtracted(means)))
+        power = own.square().sum()
+        return 1 - (kept.square().sum() / power).item() if power > 0 else None
+
+    def _subtracted(self, means):
+        if not isinstance(self.norm, nn.GroupNorm):
+            return self.norm.subtracted(means)
+        groups = means.unflatten(1, (self.norm.num_groups, -1))
+        return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
+
+
+def measure(model: nn.Module, batches: Iterable) -> dict[str, Collapse]:
+    """What the norms of ``model``, by their names in it, receive when it sees ``batches``. Those that it does not reach
+    are left out."""
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or hasattr(m, "subtracted"))
+    found = {name: Collapse(norm) for name, norm in norms}
+    hooks = [c.norm.register_forward_pre_hook(lambda _, args, c=c: c.add(args[0])) for c in found.values()]
+    training = model.training
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model.eval()(batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {name: c for name, c in found.items() if c.numbers}
+
+
+def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
+    """Config and weights of the finished runs of a comparison, and the keys that it varies.
+
+    Raises:
+        InputError: the folder is none of tools/compare.py, or no run in it is finished.
+    """
+    try:
+        with open(os.path.join(folder, "comparison.yaml"), encoding="utf-8") as file:
+            config = yaml.safe_load(file)["config"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"--runs: {folder} is no folder of tools/compare.py: {error}") from error
+    keys = {key for key, value in _leaves(config) if str(value).startswith("<norm>")}
+    runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), "*", "seed_*", "run.json"))]
+    runs = [(os.path.join(run, "config.yaml"), os.path.join(run, "model_final.pth")) for run in sorted(runs)]
+    runs = [(config, weights, keys) for config, weights in runs if os.path.isfile(weights)]
+    if not runs:
+        raise InputError(f"--runs: no run in {folder} is finished")
+    return runs
+
+
+def _leaves(tree, prefix=""):
+    for key, value in tree.items():
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def _under_test(cfg, keys):
+    """The names of the norms that ``keys`` make."""
+    tables = []
+    for name in ("LN", "BN"):
+        varied = cfg
+        for key in keys:
+            varied = with_value(varied, key, name)
+        tables.append(norm_table(build_on_meta(varied)))
+    return {a.name for a, b in zip(*tables) if a.norm != b.norm}
+
+
+def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[CollapseRow]:
+    """The norms of a finished run, on the first ``images`` of its test images."""
+    cfg = load_config(config)
+    if not cfg.DATASETS.TEST:
+        raise InputError(f"{config}: DATASETS.TEST is empty, so there are no images to measure the run on")
+    prepare_datasets(cfg, eval_only=True)
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).load(weights)
+    loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    batches = [batch for batch, _ in zip(loader, range(images))]
+    under_test = _under_test(cfg, keys)
+    (norm,) = {_value(cfg, key) for key in keys}
+    return [
+        CollapseRow(
+            run=norm,
+            seed=cfg.SEED,
+            name=name,
+            under_test=name in under_test,
+            constant=found.constant(),
+            lost=found.lost(),
+            images=len(batches),
+            machine=machine(cfg.MODEL.DEVICE),
+            mixtures=_mixtures(found.norm),
+        )
+        for name, found in measure(model, batches).items()
+    ]
+
+
+def _mixtures(norm):
+    if not hasattr(norm, "logits"):
+        return None
+    return list(zip(norm.sizes, *(weights.tolist() for weights in norm.mixtures())))
+
+
+def _value(cfg, key):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _by_run(rows):
+    """norm of the run -> seed -> its norms under test."""
+    by_run = {}
+    for row in rows:
+        if row.under_test:
+            by_run.setdefault(row.run, {}).setdefault(row.seed, []).append(row)
+    return by_run
+
+
+def _mean(rows, share):
+    return statistics.fmean(getattr(row, share) for row in rows if getattr(row, share) is not None)
+
+
+def table(rows: list[CollapseRow]) -> str:
+    """Both shares under each norm: mean over the norms under test, and over seeds with its standard deviation."""
+    lines = []
+    for run, by_seed in _by_run(rows).items():
+        shares = [mean_and_std([_mean(norms, share) for norms in by_seed.values()]) for share in ("constant", "lost")]
+        cells = [f"{mean:.3f}" + (f" ± {std:.3f}" if std is not None else "") for mean, std in shares]
+        lines.append([run, len(by_seed), len(next(iter(by_seed.values()))), *cells])
+    return markdown(lines, ["norm", "seeds", "norms", "constant power", "lost of images' own means"])
+
+
+def mixture_table(rows: list[CollapseRow]) -> str:
+    """Over how many channels each norm takes its mean and its variance: the geometric mean of the group sizes by their
+    weights, and the weight of single channels and of all; all of it the mean over seeds."""
+    learned = {}
+    for row in rows:
+        if row.under_test and row.mixtures:
+            learned.setdefault((row.run, row.name), []).append(np.array(row.mixtures))
+    lines = []
+    for (run, name), seeds in learned.items():
+        channels, *weights = np.mean(seeds, axis=0).T
+        cells = [f"{np.exp2(w @ np.log2(channels)):.1f} ({w[0]:.2f}, {w[-1]:.2f})" for w in weights]
+        lines.append([run, name.removesuffix(".norm"), len(seeds), *cells])
+    return markdown(lines, ["norm", "in the model", "seeds", "channels for the mean", "for the variance"])
+
+
+def plot(rows: list[CollapseRow], path: str) -> None:
+    """Draw both shares at each norm under test, a line for each norm of a run: the mean over its seeds."""
+    names = list(dict.fromkeys(row.name for row in rows if row.under_test))
+    figure = Figure(figsize=(max(9, 0.2 * len(names)), 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, share in zip(panels, ("constant", "lost")):
+        for run, by_seed in _by_run(rows).items():
+            of_name = {name: [r for norms in by_seed.values() for r in norms if r.name == name] for name in names}
+            axes.plot([_mean(of_name[name], share) for name in names], "o-", ms=4, lw=1.2, label=run)
+        axes.set_xticks(range(len(names)), [name.removesuffix(".norm") for name in names], rotation=90, fontsize=6)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="share", title="power that is constant", ylim=(-0.02, 1.02))
+    panels[1].set(title="images' own channel means that are lost")
+    panels[0].legend(fontsize=8)
+    save_figure(figure, path, dpi=120)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "--runs", required=True, nargs="+", metavar="DIR", help="--output of tools/compare.py, one or more"
+    )
+    add_outputs(parser, json="write a row for each run and norm", plot="draw both shares along the norms under test")
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="of the test images; default: %(default)s")
+    add_import(parser)
+    add_trust(parser)
+
+
+def main(args) -> None:
+    if args.images < 2:
+        raise InputError(f"--images {args.images}: what sets images apart shows in two or more")
+    import_modules(args.imports)
+    prepare_outputs(args.json, args.plot)
+    runs = [run for folder in args.runs for run in finished_runs(folder)]
+    rows = [row for run in tqdm(runs, unit="run") for row in measure_run(*run, args.images)]
+    if args.json:
+        write_rows(args.json, rows)
+    if args.plot:
+        plot(rows, args.plot)
+    print(table(rows))
+    if any(row.mixtures for row in rows):
+        print(f"\n{mixture_table(rows)}")
