@@ -4,7 +4,6 @@ import glob
 import logging
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from urllib.parse import parse_qs, urlparse
 
@@ -169,7 +168,6 @@ class Checkpointer(DetectionCheckpointer):
         metadata = getattr(weights, "_metadata", {})
         if not isinstance(metadata, Mapping) or not all(isinstance(entry, Mapping) for entry in metadata.values()):
             raise InputError(f"{filename}: the metadata of its state_dict is damaged")
-        _take_old_record(filename, checkpoint)
         return checkpoint
 
     def _load_model(self, checkpoint):
@@ -225,21 +223,6 @@ def _as_detectron2s(filename, content):
         weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
         return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
     return content if "model" in content else {"model": content}
-
-
-def _take_old_record(filename, checkpoint):
-    """Up to this version a checkpoint had its record under ``norms``, beside the weights."""
-    records = checkpoint.pop("norms", None)
-    if records is None:
-        return
-    weights = checkpoint["model"]
-    if not hasattr(weights, "_metadata"):
-        checkpoint["model"] = weights = OrderedDict(weights)
-        weights._metadata = OrderedDict()
-    if isinstance(records, Mapping):
-        put_records(weights, records)
-    if not isinstance(records, Mapping) or not records_of(weights).keys() >= records.keys():
-        raise InputError(f"{filename}: its record of the norms ('norms') is damaged. Delete that entry to go without")
 
 
 def _records_of_other_norms(model):

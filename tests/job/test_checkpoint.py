@@ -169,32 +169,6 @@ def test_a_file_that_is_no_checkpoint_is_one_line_with_its_name(name, tmp_path):
     assert file.read_bytes() == before
 
 
-def old_checkpoint(path, trained, norms):
-    """As this package wrote its record before it was in the state_dict."""
-    data = torch.load(trained)
-    for entry in data["model"]._metadata.values():
-        entry.pop("gng_d2", None)
-    torch.save({**data, "norms": norms}, path)
-
-
-def test_the_record_of_old_checkpoints_is_still_an_error(trained, tmp_path, caplog):
-    norms = {"sem_seg_head.p2.0.norm": {"num_groups": 8, "weight_standardized": True}}
-    old_checkpoint(tmp_path / "old.pth", trained, norms)
-    with pytest.raises(InputError, match="1 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS .* 1 group and WS here"):
-        Checkpointer(model(HEAD, "GN1+WS")).load(str(tmp_path / "old.pth"))
-    with caplog.at_level(logging.WARNING, logger="gng_d2"):
-        Checkpointer(model(HEAD, "GN1+WS")).resume_or_load(str(tmp_path / "old.pth"), resume=False)
-    assert len(messages(caplog)) == 1 and messages(caplog)[0].startswith("1 of ")
-
-
-@pytest.mark.parametrize("norms", [[1, 2], "GN", {"sem_seg_head.p2.0.norm": 8}, {"a": {}}, {"a": {"num_groups": "8"}}])
-def test_a_damaged_record_of_an_old_checkpoint_is_one_line(norms, trained, tmp_path):
-    old_checkpoint(tmp_path / "old.pth", trained, norms)
-    with pytest.raises(InputError, match=r"old.pth: its record of the norms \('norms'\) is damaged") as error:
-        Checkpointer(model(HEAD, "PGN+WS")).load(str(tmp_path / "old.pth"))
-    assert len(str(error.value).splitlines()) == 1
-
-
 def damaged(content, kind):
     if kind == "cut":
         return content[: len(content) * 2 // 3]
@@ -202,18 +176,17 @@ def damaged(content, kind):
         return content[:1000] + bytes(4096) + content[5096:]
     if kind == "no end":
         return content[:-1]
-    at = {"first": 0, "middle": len(content) // 2, "directory": -150, "length": -80, "mark": -70, "digest": -1}[kind]
     flipped = bytearray(content)
-    flipped[at] ^= 16
+    flipped[{"first": 0, "middle": len(content) // 2}[kind]] ^= 16
     return bytes(flipped)
 
 
-DAMAGE = ["cut", "zeroed", "no end", "first", "middle", "directory", "length", "mark", "digest"]
+DAMAGE = ["cut", "zeroed", "no end", "first", "middle"]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_recognized_and_not_resumed_from(kind, tmp_path, caplog):
-    """torch.load reads six of these as if nothing were."""
+    """torch.load reads some of these as if nothing were."""
     checkpointer = Checkpointer(torch.nn.Linear(30, 100), str(tmp_path))
     checkpointer.save("model_0000001", iteration=1)
     torch.nn.init.ones_(checkpointer.model.weight)

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from gng_d2.errors import InputError
-from gng_d2.job.weight_files import read_pickle
+from gng_d2.job.weight_files import read_weight_file
 
 from . import embedded
 
@@ -37,7 +37,7 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
             _prepare_dataset(f"DATASETS.{key}", name)
         for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
             try:
-                read_pickle(PathManager.get_local_path(path))  # Detectron2 unpickles it
+                read_weight_file(PathManager.get_local_path(path), pickled=True)  # Detectron2 unpickles it
             except InputError as error:
                 raise InputError(f"DATASETS.PROPOSAL_FILES_{key}: {error}") from None
     if not eval_only and not cfg.DATASETS.TRAIN:
