@@ -118,4 +118,4 @@ def save_weight_file(path: str, content: Any) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # PyTorch raises it in place of what stopped the file, a full disk say
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.job.build import bind_remaining_norms
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.files import atomic_open
@@ -43,9 +43,7 @@ def load_model(model: nn.Module, weights: str) -> nn.Module:
     Checkpointer(model).load(weights)
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if broken:
-        raise InputError(
-            f"{weights}: {broken[0]} and {len(broken) - 1} more weights are not finite. Had its run diverged?"
-        )
+        raise InputError(f"{weights}: the weights {abbreviated(broken, most=1)} are not finite. Had its run diverged?")
     return fold_weight_standardization(model)
 
 
