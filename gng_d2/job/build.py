@@ -36,16 +36,19 @@ def build(cfg: Config, device: str | None = None, make: Callable = build_model) 
         if isinstance(cfg, CfgNode):
             return build_naming_norms(make, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
         return build_naming_norms(instantiate, cfg.model).to(device or _device(cfg))
-    except InputError as error:
-        unknown = [key for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
-        raise InputError(f"{unknown[0]}: {error}" if unknown else str(error)) from error
     except Exception as error:  # of any kind: it runs every constructor that the config names
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, KeyError) and re.match("No object named .* registry!$", str(error.args[0])):
-            reason = f"{error.args[0]} Your own is registered by a module of yours: --import FILE.py runs it first"
-        elif isinstance(cfg, CfgNode) and device != "meta":
-            reason += _key_at_fault(cfg, make)
-        raise InputError(f"the model of this config cannot be built: {reason}") from error
+        raise InputError(_why_not(cfg, error) + (_key_at_fault(cfg, make) if device != "meta" else "")) from error
+
+
+def _why_not(cfg, error):
+    """Why the model of ``cfg`` cannot be built."""
+    if isinstance(error, InputError):
+        unknown = [f"{key}: " for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
+        return "".join(unknown[:1]) + str(error)
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyError) and re.match("No object named .* registry!$", str(error.args[0])):
+        reason = f"{error.args[0]} Your own is registered by a module of yours: --import FILE.py runs it first"
+    return f"the model of this config cannot be built: {reason}"
 
 
 def _device(cfg):
@@ -58,6 +61,8 @@ def _device(cfg):
 
 def _key_at_fault(cfg, make):
     """What to say of the first key with whose default value the model can be built; numbers are tried before names."""
+    if not isinstance(cfg, CfgNode):
+        return ""
     defaults = dict(leaves(get_cfg()))
     differing = [(k, v) for k, v in leaves(cfg) if k.startswith("MODEL.") and defaults.get(k, v) != v]
     for key, value in sorted(differing, key=lambda pair: isinstance(pair[1], str)):

@@ -248,6 +248,7 @@ def run_job(args) -> None:
     """
     import_modules(getattr(args, "imports", ()))
     args.config_file = find_config_file(args.config_file)  # default_setup reads it again
+    log = setup_logger(name="gng_d2")  # to the terminal, as the job's own log begins with the job
     cfg = setup_job(
         args.config_file,
         args.opts,
@@ -255,6 +256,7 @@ def run_job(args) -> None:
         resume=args.resume,
         eval_only=args.eval_only,
     )
+    log.handlers.clear()
     try:
         launch(
             then_leave_group,
