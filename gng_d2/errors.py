@@ -17,5 +17,5 @@ def abbreviated(names: Iterable, most: int = 4, separator: str = ", ") -> str:
         'a, b, c and 2 more'
     """
     names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    more = f"{separator.lstrip(',')}and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

@@ -31,7 +31,8 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         ...     _ = file.write("[]")
     """
     path = os.path.realpath(path)  # a link stays one
-    partial = path if _is_device(path) else f"{path}.{os.getpid()}.partial"
+    # a device or a pipe, /dev/stdout say, must not be replaced by a file
+    partial = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -49,11 +50,6 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         if partial != path:
             with suppress(OSError):
                 os.remove(partial)
-
-
-def _is_device(path):
-    """Whether ``path`` is a device or a pipe, /dev/stdout say, which must not be replaced by a file."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def write_json(path: str, content) -> None:
@@ -91,5 +87,5 @@ def prepare_outputs(*paths: str | None) -> None:
     for path in filter(None, paths):
         if os.path.isdir(path):
             raise InputError(f"cannot write {path}: it is a folder")
-        if not _is_device(path):
+        if os.path.isfile(path) or not os.path.exists(path):  # no device
             prepare_folder(os.path.dirname(path) or ".")

@@ -244,7 +244,6 @@ DAMAGE = [
 
 @pytest.mark.slow
 def test_a_damaged_run_has_failed_and_takes_no_other_down(job, small, monkeypatch):
-    monkeypatch.setattr(Comparison, "channels_per_group", lambda self, norm: {})  # builds models
     monkeypatch.setattr("study.report.save_figure", lambda figure, path, dpi: None)
     comparison = small()
     list(train_all(Local(comparison)))
