@@ -9,7 +9,7 @@ class InputError(ValueError):
     """A user's config, file, dataset or model cannot be used. Tools print it without a traceback."""
 
 
-def abbreviated(names: Iterable, most: int = 4, separator: str = ", ") -> str:
+def abbreviated(names: Iterable, most: int = 4) -> str:
     """The first of ``names``, for a message, and how many more there are.
 
     Examples::
@@ -17,5 +17,4 @@ def abbreviated(names: Iterable, most: int = 4, separator: str = ", ") -> str:
         'a, b, c and 2 more'
     """
     names = [str(name) for name in names]
-    more = f"{separator.lstrip(',')}and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)

@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from gng_d2.errors import InputError, abbreviated
+from gng_d2.errors import InputError
 from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels, num_groups
 from gng_d2.layers.record import describe_record, fits, put_records, records_of
@@ -132,7 +132,13 @@ class Checkpointer(DetectionCheckpointer):
         """
         filename, _, query = path.partition("?")
         self._reading = filename
-        checkpoint = _as_detectron2s(filename, read_weight_file(filename))
+        checkpoint = read_weight_file(filename)
+        if not isinstance(checkpoint, Mapping):
+            raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
+        if filename.endswith((".pkl", ".pyth")):
+            checkpoint = _as_detectron2s(filename, checkpoint)
+        elif "model" not in checkpoint:
+            checkpoint = {"model": checkpoint}
         if query == "matching_heuristics=True":
             checkpoint["matching_heuristics"] = True
         elif query:
@@ -193,22 +199,18 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _as_detectron2s(filename, content):
-    """A file's content as a checkpoint of Detectron2, by the rules of its own checkpointer."""
-    if not isinstance(content, Mapping):
-        raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
-    if filename.endswith(".pkl"):
-        if "model" in content and "__author__" in content:
-            return content
-        content = content.get("blobs", content)  # Caffe2's detectors have them, its ImageNet models do not
-        weights = {name: value for name, value in content.items() if not name.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    """The content of a .pkl of Caffe2 or a .pyth of pycls as a checkpoint of Detectron2, by the rules of its own
+    checkpointer."""
     if filename.endswith(".pyth"):
-        weights = content.get("model_state")
+        author, weights, left_out = "pycls", content.get("model_state"), "num_batches_tracked"
         if not isinstance(weights, Mapping):
             raise InputError(f"{filename} has no 'model_state', as the .pyth files of pycls do")
-        weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-    return content if "model" in content else {"model": content}
+    elif "model" in content and "__author__" in content:
+        return content
+    else:  # Caffe2's detectors have "blobs", its ImageNet models do not
+        author, weights, left_out = "Caffe2", content.get("blobs", content), "_momentum"
+    weights = {name: value for name, value in weights.items() if not name.endswith(left_out)}
+    return {"model": weights, "__author__": author, "matching_heuristics": True}
 
 
 def _recorded_state_dict(model):
@@ -244,11 +246,11 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
         )
     ]
     if differ:
-        separator = "\n  "
+        lines = "\n  ".join(differ[:10])
         raise InputError(
-            f"the checkpoint was trained with other norms than this config has, {len(differ)} differ:{separator}"
-            f"{abbreviated(differ, 10, separator)}\nUse the NORM keys that {path} was trained with (the config.yaml "
-            f"beside it)"
+            f"the checkpoint was trained with other norms than this config has, {len(differ)} differ"
+            f"{', the first ten' * (len(differ) > 10)}:\n  {lines}\n"
+            f"Use the NORM keys that {path} was trained with (the config.yaml beside it)"
         )
 
 

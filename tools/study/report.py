@@ -262,10 +262,19 @@ def write_report(comparison: Comparison) -> str:
     if rows:
         first = [row for row in rows if row.metric == rows[0].metric]
         plot_channels_per_group(first, os.path.join(comparison.output, "channels_per_group.png"))
+    text = _text(comparison, states, rows, machines)
+    with atomic_open(os.path.join(comparison.output, "results.md")) as file:
+        file.write(text)
+    return text
+
+
+def _text(comparison, states, rows, machines):
+    """The tables in Markdown, with what was run and what did not finish."""
+    unfinished = {run: state for run, state in states.items() if state.status != "finished"}
     solver = comparison.cfg.SOLVER
     parts = [
         f"# {', '.join(comparison.norms)} in {comparison.config_file}",
-        f"{len(finished)} of {len(states)} runs finished: "
+        f"{len(states) - len(unfinished)} of {len(states)} runs finished: "
         f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
         + f" Overrides: {shlex.join(comparison.overrides)}." * bool(comparison.overrides)
         + f" Trained on {machines}." * bool(machines),
@@ -276,12 +285,9 @@ def write_report(comparison: Comparison) -> str:
             "![loss and metric over the iterations](curves.png)",
             "![metric over the channels in a group](channels_per_group.png)",
         ]
-    unfinished = {run: str(state.status) for run, state in states.items() if run not in finished}
-    for run in unfinished:
-        if states[run].status == "failed":
-            unfinished[run] = f"failed: {states[run].reason} ({run.path('output.txt')})"
-    parts += ["\n".join(f"- {run}: {why}" for run, why in unfinished.items())] * bool(unfinished)
-    text = "\n\n".join(parts) + "\n"
-    with atomic_open(os.path.join(comparison.output, "results.md")) as file:
-        file.write(text)
-    return text
+    logs = {
+        run: f": {state.reason} ({run.path('output.txt')})" * (state.status == "failed")
+        for run, state in states.items()
+    }
+    parts += ["\n".join(f"- {run}: {state.status}{logs[run]}" for run, state in unfinished.items())] * bool(unfinished)
+    return "\n\n".join(parts) + "\n"

@@ -9,7 +9,6 @@ from typing import IO
 
 from tabulate import tabulate
 
-from gng_d2.errors import abbreviated
 from gng_d2.job.metrics import last_record
 
 from .comparison import Comparison, Run, RunState
@@ -66,7 +65,7 @@ class StatusTable:
     def _draw(self, lines):
         width, height = shutil.get_terminal_size()
         if len(lines) >= height:  # what scrolled away cannot be drawn again
-            lines = abbreviated(lines, height - 2, "\n").splitlines()
+            lines = [*lines[: height - 2], f"and {len(lines) - height + 2} more"]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         self._file.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[0J")
         self._drawn = len(lines)
