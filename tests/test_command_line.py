@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from command_line import add_outputs, add_overrides, run_tool, tool_parser
 from gng_d2.errors import InputError
@@ -42,13 +41,6 @@ def test_what_the_user_can_mend_is_one_line(tmp_path):
     assert ended(diverge) == "error: Loss became infinite or NaN at iteration=3!"
     assert ended(interrupt) == "stopped; the same command starts anew"
     assert ended(interrupt, if_stopped="it goes on") == "stopped; it goes on"
-
-
-def test_what_nobody_registered_is_one_line():
-    def build():
-        return META_ARCH_REGISTRY.get("Nothing")
-
-    assert ended(build).startswith("error: No object named 'Nothing' found in 'META_ARCH' registry! Your own is regist")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, ZeroDivisionError])

@@ -6,7 +6,6 @@ the warnings of other packages do not come before it, and Ctrl-C is one line fro
 
 import argparse
 import os
-import re
 import sys
 import warnings
 
@@ -157,10 +156,6 @@ def run_tool(main, if_stopped=ANEW):
         sys.exit(f"error: {where}{error.strerror or error}")
     except FloatingPointError as error:  # Detectron2's, where a loss is not finite
         sys.exit(f"error: {error}")
-    except KeyError as error:  # of fvcore's registries, where a config names what nobody registered
-        if not re.match("No object named .* registry!$", str(error.args[0] if error.args else "")):
-            raise
-        sys.exit(f"error: {error.args[0]} Your own is registered by a module of yours: --import FILE.py runs it first")
     except ValueError as error:
         from gng_d2.errors import InputError
 

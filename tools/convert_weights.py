@@ -27,7 +27,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from gng_d2.job.resnet_weights import abbreviated, config_keys, convert_file
+    from gng_d2.errors import abbreviated
+    from gng_d2.job.resnet_weights import config_keys, convert_file
 
     done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}

@@ -1,40 +1,54 @@
 """The model of a config, YAML or lazy, with its norms bound to their layers."""
 
 import logging
+import re
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 
 import torch
-from detectron2.config import CfgNode, instantiate
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import build_naming_norms, unbound_norms
 from gng_d2.models.bind_norms import bind_norms
 
-from .config import Config, norm_keys, with_value
+from .config import Config, leaves, norm_keys, with_value
 
 __all__ = ["bind_remaining_norms", "build", "build_on_meta"]
 
 
-def build(cfg: Config, device: str | None = None) -> nn.Module:
+def build(cfg: Config, device: str | None = None, make: Callable = build_model) -> nn.Module:
     """The model of ``cfg`` with fresh weights.
 
     Args:
-        device: None: the config's own, MODEL.DEVICE or train.device, or the CPU where there is no CUDA.
+        device: by default the config's own, MODEL.DEVICE or train.device, or the CPU where there is no CUDA.
+        make: what makes the model of a YAML config.
 
     Raises:
-        InputError: it cannot be built.
+        InputError: it cannot be built; names the key that is at fault where one can be found.
     """
     try:
         if isinstance(cfg, CfgNode):
-            return build_naming_norms(build_model, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
+            return build_naming_norms(make, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
         return build_naming_norms(instantiate, cfg.model).to(device or _device(cfg))
-    except InputError as error:
-        unknown = [key for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
-        raise InputError(f"{unknown[0]}: {error}" if unknown else str(error)) from error
     except Exception as error:  # of any kind: it runs every constructor that the config names
-        raise InputError(f"the model of this config cannot be built: {type(error).__name__}: {error}") from error
+        raise InputError(_why_not(cfg, error) + (_key_at_fault(cfg, make) if device != "meta" else "")) from error
+
+
+def _why_not(cfg, error):
+    """Why the model of ``cfg`` cannot be built."""
+    if isinstance(error, InputError):
+        unknown = [f"{key}: " for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
+        return "".join(unknown[:1]) + str(error)
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyError) and re.match("No object named .* registry!$", str(error.args[0])):
+        reason = f"{error.args[0]} Your own is registered by a module of yours: --import FILE.py runs it first"
+    return f"the model of this config cannot be built: {reason}"
 
 
 def _device(cfg):
@@ -45,14 +59,56 @@ def _device(cfg):
     return device
 
 
-def build_on_meta(cfg) -> nn.Module:
-    """The model of a Detectron2 ``cfg``, YAML or lazy, without memory for its weights: for its structure, in a second.
+def _key_at_fault(cfg, make):
+    """What to say of the first key with whose default value the model can be built; numbers are tried before names."""
+    if not isinstance(cfg, CfgNode):
+        return ""
+    defaults = dict(leaves(get_cfg()))
+    differing = [(k, v) for k, v in leaves(cfg) if k.startswith("MODEL.") and defaults.get(k, v) != v]
+    for key, value in sorted(differing, key=lambda pair: isinstance(pair[1], str)):
+        with suppress(InputError), _parameters_on_meta():
+            build(with_value(cfg, key, defaults[key]), "meta", make)
+            return f". {key} is {value!r}; with its default, {defaults[key]!r}, the model can be built"
+    return ""
+
+
+def build_on_meta(cfg: Config, like: nn.Module | None = None) -> nn.Module:
+    """The model of ``cfg`` for its structure alone: its parameters are on the meta device, where they take no memory.
+    A model that computes with its parameters while it is built is built on the CPU.
+
+    Args:
+        like: a model that was built from such a YAML config. Where its class is in a registry of another project, and
+            not in Detectron2's, that class builds this model too.
 
     Raises:
-        InputError: Detectron2 cannot build it.
+        InputError: the model cannot be built.
     """
-    with torch.device("meta"):
-        return build(cfg, "meta")
+    make = build_model
+    if like is not None and isinstance(cfg, CfgNode):
+        if type(like) is not META_ARCH_REGISTRY._obj_map.get(cfg.MODEL.META_ARCHITECTURE):
+            make = type(like)
+    try:
+        with _parameters_on_meta():
+            return build(cfg, "meta", make)
+    except InputError:
+        return build(cfg, "cpu", make)
+
+
+@contextmanager
+def _parameters_on_meta():
+    """Inside, each parameter of a module moves to the meta device when it becomes one. Other tensors, from which a
+    constructor may read numbers, stay where they are made."""
+
+    def moved(module, name, parameter):
+        if parameter is None or parameter.is_meta or is_lazy(parameter):
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(moved)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def bind_remaining_norms(model: nn.Module) -> nn.Module:

@@ -5,15 +5,16 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from urllib.parse import parse_qs, urlparse
+from contextlib import suppress
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
+from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels, num_groups
-from gng_d2.layers.record import describe_record, fits, norm_record, put_records, records_of
+from gng_d2.layers.record import describe_record, fits, put_records, records_of
 
 from .files import atomic_open
 from .weight_files import read_weight_file, save_weight_file
@@ -24,8 +25,8 @@ __all__ = ["Checkpointer", "check_norms"]
 class Checkpointer(DetectionCheckpointer):
     """:class:`detectron2.checkpoint.DetectionCheckpointer` that lets no damaged or unfit weights pass.
 
-    - What it writes appears when it is whole, with a checksum. What it reads is compared with its checksums, and
-      runs no code (:mod:`gng_d2.job.weight_files`). Any Detectron2 loads it.
+    - What it writes appears when it is whole. What it reads is compared with its checksums, and runs no code
+      (:mod:`gng_d2.job.weight_files`). Any Detectron2 loads it.
     - GroupNorm weights fit any number of groups. So the state_dict records each norm's groups, and whether its
       convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model where they differ is an
       :class:`InputError`; at the start of fine-tuning it is one warning.
@@ -39,8 +40,7 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name, **kwargs):
         if not self.save_dir or not self.save_to_disk:
             return
-        weights = self.model.state_dict()
-        put_records(weights, _records_of_other_norms(self.model))
+        weights = _recorded_state_dict(self.model)
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -99,10 +99,7 @@ class Checkpointer(DetectionCheckpointer):
             trouble = f"{last} names {named!r}, which is not there"
         else:
             try:
-                checkpoint = self.read(named)
-                if self._can_go_on_from(checkpoint):
-                    return named, checkpoint
-                trouble = f"{last} names {named}, which holds weights alone and not what a run goes on from"
+                return named, self.read(named, to_resume=True)
             except InputError as error:
                 trouble = str(error)
         newest = self._newest_whole()
@@ -115,19 +112,11 @@ class Checkpointer(DetectionCheckpointer):
         newest = None
         for path in sorted(glob.glob(os.path.join(glob.escape(self.save_dir or os.devnull), "model_*.pth"))):
             if re.fullmatch(r"model_(\d{7,}|final)\.pth", os.path.basename(path)):
-                try:
-                    checkpoint = self.read(path)
-                except InputError:
-                    continue
-                if self._can_go_on_from(checkpoint):
+                with suppress(InputError):
+                    checkpoint = self.read(path, to_resume=True)
                     if newest is None or checkpoint["iteration"] >= newest[1]["iteration"]:
                         newest = path, checkpoint
         return newest
-
-    def _can_go_on_from(self, checkpoint):
-        """Whether a trainer saved it. Detectron2 would go on from any other at iteration 1."""
-        parts = (checkpoint.get(key) for key in self.checkpointables)
-        return type(checkpoint.get("iteration")) is int and all(isinstance(part, Mapping) for part in parts)
 
     def _remove_partial_files(self):
         """What a run leaves that is killed while it writes a checkpoint."""
@@ -135,29 +124,25 @@ class Checkpointer(DetectionCheckpointer):
             for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
                 os.remove(path)
 
-    def read(self, path: str) -> dict:
+    def read(self, path: str, to_resume: bool = False) -> dict:
         """What the local file ``path`` holds, under ``model`` its weights.
 
         Raises:
-            InputError: it is damaged, wants to run code, or is no checkpoint.
+            InputError: it is damaged, wants to run code, is no checkpoint, or is none ``to_resume`` from.
         """
-        self._parsed_url_during_load = urlparse(path)
-        try:
-            return self._load_file(path.split("?")[0])
-        finally:
-            self._parsed_url_during_load = None
-
-    def _load_file(self, filename):
+        filename, _, query = path.partition("?")
         self._reading = filename
-        checkpoint = _as_detectron2s(filename, read_weight_file(filename))
-        queries = parse_qs(self._parsed_url_during_load.query)
-        if queries.pop("matching_heuristics", None) == ["True"]:
+        checkpoint = read_weight_file(filename)
+        if not isinstance(checkpoint, Mapping):
+            raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
+        if filename.endswith((".pkl", ".pyth")):
+            checkpoint = _as_detectron2s(filename, checkpoint)
+        elif "model" not in checkpoint:
+            checkpoint = {"model": checkpoint}
+        if query == "matching_heuristics=True":
             checkpoint["matching_heuristics"] = True
-        if queries:
-            raise InputError(
-                f"{filename}: its address ends in ?{self._parsed_url_during_load.query}, of which only "
-                f"matching_heuristics=True is known"
-            )
+        elif query:
+            raise InputError(f"{filename}: its address ends in ?{query}; only ?matching_heuristics=True is known")
         weights = checkpoint["model"]
         if not isinstance(weights, Mapping) or not all(isinstance(v, (Tensor, np.ndarray)) for v in weights.values()):
             raise InputError(
@@ -167,7 +152,15 @@ class Checkpointer(DetectionCheckpointer):
         metadata = getattr(weights, "_metadata", {})
         if not isinstance(metadata, Mapping) or not all(isinstance(entry, Mapping) for entry in metadata.values()):
             raise InputError(f"{filename}: the metadata of its state_dict is damaged")
+        if to_resume:  # Detectron2 would go on at iteration 1 from what no trainer has saved
+            parts = (checkpoint.get(key) for key in self.checkpointables)
+            if type(checkpoint.get("iteration")) is not int or not all(isinstance(part, Mapping) for part in parts):
+                raise InputError(f"{filename} holds weights alone and not what a run goes on from")
         return checkpoint
+
+    def _load_file(self, filename):
+        query = self._parsed_url_during_load.query
+        return self.read(f"{filename}?{query}" if query else filename)
 
     def _load_model(self, checkpoint):
         if not self._fine_tuning:
@@ -208,31 +201,27 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _as_detectron2s(filename, content):
-    """A file's content as a checkpoint of Detectron2, by the rules of its own checkpointer."""
-    if not isinstance(content, Mapping):
-        raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
-    if filename.endswith(".pkl"):
-        if "model" in content and "__author__" in content:
-            return content
-        content = content.get("blobs", content)  # Caffe2's detectors have them, its ImageNet models do not
-        weights = {name: value for name, value in content.items() if not name.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    """The content of a .pkl of Caffe2 or a .pyth of pycls as a checkpoint of Detectron2, by the rules of its own
+    checkpointer."""
     if filename.endswith(".pyth"):
-        weights = content.get("model_state")
+        author, weights, left_out = "pycls", content.get("model_state"), "num_batches_tracked"
         if not isinstance(weights, Mapping):
             raise InputError(f"{filename} has no 'model_state', as the .pyth files of pycls do")
-        weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-    return content if "model" in content else {"model": content}
+    elif "model" in content and "__author__" in content:
+        return content
+    else:  # Caffe2's detectors have "blobs", its ImageNet models do not
+        author, weights, left_out = "Caffe2", content.get("blobs", content), "_momentum"
+    weights = {name: value for name, value in weights.items() if not name.endswith(left_out)}
+    return {"model": weights, "__author__": author, "matching_heuristics": True}
 
 
-def _records_of_other_norms(model):
-    """Records of the norms that are not ours, which write none: a BatchNorm's is that it has no groups."""
-    return {
-        name: {"num_groups": num_groups(norm), "weight_standardized": False}
-        for name, norm in model.named_modules()
-        if num_channels(norm) is not None and not hasattr(norm, "norm_name")
-    }
+def _recorded_state_dict(model):
+    """With the records also of norms that are not ours, which write none: a BatchNorm's is that it has no groups."""
+    weights = model.state_dict()
+    norms = {name: norm for name, norm in model.named_modules() if num_channels(norm) is not None}
+    others = {name: norm for name, norm in norms.items() if not isinstance(norm, GroupNorm)}
+    put_records(weights, {n: {"num_groups": num_groups(m), "weight_standardized": False} for n, m in others.items()})
+    return weights
 
 
 def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
@@ -240,39 +229,31 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
 
     Raises:
         InputError: a norm of one is not in the other, or is otherwise there. Norms of parts that ``model``
-            lacks as a whole (a mask head, say) do not count.
+            lacks as a whole (a mask head, say) do not count, nor does a norm that will take its groups from the record.
     """
-    differ = _differences(model, checkpoint["model"])
+    there = {name.removeprefix("module."): record for name, record in records_of(checkpoint["model"]).items()}
+    if not there:
+        return
+    here, modules = records_of(_recorded_state_dict(model)), dict(model.named_modules())
+    with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in checkpoint["model"]}
+    names = [name for name in here if name in there or (name not in with_weights and modules[name].state_dict())]
+    names += [name for name in there if name not in here and name.rpartition(".")[0] in modules]
+    differ = [
+        f"{name}: {describe_record(there.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
+        for name in names
+        if name not in there
+        or name not in here
+        or not (
+            fits(there[name], here[name]) or (isinstance(modules[name], GroupNorm) and not modules[name].num_groups)
+        )
+    ]
     if differ:
-        more = [f"and {len(differ) - 10} more"] if len(differ) > 10 else []
-        lines = "\n  ".join([*differ[:10], *more])
+        lines = "\n  ".join(differ[:10])
         raise InputError(
-            f"the checkpoint was trained with other norms than this config has, {len(differ)} differ:\n  {lines}\n"
+            f"the checkpoint was trained with other norms than this config has, {len(differ)} differ"
+            f"{', the first ten' * (len(differ) > 10)}:\n  {lines}\n"
             f"Use the NORM keys that {path} was trained with (the config.yaml beside it)"
         )
-
-
-def _differences(model, weights):
-    recorded = {name.removeprefix("module."): record for name, record in records_of(weights).items()}
-    if not recorded:
-        return []
-    modules = dict(model.named_modules())
-    here = _records_of_other_norms(model)
-    here.update((name, norm_record(norm)) for name, norm in modules.items() if hasattr(norm, "norm_name"))
-    here = {name: here[name] for name in modules if name in here}  # in the model's order
-    with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in weights}
-    names = [name for name in here if name in recorded or (name not in with_weights and modules[name].state_dict())]
-    names += [name for name in recorded if name not in here and name.rpartition(".")[0] in modules]
-    return [
-        f"{name}: {describe_record(recorded.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
-        for name in names
-        if name not in recorded or name not in here or not (_is_open(modules[name]) or fits(recorded[name], here[name]))
-    ]
-
-
-def _is_open(norm):
-    """Whether it has no groups yet, and will take those of the record."""
-    return hasattr(norm, "is_bound") and norm.num_groups is None
 
 
 def _batch_norms(checkpoint):

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -22,11 +23,20 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gng_d2.errors import InputError
 
-from .files import prepare_folder
 from .weight_files import files_are_trusted
 
-__all__ = ["Config", "find_config_file", "load_any_config", "load_config", "norm_keys", "with_value", "check_config"]
-__all__ += ["check_weights", "check_weight_file", "prepare_output_dir"]
+__all__ = [
+    "Config",
+    "check_config",
+    "check_weight_file",
+    "check_weights",
+    "find_config_file",
+    "leaves",
+    "load_any_config",
+    "load_config",
+    "norm_keys",
+    "with_value",
+]
 
 Config = CfgNode | DictConfig
 
@@ -190,19 +200,20 @@ def _message(error):
     return " ".join(text.split()) or type(error).__name__
 
 
+def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of each value in a YAML config, such as ("MODEL.DEVICE", "cpu")."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each name of a norm, such as ("MODEL.FPN.NORM", "PGN") or ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
-        return _yaml_norm_keys(cfg)
+        return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
     return _lazy_norm_keys(OmegaConf.to_container(cfg.model), "model")
-
-
-def _yaml_norm_keys(cfg, prefix=""):
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _yaml_norm_keys(value, f"{prefix}{key}.")
-        elif key == "NORM":
-            yield f"{prefix}{key}", value
 
 
 def _lazy_norm_keys(node, path):
@@ -273,11 +284,3 @@ def check_weight_file(path: str, source: str) -> None:
     if path and "://" not in path and not PathManager.isfile(path):
         scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""
         raise InputError(f"{source}: the file {path} does not exist{scratch}")
-
-
-def prepare_output_dir(cfg: CfgNode) -> None:
-    """Make OUTPUT_DIR where it is not there, and see that files can be written in it."""
-    try:
-        prepare_folder(cfg.OUTPUT_DIR)
-    except OSError as error:
-        raise InputError(f"OUTPUT_DIR: cannot write to {cfg.OUTPUT_DIR!r}: {error.strerror}") from error

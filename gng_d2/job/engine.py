@@ -4,7 +4,6 @@ Whatever would end a job early is refused before it starts; a job that was kille
 it runs in one process, on many GPUs, or on CPUs.
 """
 
-import inspect
 import logging
 import os
 import textwrap
@@ -12,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -23,27 +22,14 @@ from detectron2.engine import (
     launch,
 )
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
-    verify_results,
-)
+from detectron2.evaluation import verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import distributed as dist
-from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from gng_d2.errors import InputError
-from gng_d2.job.data.checks import naming_datasets, prepare_datasets
-from gng_d2.job.data.images import NamingMapper, read_labels
-from gng_d2.job.data.loader import build_train_loader, seed_step, start_at
 from gng_d2.layers.binding import build_naming_norms
 from gng_d2.models.fold import fold_weight_standardization
 from gng_d2.models.norm_table import norm_summary, norm_table
@@ -51,42 +37,16 @@ from gng_d2.models.recompute_norms import recompute_norms
 
 from .build import bind_remaining_norms, build_on_meta
 from .checkpoint import Checkpointer, check_norms
-from .config import check_config, check_weights, find_config_file, load_config, prepare_output_dir
+from .config import check_config, check_weights, find_config_file, load_config
+from .data.checks import naming_datasets, prepare_datasets
+from .data.images import NamingMapper
+from .data.loader import build_train_loader, seed_step, start_at
+from .evaluators import build_evaluator, check_evaluation
+from .files import prepare_folder
 from .imports import import_modules
 from .norm_keys import check_norm_keys
 
-__all__ = ["Trainer", "evaluators_of", "train_or_evaluate", "setup_job", "run_job"]
-
-
-def _semantic(dataset_name, output_folder):
-    # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
-    takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
-    reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
-    return SemSegEvaluator(dataset_name, output_dir=output_folder, **reader)
-
-
-def _coco(dataset_name, output_folder):
-    return COCOEvaluator(dataset_name, output_dir=output_folder)
-
-
-# what each `evaluator_type` of Detectron2's metadata is evaluated with
-EVALUATORS = {
-    "coco": [_coco],
-    "coco_panoptic_seg": [_semantic, _coco, COCOPanopticEvaluator],
-    "sem_seg": [_semantic],
-    "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
-    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
-    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
-}
-
-
-def evaluators_of(dataset_name: str) -> list[Callable]:
-    """What makes the evaluators of a dataset, from its name and an output folder."""
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in EVALUATORS:
-        raise InputError(f"DATASETS.TEST: {dataset_name!r} has evaluator_type {kind!r}; known: {', '.join(EVALUATORS)}")
-    return EVALUATORS[kind]
+__all__ = ["Trainer", "train_or_evaluate", "setup_job", "run_job"]
 
 
 class Trainer(DefaultTrainer):
@@ -153,12 +113,20 @@ class Trainer(DefaultTrainer):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
+    def build_writers(self):
+        self._writers = super().build_writers()
+        return self._writers
+
     def build_hooks(self):
-        """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step."""
+        """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step. Before
+        it, which takes many times as long as an evaluation, all other metrics are written."""
         built = super().build_hooks()
-        if self.cfg.TEST.AUG.ENABLED:
+        if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
 
             def evaluate():
+                for writer in self._writers if comm.is_main_process() else ():
+                    writer.write()
+                self.storage.step()  # Detectron2's writers leave out what an iteration that they wrote gets later
                 results = self.test_with_TTA(self.cfg, self.model)
                 self._last_eval_results.update(results)
                 return results
@@ -185,8 +153,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return DatasetEvaluators([make(dataset_name, output_folder) for make in evaluators_of(dataset_name)])
+        return build_evaluator(cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     @classmethod
     def test_with_TTA(cls, cfg, model):
@@ -238,33 +205,29 @@ def setup_job(
     """
     cfg = load_config(config_file, overrides)
     check_config(cfg, world_size)
-    check_norm_keys(cfg)
-    _check_checkpoint(cfg, resume, eval_only)
-    prepare_output_dir(cfg)
-    prepare_datasets(cfg, eval_only)
-    for name in cfg.DATASETS.TEST:
-        evaluators_of(name)
-    cfg.freeze()
-    return cfg
-
-
-def _check_checkpoint(cfg, resume, eval_only):
-    """The file that the job will load can be read, and was trained with the norms of the config."""
-    checkpointer = Checkpointer(nn.Module(), cfg.OUTPUT_DIR)
-    resume = resume and checkpointer.has_checkpoint()
-    if resume:
+    model = build_on_meta(cfg)
+    check_norm_keys(cfg, model)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    if resume and checkpointer.has_checkpoint():
         path, checkpoint = checkpointer.find_checkpoint()
+        check_norms(model, checkpoint, path)
     else:
         check_weights(cfg)
-        path = cfg.MODEL.WEIGHTS
-        if not path or "://" in path:
-            return
-        try:
-            checkpoint = checkpointer.read(path)
-        except InputError as error:
-            raise InputError(f"MODEL.WEIGHTS: {error}") from None
-    if resume or eval_only:
-        check_norms(build_on_meta(cfg), checkpoint, path)
+        if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
+            try:
+                checkpoint = checkpointer.read(cfg.MODEL.WEIGHTS)
+            except InputError as error:
+                raise InputError(f"MODEL.WEIGHTS: {error}") from None
+            if eval_only:
+                check_norms(model, checkpoint, cfg.MODEL.WEIGHTS)
+    try:
+        prepare_folder(cfg.OUTPUT_DIR)
+    except InputError as error:
+        raise InputError(f"OUTPUT_DIR: {error}") from error
+    prepare_datasets(cfg, eval_only)
+    check_evaluation(cfg, model)
+    cfg.freeze()
+    return cfg
 
 
 def then_leave_group(main: Callable, *args):
@@ -284,6 +247,7 @@ def run_job(args) -> None:
     """
     import_modules(getattr(args, "imports", ()))
     args.config_file = find_config_file(args.config_file)  # default_setup reads it again
+    log = setup_logger()  # to the terminal, as the job's own log begins with the job
     cfg = setup_job(
         args.config_file,
         args.opts,
@@ -291,6 +255,7 @@ def run_job(args) -> None:
         resume=args.resume,
         eval_only=args.eval_only,
     )
+    log.handlers.clear()
     try:
         launch(
             then_leave_group,

@@ -1,25 +1,16 @@
-"""Files that appear whole or not at all, a check that they can be written, and a run's metrics.json."""
+"""Files that appear whole or not at all, and a check that they can be written."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
 from gng_d2.errors import InputError
 
-__all__ = [
-    "atomic_open",
-    "write_json",
-    "save_figure",
-    "prepare_folder",
-    "prepare_outputs",
-    "read_metrics",
-    "last_record",
-    "last_iteration",
-]
+__all__ = ["atomic_open", "prepare_folder", "prepare_outputs", "save_figure", "write_json"]
 
 
 @contextmanager
@@ -40,39 +31,25 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         ...     _ = file.write("[]")
     """
     path = os.path.realpath(path)  # a link stays one
-    encoding = None if "b" in mode else "utf-8"
-    if _is_device(path):
-        with _naming(path), open(path, mode, encoding=encoding) as file:
-            yield file
-        return
-    partial = f"{path}.{os.getpid()}.partial"
+    # a device or a pipe, /dev/stdout say, must not be replaced by a file
+    partial = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.{os.getpid()}.partial"
     try:
-        with _naming(path, partial), open(partial, mode, encoding=encoding) as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if os.path.exists(path):
-                shutil.copymode(path, partial)
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            os.remove(partial)
-
-
-def _is_device(path):
-    """Whether ``path`` is a device or a pipe, /dev/stdout say, which must not be replaced by a file."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-@contextmanager
-def _naming(path, *more):
-    """Turns what goes wrong with a file, a full disk say, into an error that names it."""
-    try:
-        yield
+            if partial != path:
+                file.flush()
+                os.fsync(file.fileno())
+                if os.path.exists(path):
+                    shutil.copymode(path, partial)
+                os.replace(partial, path)
     except OSError as error:
-        if error.filename not in (None, path, *more):
+        if error.filename not in (None, path, partial):
             raise  # another file's, which the body reads
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if partial != path:
+            with suppress(OSError):
+                os.remove(partial)
 
 
 def write_json(path: str, content) -> None:
@@ -91,11 +68,14 @@ def prepare_folder(folder: str) -> None:
     """Make ``folder`` if it is not there, and see that files can be written in it.
 
     Raises:
-        OSError: they cannot; says why.
+        InputError: says why they cannot.
     """
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:  # on a full disk an empty one can be made
-        file.write(bytes(2**16))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # because an empty file can be made on a full disk
+    except OSError as error:
+        raise InputError(f"cannot write to {folder!r}: {error.strerror}") from error
 
 
 def prepare_outputs(*paths: str | None) -> None:
@@ -105,55 +85,7 @@ def prepare_outputs(*paths: str | None) -> None:
         InputError: names the file and what stands in its way.
     """
     for path in filter(None, paths):
-        try:
-            if os.path.isdir(path):
-                raise IsADirectoryError(None, "it is a folder")
-            if not _is_device(path):
-                prepare_folder(os.path.dirname(path) or ".")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def read_metrics(path: str) -> list[dict]:
-    """The records in the metrics.json that Detectron2 writes of a run, by iteration.
-
-    What a run wrote after the checkpoint from which it was resumed, and what an earlier run wrote to the same file,
-    is left out. So are lines that are no records, as a run that is killed may leave them.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-    """
-    records, latest = {}, -1
-    with open(path, "rb") as file:
-        for record in _records(file):
-            iteration = record["iteration"]
-            if "total_loss" in record:  # an evaluation may be written after later losses
-                if iteration <= latest:
-                    records = {i: r for i, r in records.items() if i < iteration}
-                latest = iteration
-            records[iteration] = record
-    return [records[iteration] for iteration in sorted(records)]
-
-
-def last_record(path: str) -> dict:
-    """The last record in a run's metrics.json, {} if there is none. Reads its end alone."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
-            return [{}, *_records(file)][-1]
-    except OSError:
-        return {}
-
-
-def last_iteration(path: str) -> int:
-    """The iteration of :func:`last_record`, -1 if there is none."""
-    return last_record(path).get("iteration", -1)
-
-
-def _records(lines: Iterable[bytes]) -> Iterator[dict]:
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and all(type(value) in (int, float) for value in record.values()):
-                if type(record.get("iteration")) is int and record["iteration"] < 2**63:
-                    yield record
+        if os.path.isdir(path):
+            raise InputError(f"cannot write {path}: it is a folder")
+        if os.path.isfile(path) or not os.path.exists(path):  # no device
+            prepare_folder(os.path.dirname(path) or ".")

@@ -4,28 +4,29 @@ import logging
 
 from torch import nn
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.norm_names import norm_from_name, norm_name
 
 from .build import build_on_meta
-from .config import norm_keys, with_value
+from .config import Config, norm_keys, with_value
 
-__all__ = ["check_norm_keys"]
+__all__ = ["check_norm_keys", "norms_of_key"]
 
 
-def check_norm_keys(cfg, model: nn.Module | None = None) -> None:
+def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
     """Every ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.
 
     In a lazy config the keys are those of its ``model`` that are called ``norm`` or end in ``_norm``.
 
     Some heads compare the name with "GN" or "BN" and give no norm, or another, where it is neither. So for each key the
-    model is built, on the meta device, with those names in its place. Where they change the norms, ours has to as well.
-    A key that changes nothing under any name is not used by this model, and passes; where the model cannot be built on
-    the meta device, a line in the log says that the key is not checked.
+    model is built with those names in its place, without memory for its weights. Where they change the norms, ours has
+    to as well. One INFO line lists the keys that change nothing under any name, because this model does not use them.
+    Where the model cannot be built, a warning says that the key is not checked, and why.
 
     Args:
-        model: the model of ``cfg``. None: it is built on the meta device.
+        model: the model of ``cfg``, by default built here. Give it where your project builds it from registries of its
+            own, in which Detectron2 does not look.
 
     Raises:
         InputError: a key's norm was not made, or not everywhere where GN is; names the key and a place.
@@ -36,43 +37,58 @@ def check_norm_keys(cfg, model: nn.Module | None = None) -> None:
         >>> check_norm_keys(cfg, build_model(cfg))  # doctest: +SKIP
         InputError: MODEL.FCOS.NORM: PGN makes no norm at fcos_head.cls_tower.1, where GN makes one. ...
     """
-    keys = [(key, value) for key, value in norm_keys(cfg) if value != "GN" and _canonical(value)]
-    if not keys:
-        return
-    norms = _norms(model) if model is not None else _norms_of(cfg)
-    for key, value in keys:
-        if norms is None or not _is_checked(cfg, key, value, norms):
-            logging.getLogger(__name__).warning(
-                f"{key} {value}: not checked whether it makes such norms, the model cannot be built on the meta device"
-            )
-
-
-def _is_checked(cfg, key, value, norms):
-    ours, could_be_built = _canonical(value), False
-    for name in ("GN", "BN"):
-        others = _norms_of(cfg, key, name)
-        if others is None:
+    log, unused = logging.getLogger(__name__), []
+    for key, value in norm_keys(cfg):
+        ours = _canonical(value)
+        if ours is None or value == "GN":
             continue
-        could_be_built = True
-        changed = [path for path in {**norms, **others} if norms.get(path) != others.get(path)]
-        made = [path for path in changed if norms.get(path) == ours]
-        # Under BN there can be norms in other places, such as one for each level of a pyramid.
-        missing = [path for path in changed if path not in made] if name == "GN" or not made else []
-        if missing:
-            raise InputError(_message(key, value, name, missing, norms, others))
+        try:
+            model = build_on_meta(cfg) if model is None else model
+            name, changed = norms_of_key(cfg, key, model)
+        except InputError as error:
+            log.warning(f"{key} {value}: not checked whether it makes such norms. {error}")
+            continue
+        missing = [path for path, (here, _) in changed.items() if here != ours]
+        # Under BN there can be norms in other places, such as one for each level of a pyramid
+        if missing and (name == "GN" or len(missing) == len(changed)):
+            here, there = changed[missing[0]]
+            raise InputError(
+                f"{key}: {value} makes {here} at {abbreviated(missing, most=1)}, where {name} makes {there}. The code "
+                f"that reads this key does not ask detectron2.layers.get_norm for its norms, but compares names: use "
+                f"one that it knows, or have it call get_norm"
+            )
+        if not changed:
+            unused.append(f"{key} {value}")
+    if unused:
+        log.info(f"{', '.join(unused)}: changes nothing, because this model has no norm that is made by that key")
+
+
+def norms_of_key(cfg: Config, key: str, model: nn.Module) -> tuple[str, dict[str, tuple[str, str]]]:
+    """Which norms of ``model``, the model of ``cfg``, are made by the NORM key ``key``.
+
+    Returns:
+        The name that stood in for the key's own, "GN" or "BN", and by path the norms that changed: as they are in
+        ``model``, and under that name. Where there is none on either side, it is called "no norm".
+
+    Raises:
+        InputError: the model cannot be built under another name.
+    """
+    norms, value, failure = _norms(model), dict(norm_keys(cfg))[key], None
+    for name in ("GN", "BN"):
+        if name == value:
+            continue
+        try:
+            others = _norms(build_on_meta(with_value(cfg, key, name), like=model))
+        except InputError as error:
+            failure = error
+            continue
+        pairs = {path: (norms.get(path, "no norm"), others.get(path, "no norm")) for path in {**norms, **others}}
+        changed = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
         if changed:
-            break
-    return could_be_built
-
-
-def _message(key, value, name, missing, norms, others):
-    path = missing[0]
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return (
-        f"{key}: {value} makes {norms.get(path, 'no norm')} at {path}{more}, where {name} makes "
-        f"{others.get(path, 'no norm')}. The code that reads this key does not ask detectron2.layers.get_norm for its "
-        f"norms, but compares names: use one that it knows, or have it call get_norm"
-    )
+            return name, changed
+    if failure is not None:
+        raise failure
+    return "GN", {}
 
 
 def _canonical(value):
@@ -84,11 +100,3 @@ def _canonical(value):
 def _norms(model) -> dict[str, str]:
     """Path -> name of each norm."""
     return {path: norm_name(m) for path, m in model.named_modules() if num_channels(m) is not None}
-
-
-def _norms_of(cfg, key=None, name=None) -> dict[str, str] | None:
-    cfg = with_value(cfg, key, name) if key else cfg
-    try:
-        return _norms(build_on_meta(cfg))
-    except InputError:
-        return None

@@ -7,7 +7,7 @@ import errno
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 
-from .files import atomic_open
+from .files import atomic_open, prepare_outputs
 from .weight_files import read_weight_file
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "convert_resnet",
     "write_weights",
     "config_keys",
-    "abbreviated",
 ]
 
 # blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
@@ -99,10 +98,7 @@ def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> 
     """
     # by matching_heuristics the names get the prefix that they have in a model, such as backbone.bottom_up.
     content = {"model": dict(weights), "__author__": author, "matching_heuristics": True}
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    prepare_outputs(path)
     with atomic_open(path, "wb") as file:
         pickle.dump(content, file)
 
@@ -180,12 +176,6 @@ def config_keys(conversion: Conversion) -> list[str]:
     ]
 
 
-def abbreviated(names: Sequence[str], most: int = 4) -> str:
-    """The first of the names, and how many there are if these are not all."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
-
-
 def _unwrap(checkpoint):
     """The state dict in a checkpoint, and the names of what lies beside it."""
     beside = []
@@ -235,7 +225,7 @@ def _depth(names):
     if not any(counts):
         raise InputError(
             f"no ResNet under torchvision's names (conv1.weight, layer1.0.conv1.weight, ...): "
-            f"{'it has ' + abbreviated(list(names)) if names else 'it is empty'}"
+            f"{'it has ' + abbreviated(names) if names else 'it is empty'}"
         )
     bottleneck = any(".conv3." in name for name in names)
     for depth, known in _BLOCKS.items():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 
 from .group_norm import GroupNorm
 from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels
@@ -141,9 +141,8 @@ def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module
         _deferred.reset(token)
     failed = [(path, deferred[module]) for path, module in model.named_modules() if module in deferred]
     if failed:
-        path, error = failed[0]
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise InputError(f"{path}{more}: {error}") from error
+        error = failed[0][1]
+        raise InputError(f"{abbreviated((path for path, _ in failed), most=1)}: {error}") from error
     return model
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.groups import practical_num_groups
 from gng_d2.layers.class_change import original_class
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
@@ -264,13 +264,9 @@ def _report(norm, already, changes, left, has_run):
         listed.setdefault(f"are left: {why}", []).append(name)
     said = [f"{len(changes)} norms are {norm} now, {fresh} of them with a fresh affine (weight 1, bias 0)"]
     said += [f"{already} were before"] * bool(already)
-    said += [f"{len(names)} {what} ({_some(names)})" for what, names in listed.items() if names]
+    said += [f"{len(names)} {what} ({abbreviated(names, most=12)})" for what, names in listed.items() if names]
     _log.log(
         logging.INFO if already and not changes and not left else logging.WARNING,
         "convert_norms: %s",
         "; ".join(said),
     )
-
-
-def _some(names, most=12):
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)

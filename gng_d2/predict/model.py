@@ -3,10 +3,9 @@
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import nn
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.job.build import bind_remaining_norms
 from gng_d2.job.checkpoint import Checkpointer
-from gng_d2.job.resnet_weights import abbreviated
 from gng_d2.models.fold import fold_weight_standardization
 
 __all__ = ["load_model", "set_threshold"]

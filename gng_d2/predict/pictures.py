@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from gng_d2.groups import GROUP_CHOICES, isometry_ratio
-from gng_d2.job.files import read_metrics, save_figure
+from gng_d2.job.files import save_figure
+from gng_d2.job.metrics import read_metrics
 from gng_d2.models.norm_table import NormRow
 
 __all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]

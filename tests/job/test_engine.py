@@ -17,9 +17,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
-from gng_d2.job.engine import Trainer, then_leave_group
+from gng_d2.job.engine import Trainer, setup_job, then_leave_group
+from gng_d2.job.metrics import last_record
 from gng_d2.models.norm_table import norm_summary, norm_table
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
@@ -394,7 +396,46 @@ def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch
     assert evaluated == ["GeneralizedRCNN"] * 3 + ["GeneralizedRCNNWithTTA"]
     with open(tmp_path / "metrics.json") as file:
         metrics = [json.loads(line) for line in file]
-    assert metrics[-1]["bbox_TTA/AP"] == 4.0 and "bbox_TTA/AP" not in metrics[0]
+    assert metrics[-1]["bbox_TTA/AP"] == 4.0 and metrics[-2]["bbox/AP"] == 3.0
+
+
+def test_what_was_evaluated_is_written_before_test_time_augmentation_begins(shapes, tmp_path, monkeypatch):
+    opts = ["OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "1"]
+    opts += ["TEST.AUG.ENABLED", "True"]
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda *args: {"bbox": {"AP": 3.0}}))
+
+    def killed(cls, cfg, model):
+        assert last_record(tmp_path / "metrics.json") == {"iteration": 1, "bbox/AP": 3.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "test_with_TTA", classmethod(killed))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(load_config("configs/quick/faster_rcnn_gn_ws.yaml", opts)).train()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("TEST.AUG.ENABLED True", "^TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this Panoptic"),
+        (
+            "MODEL.FPN.OUT_CHANNELS -5",
+            "^num_channels must be .*, not -5. MODEL.FPN.OUT_CHANNELS is -5; with its default, 256, the model can be ",
+        ),
+        ("MODEL.RESNETS.DEPTH 51", "MODEL.RESNETS.DEPTH is 51; with its default, 50, "),
+        (
+            "MODEL.ROI_HEADS.NAME Elsewhere",
+            "^the model of this config cannot be built: No object named 'Elsewhere' found in 'ROI_HEADS' registry! "
+            "Your own is registered by a module of yours: --import FILE.py runs it first",
+        ),
+        ("OUTPUT_DIR {tmp_path}/file", "OUTPUT_DIR: cannot write to .*file"),
+    ],
+)
+def test_what_no_job_could_end_with_is_refused_before_it(overrides, message, shapes, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    words = ["OUTPUT_DIR", str(tmp_path), *overrides.format(tmp_path=tmp_path).split()]
+    with pytest.raises(InputError, match=message):
+        setup_job(CONFIG, words)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from detectron2.layers import get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
+import analyze_groups
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
@@ -49,7 +50,15 @@ HEADS["ignores"] = ignores
 
 
 def unbuildable(norm, width):
-    return torch.zeros(2).sum().item() or get_norm(norm, width)  # a number, which meta has none of
+    raise RuntimeError("needs another machine")
+
+
+def reads_numbers(norm, width):  # of a tensor, as transformers do whose layers are dropped more often with the depth
+    return like_fcos(norm, width) if torch.linspace(0, 1, 3)[-1].item() == 1 else None
+
+
+def reads_its_weights(norm, width):
+    return like_fcos(norm, width) if nn.Linear(2, 2).weight.abs().sum().item() > 0 else None
 
 
 HEADS["unbuildable"] = unbuildable
@@ -109,11 +118,20 @@ def test_a_head_that_asks_get_norm(head, norm, caplog):
     assert not caplog.records
 
 
-def test_a_key_that_nothing_reads_and_names_that_are_not_ours_are_silent(caplog):
-    check_norm_keys(config("ignores", "PGN"))
+def test_names_that_are_not_ours_are_silent(caplog):
+    caplog.set_level(logging.INFO)
     for norm in ("GN", "BN", "", "FrozenBN"):
         check_norm_keys(config("like_fcos", norm))
     assert not caplog.records
+
+
+def test_keys_that_change_nothing_are_one_line(caplog):
+    """As ROI_BOX_HEAD.NORM where the box head is fully connected."""
+    caplog.set_level(logging.INFO)
+    check_norm_keys(config("ignores", "PGN", RESNETS="GN1"))
+    (message,) = [record.message for record in caplog.records]
+    assert sorted(message.split(":")[0].split(", ")) == ["MODEL.HEAD.NORM PGN", "MODEL.RESNETS.NORM GN1"]
+    assert "changes nothing" in message and caplog.records[0].levelname == "INFO"
 
 
 def test_a_part_that_compares_names_is_found_beside_one_that_asks():
@@ -123,10 +141,93 @@ def test_a_part_that_compares_names_is_found_beside_one_that_asks():
         check_norm_keys(config("both", "PGN"))
 
 
-def test_a_model_that_cannot_be_built_on_meta_is_not_checked(caplog):
-    with caplog.at_level(logging.INFO):
-        check_norm_keys(config("unbuildable", "PGN"))
-    assert "MODEL.HEAD.NORM PGN: not checked" in caplog.text
+def test_a_model_that_cannot_be_built_is_not_checked_and_says_why(caplog):
+    check_norm_keys(config("unbuildable", "PGN"))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.message.startswith("MODEL.HEAD.NORM PGN: not checked")
+    assert "RuntimeError: needs another machine" in record.message
+
+
+@pytest.mark.parametrize("head", [reads_numbers, reads_its_weights])
+def test_a_model_that_computes_while_it_is_built_is_checked(head, monkeypatch):
+    """On the meta device there are no numbers."""
+    monkeypatch.setitem(HEADS, "computes", head)
+    with pytest.raises(InputError, match="MODEL.HEAD.NORM: PGN makes no norm at head.1 and 1 more"):
+        check_norm_keys(config("computes", "PGN"))
+
+
+def test_a_model_of_another_projects_registry_is_built_by_its_class():
+    """As CutLER's, which looks for its meta architecture and its heads in registries of its own."""
+
+    class Elsewhere(TestModelOfNormKeys):
+        pass
+
+    cfg = config("like_fcos", "PGN")
+    cfg.MODEL.META_ARCHITECTURE = "Elsewhere"
+    with pytest.raises(InputError, match="MODEL.HEAD.NORM: PGN makes no norm at head.1 and 1 more"):
+        check_norm_keys(cfg, Elsewhere(cfg))
+
+
+def test_a_model_of_another_projects_registry_is_named(caplog):
+    cfg = config("asks", "PGN")
+    cfg.MODEL.META_ARCHITECTURE = "Elsewhere"
+    check_norm_keys(cfg)
+    assert "No object named 'Elsewhere' found in 'META_ARCH' registry!" in caplog.text and "meta dev" not in caplog.text
+
+
+TRANSFORMERS = {
+    "ViTDet": "",
+    "Swin": """
+model.backbone.bottom_up = L(SwinTransformer)(depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24])
+model.backbone.in_features = ("p0", "p1", "p2", "p3")
+model.backbone.square_pad = 1024
+""",
+    "MViTv2": """
+model.backbone.bottom_up = L(MViT)(
+    embed_dim=96, depth=10, num_heads=1, last_block_indexes=(0, 2, 7, 9), residual_pooling=True, drop_path_rate=0.2,
+    out_features=("scale2", "scale3", "scale4", "scale5"),
+)
+model.backbone.in_features = "${.bottom_up.out_features}"
+""",
+}
+
+
+COMPARES_NAMES = """
+from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
+class ComparesNames(FastRCNNConvFCHead):
+    def __init__(self, *args, conv_norm="", **options):
+        super().__init__(*args, conv_norm=conv_norm if conv_norm in ("GN", "BN", "LN") else "", **options)
+model.roi_heads.box_head._target_ = ComparesNames
+"""
+
+
+@pytest.fixture(params=TRANSFORMERS)
+def transformer(request, tmp_path):
+    """The path of a lazy config as Detectron2's ViTDet project has it, PGN in the box head."""
+    fpn = TRANSFORMERS[request.param]
+    (tmp_path / "config.py").write_text(
+        f"""from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.modeling import MViT, SwinTransformer
+model = model_zoo.get_config("common/models/{"mask_rcnn_fpn.py" if fpn else "mask_rcnn_vitdet.py"}").model
+{fpn}
+model.roi_heads.box_head.conv_dims, model.roi_heads.box_head.conv_norm = [256, 256], "PGN"
+"""
+    )
+    return tmp_path / "config.py"
+
+
+def test_transformers_of_lazy_configs_are_analyzed_and_checked(transformer, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("sys.argv", ["analyze_groups.py", "--ours", "--config-file", str(transformer)])
+    analyze_groups.main()
+    assert "roi_heads.box_head.conv1.norm  PGN" in capsys.readouterr().out
+    assert not caplog.records
+    with transformer.open("a") as file:
+        file.write(COMPARES_NAMES)
+    with pytest.raises(
+        InputError, match=r"^model.roi_heads.box_head.conv_norm: PGN makes no norm at roi_heads.box_hea"
+    ):
+        analyze_groups.main()
 
 
 def test_the_config_is_left_alone():

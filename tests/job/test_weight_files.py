@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,8 +16,12 @@ from needs import needs_torch
 
 from command_line import add_trust, tool_parser
 from gng_d2.errors import InputError
+from gng_d2.job.build import build
 from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.config import load_config
+from gng_d2.job.engine import setup_job
 from gng_d2.job.weight_files import files_are_trusted, read_weight_file, save_weight_file
+from gng_d2.predict.predictions import load_model
 
 
 class Runs:
@@ -164,18 +169,57 @@ def test_what_is_saved_is_torchs_own_and_read_by_any_program(tmp_path, options):
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_every_flipped_bit_of_a_small_file_is_recognized(tmp_path):
-    path = tmp_path / "a.pth"
-    save_weight_file(str(path), {"w": torch.ones(2)})
+def test_no_flipped_bit_of_a_file_changes_what_is_read(tmp_path):
+    """Some stand where nobody reads, in padding say. All others are errors, each bit of a weight among them."""
+    path, weight, refused = tmp_path / "a.pth", torch.arange(1.0, 4), set()
+    save_weight_file(str(path), {"w": weight})
     content = path.read_bytes()
-    for at in range(0, len(content), 7):
+    for at in range(len(content)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
-        with pytest.raises(InputError, match="a.pth"):
-            read_weight_file(str(path))
+        try:
+            read = read_weight_file(str(path))
+            assert [*read] == ["w"] and torch.equal(read["w"], weight), at
+        except InputError as error:
+            assert "a.pth" in str(error)
+            refused.add(at)
+    first = content.index(weight.numpy().tobytes())
+    assert refused >= {*range(first, first + 12)}
+
+
+def flip_a_byte_of_a_weight(path):
+    content = bytearray(path.read_bytes())
+    name = "sem_seg_head.p2.0.weight"
+    at = content.index(torch.load(path)["model"][name].numpy().tobytes())
+    content[at + 100] ^= 1
     path.write_bytes(content)
-    read_weight_file(str(path))
+    torch.load(path)  # sees nothing
+
+
+@pytest.mark.parametrize("way", ["--resume", "MODEL.WEIGHTS", "--eval-only", "predict and export"])
+def test_a_flipped_byte_of_a_weight_is_an_error_in_every_tool(way, whole, shapes, tmp_path):
+    config, path = "configs/quick/pfpn_pgn.yaml", tmp_path / "model_final.pth"
+    shutil.copy(whole, path)
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    weights = ["MODEL.WEIGHTS", str(path)]
+    use = {
+        "--resume": lambda: setup_job(config, ["OUTPUT_DIR", str(tmp_path)], resume=True),
+        "MODEL.WEIGHTS": lambda: setup_job(config, ["OUTPUT_DIR", str(tmp_path / "out"), *weights]),
+        "--eval-only": lambda: setup_job(config, ["OUTPUT_DIR", str(tmp_path / "out"), *weights], eval_only=True),
+        "predict and export": lambda: load_model(build(load_config(config)), str(path)),
+    }[way]
+    use()
+    flip_a_byte_of_a_weight(path)
+    with pytest.raises(InputError, match="model_final.pth is damaged"):
+        use()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    Checkpointer(build(load_config("configs/quick/pfpn_pgn.yaml")), str(folder)).save("model_final", iteration=1)
+    return folder / "model_final.pth"
 
 
 def test_pytorchs_older_format_is_read(tmp_path):

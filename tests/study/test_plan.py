@@ -72,7 +72,6 @@ def timed(monkeypatch):
     """Iterations of 2 s, under PGN of 4 s in every round; evaluations of 36 s."""
     monkeypatch.setattr(planning, "time_iteration", lambda comparison, norm: {"GN": 2.0, "PGN": 4.0}[norm])
     monkeypatch.setattr(planning, "time_evaluation", lambda comparison: 36.0)
-    monkeypatch.setattr(planning, "_groups", lambda comparison, norm: "groups")
 
 
 def test_what_is_left_is_added_up(timed, small):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from study import report
-from study.comparison import Comparison, Run
+from study.comparison import Comparison, Run, paper_values
 from study.local import Local
-from study.report import ComparisonRow, paper_values, summarize, write_report
+from study.report import ComparisonRow, run_results, summarize, write_report
 from study.rows import read_rows
 from study.watch import train_all
 
@@ -54,8 +54,8 @@ def test_how_many_intervals_were_made_is_said():
     values = {norm: {0: {"AP": 0.0, "AP50": 1.0}, 1: {"AP": 1.0, "AP50": 2.0}} for norm in ("GN", "GN1", "PGN")}
     values["GN2"] = {0: {"AP": 0.0, "AP50": 1.0}}  # one seed: no interval
     rows = summarize(values, {})
-    assert "4 comparisons were made here" in report.intervals_note(rows)
-    assert "no interval" in report.intervals_note([row for row in rows if row.norm in ("GN", "GN2")])
+    assert "4 comparisons were made here" in report.table(rows)
+    assert "no interval" in report.table([row for row in rows if row.norm in ("GN", "GN2")])
 
 
 @pytest.mark.slow
@@ -93,12 +93,16 @@ def test_the_paper_stands_beside_its_own_training_only(tmp_path):
     assert of("faster_rcnn_gn_ws", "GN", ["SOLVER.MAX_ITER", "1000"]) == {}
 
 
-def test_curves_are_averaged_over_stretches_that_all_seeds_have():
-    long = [(iteration, 2.0 * iteration) for iteration in range(100)]
-    short = [(iteration, 1.0) for iteration in range(50, 100)]
-    iterations, values = report._binned([long, short], bins=4)
-    np.testing.assert_allclose(iterations, [62, 87])
-    np.testing.assert_allclose(values, [[124, 174], [1, 1]])
+def test_curves_are_averaged_over_stretches_that_all_seeds_have(monkeypatch):
+    """Of 100 stretches of four iterations each, the short one has the last two."""
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    long = [(iteration, 2.0 * iteration) for iteration in range(400)]
+    short = [(iteration, 1.0) for iteration in range(392, 400)]
+    report.plot_curves({"PQ": {"GN": {0: long, 1: short}}}, "curves.png")
+    iterations, mean = figures[0].axes[0].lines[0].get_data()
+    np.testing.assert_allclose(iterations, [393.5, 397.5])
+    np.testing.assert_allclose(mean, [(787 + 1) / 2, (795 + 1) / 2])
 
 
 def test_the_last_values_of_a_run(tmp_path):
@@ -110,9 +114,9 @@ def test_the_last_values_of_a_run(tmp_path):
         (tmp_path / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     write([*losses[:2], {**losses[2], **evaluations[0]}, *losses[3:], evaluations[1]])
-    assert report.final_values(run) == {"AP": 2.0, "AP50": None}
-    assert report.curves_of(run, 99)["AP"] == [(59, 1.0), (99, 2.0)]
+    values, curves = run_results(run, 99)
+    assert values == {"AP": 2.0, "AP50": None} and curves["AP"] == [(59, 1.0), (99, 2.0)]
     write([*losses, {"iteration": 99, "bbox/AP": 1.5}, evaluations[1]])  # ended after an evaluation, before run.json
-    assert report.curves_of(run, 99)["AP"] == [(99, 2.0)]
+    assert run_results(run, 99).curves["AP"] == [(99, 2.0)]
     write(losses)
-    assert report.final_values(run) == {"total_loss": 96.5}  # of iterations 94 and 99
+    assert run_results(run, 99).values == {"total_loss": 96.5}  # of iterations 94 and 99

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,19 +25,28 @@ from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config, norm_keys
 from gng_d2.job.engine import setup_job
-from gng_d2.job.files import atomic_open, last_iteration, prepare_outputs
+from gng_d2.job.files import atomic_open, prepare_outputs
 from gng_d2.job.imports import import_modules
+from gng_d2.job.metrics import last_record
+from gng_d2.job.norm_keys import norms_of_key
 from gng_d2.layers.norm_names import norm_from_name, norm_in_path
 from gng_d2.layers.ws_conv import WS
 from gng_d2.models.norm_table import norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
 from . import ROOT
+from .paper import TABLE_5, TABLE_6
 from .rows import differences, machine
 
-__all__ = ["RunState", "Run", "Comparison", "default_norm_keys"]
+__all__ = ["Comparison", "NormFacts", "Run", "RunState", "default_norm_keys", "paper_values"]
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
+
+# keys that leave the training what it is
+NEUTRAL = {
+    *("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD"),
+    *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,14 @@ class Run(NamedTuple):
         """Write ``run.json``, whole or not at all."""
         with atomic_open(self.path("run.json")) as file:
             json.dump(asdict(state), file)
+
+
+class NormFacts(NamedTuple):
+    """What is known of a norm before it is trained."""
+
+    groups: str  # of the whole model, for instance "4 x 32, 53 x FrozenBN"; empty where it cannot be built
+    channels_per_group: list[tuple[int, int]]  # of the layers under test: (channels in a group, how many layers)
+    paper: dict[str, float]  # the paper's results of this training
 
 
 class Comparison:
@@ -167,42 +185,50 @@ class Comparison:
     def state(self, run: Run) -> RunState:
         """How ``run`` ended. A finished one whose metrics are not whole has failed."""
         state = run.recorded_state()
-        damage = self._damage(run) if state.status == "finished" else None
-        return RunState("failed", damage, state.machine) if damage else state
-
-    def _damage(self, run):
-        """What is wrong with the metrics.json of a run that is finished; None if nothing is."""
-        path = run.path("metrics.json")
         # Detectron2 evaluates after the last iteration, and counts that as one more
-        last, needed = last_iteration(path), self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
-        if last >= needed:
-            return None
+        path, needed = run.path("metrics.json"), self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
+        last = last_record(path)["iteration"]
+        if state.status != "finished" or last >= needed:
+            return state
         found = f"ends with iteration {last}" if os.path.isfile(path) else "is not there"
-        return f"{path} {found}, and a finished run's ends with {needed}. Delete {run.folder} to train it anew"
+        reason = f"{path} {found}, and a finished run's ends with {needed}. Delete {run.folder} to train it anew"
+        return RunState("failed", reason, state.machine)
 
     def iterations_done(self, run: Run) -> int:
         """As far as its metrics.json says."""
         iterations = self.cfg.SOLVER.MAX_ITER
         if run.recorded_state().status == "finished":
             return iterations
-        return min(last_iteration(run.path("metrics.json")) + 1, iterations)
+        return min(last_record(run.path("metrics.json"))["iteration"] + 1, iterations)
 
     @cached_property
     def cfg(self) -> CfgNode:
         """The first norm's config, scaled to the number of processes as Detectron2 does it."""
         return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
 
-    def channels_per_group(self, norm: str) -> dict[int, int]:
-        """In how many of the layers under test a group has how many channels: what ``norm`` makes of their widths."""
-
-        def norms(name):
-            words = [word for key in self.keys for word in (key, name)]
-            return norm_table(build_on_meta(load_config(self.config_file, [*self.overrides, *words])))
-
-        under_test = {a.name for a, b in zip(norms("LN"), norms("BN")) if a.norm != b.norm}
-        rows = [row for row in norm_table(build_on_meta(self.norm_cfg(norm))) if row.name in under_test]
-        known = [row.n_out // row.num_groups for row in rows if row.num_groups and row.n_out]
-        return dict(sorted(Counter(known).items()))
+    @cached_property
+    def facts(self) -> dict[str, NormFacts]:
+        """By norm."""
+        tables, under_test = {}, set()
+        for norm in self.norms:
+            cfg = self.norm_cfg(norm)
+            with suppress(InputError):
+                model = build_on_meta(cfg)
+                tables[norm] = norm_table(model)
+                under_test = under_test or {path for key in self.keys for path in norms_of_key(cfg, key, model)[1]}
+        facts = {}
+        for norm in self.norms:
+            rows = tables.get(norm, [])
+            groups = Counter(row.num_groups or row.norm for row in rows)
+            known = [
+                row.n_out // row.num_groups for row in rows if row.name in under_test and row.num_groups and row.n_out
+            ]
+            facts[norm] = NormFacts(
+                groups=", ".join(f"{count} x {group}" for group, count in groups.items()),
+                channels_per_group=sorted(Counter(known).items()),
+                paper=paper_values(self.norm_cfg(norm)),
+            )
+        return facts
 
     def machine(self) -> str:
         return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
@@ -256,17 +282,19 @@ def default_norm_keys(cfg: CfgNode) -> list[str]:
         InputError: there are none.
     """
     chosen = [key for key, value in norm_keys(cfg) if value == "GN" or norm_from_name(value) is not None]
-    norms = norm_table(build_on_meta(cfg))
-    keys = [key for key in chosen if norm_table(build_on_meta(_with(cfg, key, "BN"))) != norms]
+    model = build_on_meta(cfg)
+    keys = [key for key in chosen if norms_of_key(cfg, key, model)[1]]
     if not keys:
         raise InputError("the config has no norm that is GN, GN<k> or PGN: name what to vary with --norm-keys")
     return keys
 
 
-def _with(cfg, key, value):
-    cfg = cfg.clone()
-    cfg.merge_from_list([key, value])
-    return cfg
+def paper_values(cfg: CfgNode) -> dict[str, float]:
+    """The paper's row for the training that ``cfg`` is, empty where it is none of the tables'."""
+    for name, values in {**TABLE_5, **TABLE_6}.items():
+        if differences(cfg, load_config(os.path.join(ROOT, "configs", name))).keys() <= NEUTRAL:
+            return values
+    return {}
 
 
 def _read_settings(path):

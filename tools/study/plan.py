@@ -6,7 +6,6 @@ import re
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from gng_d2.errors import InputError
-from gng_d2.job.build import build_on_meta
-from gng_d2.job.files import read_metrics
-from gng_d2.models.norm_table import norm_table
+from gng_d2.job.metrics import read_metrics
 
 from .comparison import Comparison, Run
 from .processes import Process
@@ -42,7 +39,7 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
     for norm, compared in compare_times(times).items():
         left = sum(solver.MAX_ITER - comparison.iterations_done(run) for run in runs if run.norm == norm)
         hours += compared.mean * left / 3600
-        lines.append([norm, left, _groups(comparison, norm), *compared.cells()])
+        lines.append([norm, left, comparison.facts[norm].groups, *compared.cells()])
     for norm in comparison.norms:
         if norm in failures:
             lines.append([norm, None, None, f"fails: {failures[norm]}", None])
@@ -198,10 +195,3 @@ def _evaluations_left(comparison, run):
     if not comparison.cfg.DATASETS.TEST or run.recorded_state().status == "finished":
         return 0
     return 1 + ((last - 1) // period - min(done, last - 1) // period if period > 0 else 0)
-
-
-def _groups(comparison, norm):
-    """How many norms have how many groups, for instance "4 x 32, 53 x FrozenBN"."""
-    rows = norm_table(build_on_meta(comparison.norm_cfg(norm)))
-    counts = Counter(row.num_groups or row.norm for row in rows)
-    return ", ".join(f"{count} x {groups}" for groups, count in counts.items())

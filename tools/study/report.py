@@ -5,22 +5,21 @@ import os
 import shlex
 import statistics
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-from detectron2.config import CfgNode
 from matplotlib.figure import Figure
 from scipy import stats
 
-from gng_d2.job.config import load_config
-from gng_d2.job.files import atomic_open, read_metrics, save_figure
+from gng_d2.job.files import atomic_open, save_figure
+from gng_d2.job.metrics import read_metrics
 from gng_d2.layers.ws_conv import WS
 
-from . import ROOT
 from .comparison import Comparison, Run
-from .paper import TABLE_5, TABLE_6
-from .rows import differences, markdown, mean_and_std, write_rows
+from .rows import markdown, mean_and_std, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "final_values", "paper_values", "summarize", "table", "together"]
+__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "run_results", "summarize", "table"]
+__all__ += ["together"]
 __all__ += ["write_report"]
 
 # in percent, by their names in Detectron2
@@ -38,13 +37,6 @@ METRICS = {
 LOSS = "total_loss"
 
 
-# keys that leave the training what it is
-NEUTRAL = {
-    *("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD"),
-    *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE"),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
     """One metric under one norm. None stands for what there is too little for."""
@@ -60,29 +52,31 @@ class ComparisonRow:
     difference_error: float | None  # its standard error
     difference_seeds: int  # how many seeds both norms have
     channels_per_group: list[tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
-    curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where curves_of has them
+    curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where run_results has them
     machine: str = ""
     commit: str = ""  # of the code that trained it
 
 
-def paper_values(cfg: CfgNode) -> dict[str, float]:
-    """The paper's row for the training that ``cfg`` is, empty where it is none of the tables'."""
-    for name, values in {**TABLE_5, **TABLE_6}.items():
-        if differences(cfg, load_config(os.path.join(ROOT, "configs", name))).keys() <= NEUTRAL:
-            return values
-    return {}
+class RunResults(NamedTuple):
+    """What the metrics.json of a finished run says."""
+
+    values: dict[str, float | None]  # in METRICS at the end; None where Detectron2 found no detections to evaluate
+    curves: dict[str, list[tuple[int, float]]]  # (iteration, value) of the loss, and of the first of METRICS it has
 
 
-def final_values(run: Run) -> dict[str, float | None]:
-    """A finished run's metrics (None: Detectron2 found no detections to evaluate). Where it had no evaluation, its
-    loss: the mean over the last tenth of its iterations."""
+def run_results(run: Run, max_iter: int) -> RunResults:
+    """The results of a finished ``run`` of ``max_iter`` iterations. Where it had no evaluation, its value is the loss,
+    the mean over the last tenth of its iterations."""
     records = read_metrics(run.path("metrics.json"))
-    last = {name: value for record in records for name, value in record.items() if isinstance(value, (int, float))}
+    last = {name: value for record in records for name, value in record.items()}
     values = {k: None if math.isnan(last[name]) else last[name] for k, name in METRICS.items() if name in last}
-    if values:
-        return values
+    names = {LOSS: LOSS, **{metric: METRICS[metric] for metric in list(values)[:1]}}
+    # a run resumed for its last evaluation alone counts one more, and may have been evaluated before
+    curves = {k: {min(r["iteration"], max_iter): r[name] for r in records if name in r} for k, name in names.items()}
     losses = [r[LOSS] for r in records if LOSS in r and r["iteration"] >= 0.9 * last["iteration"]]
-    return {LOSS: statistics.fmean(losses)} if losses else {}
+    if losses and not values:
+        values = {LOSS: statistics.fmean(losses)}
+    return RunResults(values, {quantity: list(points.items()) for quantity, points in curves.items() if points})
 
 
 def summarize(
@@ -133,65 +127,55 @@ def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
 
 
 def table(rows: list[ComparisonRow]) -> str:
-    """What the seeds say of each norm and of the differences, with what a reader must know of both."""
+    """What the seeds say of each norm and of its difference to the first, a column for each metric, with what a reader
+    must know of both. The paper's values stand below ours."""
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    by_norm = {norm: [row for row in rows if row.norm == norm] for norm in dict.fromkeys(row.norm for row in rows)}
+    baseline, first = next(iter(by_norm.items()))
+    results, differences = [], []
+    for norm, line in by_norm.items():
+        spreads = ["" if row.std is None else f" ± {row.std:.2f}" for row in line]
+        cells = [_cell(row.mean, spread) for row, spread in zip(line, spreads)]
+        results.append([norm, max(len(row.seeds) for row in line), *cells])
+        if any(row.paper for row in line):
+            results.append([f"{norm} in the paper", "", *(_cell(row.paper) for row in line)])
+    for norm in list(by_norm)[1:]:
+        line, name = by_norm[norm], f"{norm} - {baseline}"
+        spreads = [
+            ""
+            if interval is None
+            else "({:+.2f} to {:+.2f})".format(*interval) + " *" * (interval[0] * interval[1] > 0)
+            for interval in map(difference_interval, line)
+        ]
+        cells = [_cell(row.difference, spread and f" {spread}", "+") for row, spread in zip(line, spreads)]
+        differences.append([name, max(row.difference_seeds for row in line), *cells])
+        pairs = [(row.paper, other.paper) for row, other in zip(line, first)]
+        if any(all(pair) for pair in pairs):
+            cells = [_cell(here - there if here and there else None, sign="+") for here, there in pairs]
+            differences.append([f"{name} in the paper", "", *cells])
     parts = [
-        _results_table(rows),
+        markdown(results, ["norm", "seeds", *metrics]),
         "Mean ± standard deviation over seeds, after the last iteration."
         + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS),
     ]
     if any(row.difference_seeds for row in rows):
-        parts += [_differences_table(rows), intervals_note(rows)]
+        parts += [markdown(differences, ["difference", "seeds", *metrics]), _NO_INTERVAL]
+        count = sum(difference_interval(row) is not None for row in rows)
+        if count:
+            parts[-1] = _INTERVALS.format(f"{count} comparison{'s were' if count > 1 else ' was'}")
     return "\n\n".join(parts)
 
 
-def _results_table(rows):
-    """A line for each norm, ``mean ± standard deviation`` in a column for each metric, the paper's line below."""
-    lines = []
-    for norm, by_metric in _by_norm(rows).items():
-        seeds = max(len(row.seeds) for row in by_metric.values())
-        lines.append([norm, seeds, *(_cell(row.mean, row.std) for row in by_metric.values())])
-        if any(row.paper for row in by_metric.values()):
-            lines.append([f"{norm} in the paper", "", *(_cell(row.paper) for row in by_metric.values())])
-    return markdown(lines, ["norm", "seeds", *_metrics(rows)])
+_NO_INTERVAL = "Differences of a single seed: no interval, so no conclusion."
+_INTERVALS = (
+    "Mean of the differences seed by seed, with its 95 % interval (Student's t). `*`: the interval leaves out 0; "
+    "without it, the seeds alone may explain the difference. "
+    "{} made here, and of twenty that the seeds do explain, one gets a `*`."
+)
 
 
-def _differences_table(rows):
-    """A line for each norm but the first, ``paired difference (its 95 % interval)``, the paper's line below."""
-    (baseline, first), *others = _by_norm(rows).items()
-    lines = []
-    for norm, by_metric in others:
-        seeds = max(row.difference_seeds for row in by_metric.values())
-        lines.append([f"{norm} - {baseline}", seeds, *map(_difference_cell, by_metric.values())])
-        paper = {m: row.paper - first[m].paper for m, row in by_metric.items() if row.paper and first[m].paper}
-        if paper:
-            cells = [_cell(paper.get(metric), sign="+") for metric in by_metric]
-            lines.append([f"{norm} - {baseline} in the paper", "", *cells])
-    return markdown(lines, ["difference", "seeds", *_metrics(rows)])
-
-
-def _by_norm(rows):
-    by_norm = {}
-    for row in rows:
-        by_norm.setdefault(row.norm, {})[row.metric] = row
-    return by_norm
-
-
-def _metrics(rows):
-    return list(dict.fromkeys(row.metric for row in rows))
-
-
-def _cell(value, spread=None, sign=""):
-    if value is None:
-        return "-"
-    return f"{value:{sign}.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-
-
-def _difference_cell(row):
-    interval = difference_interval(row)
-    if interval is None:
-        return _cell(row.difference, sign="+")
-    low, high = interval
-    return f"{row.difference:+.2f} ({low:+.2f} to {high:+.2f})" + " *" * (low > 0 or high < 0)
+def _cell(value, spread="", sign=""):
+    return "-" if value is None else f"{value:{sign}.2f}{spread}"
 
 
 def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
@@ -200,29 +184,6 @@ def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
         return None
     half = float(stats.t.ppf(0.975, row.difference_seeds - 1)) * row.difference_error
     return row.difference - half, row.difference + half
-
-
-def intervals_note(rows: list[ComparisonRow]) -> str:
-    """What a reader must know of the intervals: how they were made, and how many."""
-    count = sum(difference_interval(row) is not None for row in rows)
-    if not count:
-        return "Differences of a single seed: no interval, so no conclusion."
-    return (
-        "Mean of the differences seed by seed, with its 95 % interval (Student's t). `*`: the interval leaves out 0; "
-        "without it, the seeds alone may explain the difference. "
-        f"{count} comparison{'s were' if count > 1 else ' was'} made here, and of twenty that the seeds do explain, "
-        f"one gets a `*`."
-    )
-
-
-def curves_of(run: Run, max_iter: int) -> dict[str, list]:
-    """(iteration, value) of the loss, and of the first of METRICS that the run has."""
-    records = read_metrics(run.path("metrics.json"))
-    metric = next((short for short, name in METRICS.items() if any(name in record for record in records)), None)
-    names = {LOSS: LOSS, **({metric: METRICS[metric]} if metric else {})}
-    # a run resumed for its last evaluation alone counts one more, and may have been evaluated before
-    curves = {k: {min(r["iteration"], max_iter): r[name] for r in records if name in r} for k, name in names.items()}
-    return {quantity: list(points.items()) for quantity, points in curves.items() if points}
 
 
 def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
@@ -236,7 +197,13 @@ def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (quantity, by_norm) in zip(panels, curves.items()):
         for norm, by_seed in by_norm.items():
-            iterations, values = _binned(list(by_seed.values()))
+            # the mean in up to 100 stretches of iterations, of those that all seeds have
+            series = [np.array(points, dtype=float) for points in by_seed.values()]
+            last = max(points[-1, 0] for points in series)
+            stretches = [(points[:, 0] * 100 // (last + 1)).astype(int) for points in series]
+            common = sorted(set.intersection(*map(set, stretches)))
+            means = [[p[s == number].mean(axis=0) for number in common] for p, s in zip(series, stretches)]
+            iterations, values = np.array(means[0])[:, 0], np.array(means)[:, :, 1]
             mean = values.mean(axis=0)
             marker = "o" if len(iterations) < 20 else ""
             label = f"{norm}, {len(values)} seed{'s' * (len(values) > 1)}"
@@ -281,39 +248,27 @@ def plot_channels_per_group(rows: list[ComparisonRow], path: str) -> None:
     save_figure(figure, path, dpi=120)
 
 
-def _binned(series, bins=100):
-    """(mean iteration (n,), values (len(series), n)) in up to ``bins`` stretches of iterations that all series have."""
-    points = [np.array(s, dtype=float) for s in series]
-    last = max(p[-1, 0] for p in points)
-    numbers = [np.minimum(p[:, 0] * bins // (last + 1), bins - 1).astype(int) for p in points]
-    common = sorted(set.intersection(*(set(n) for n in numbers)))
-    values = [[p[n == b, 1].mean() for b in common] for p, n in zip(points, numbers)]
-    iterations = [points[0][numbers[0] == b, 0].mean() for b in common]
-    return np.array(iterations), np.array(values)
-
-
 def write_report(comparison: Comparison) -> str:
     """Write results.json, results.md, curves.png and channels_per_group.png of what has finished into the
     comparison's folder, and return the text of results.md."""
-    finished = [run for run in comparison.runs if comparison.state(run).status == "finished"]
-    machines = sorted({comparison.state(run).machine for run in finished})
-    commits = sorted({comparison.state(run).commit or "unknown" for run in finished})
+    states = {run: comparison.state(run) for run in comparison.runs}
+    finished = [run for run, state in states.items() if state.status == "finished"]
+    machines = "; ".join(sorted({states[run].machine for run in finished}))
+    commits = "; ".join(sorted({states[run].commit or "unknown" for run in finished}))
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
-        values[run.norm][run.seed] = final_values(run)
-        for quantity, points in curves_of(run, comparison.cfg.SOLVER.MAX_ITER).items():
+        values[run.norm][run.seed], of_run = run_results(run, comparison.cfg.SOLVER.MAX_ITER)
+        for quantity, points in of_run.items():
             curves.setdefault(quantity, {}).setdefault(run.norm, {})[run.seed] = points
-    paper = {norm: paper_values(comparison.norm_cfg(norm)) for norm in comparison.norms}
-    channels = {norm: list(comparison.channels_per_group(norm).items()) if values[norm] else [] for norm in values}
     rows = [
         replace(
             row,
-            channels_per_group=channels[row.norm],
+            channels_per_group=comparison.facts[row.norm].channels_per_group if row.seeds else [],
             curves=curves.get(row.metric, {}).get(row.norm, {}),
-            machine="; ".join(machines),
-            commit="; ".join(commits),
+            machine=machines,
+            commit=commits,
         )
-        for row in summarize(values, paper)
+        for row in summarize(values, {norm: facts.paper for norm, facts in comparison.facts.items()})
     ]
     write_rows(os.path.join(comparison.output, "results.json"), rows)
     if curves:
@@ -321,23 +276,22 @@ def write_report(comparison: Comparison) -> str:
     if rows:
         first = [row for row in rows if row.metric == rows[0].metric]
         plot_channels_per_group(first, os.path.join(comparison.output, "channels_per_group.png"))
-    text = _report(comparison, rows, machines)
+    text = _text(comparison, states, rows, machines)
     with atomic_open(os.path.join(comparison.output, "results.md")) as file:
         file.write(text)
     return text
 
 
-def _report(comparison, rows, machines):
+def _text(comparison, states, rows, machines):
     """The tables in Markdown, with what was run and what did not finish."""
-    solver = comparison.cfg.SOLVER
-    states = {run: comparison.state(run) for run in comparison.runs}
     unfinished = {run: state for run, state in states.items() if state.status != "finished"}
+    solver = comparison.cfg.SOLVER
     parts = [
         f"# {', '.join(comparison.norms)} in {comparison.config_file}",
         f"{len(states) - len(unfinished)} of {len(states)} runs finished: "
         f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
         + f" Overrides: {shlex.join(comparison.overrides)}." * bool(comparison.overrides)
-        + f" Trained on {'; '.join(machines)}." * bool(machines),
+        + f" Trained on {machines}." * bool(machines),
     ]
     if rows:
         parts += [
@@ -345,10 +299,9 @@ def _report(comparison, rows, machines):
             "![loss and metric over the iterations](curves.png)",
             "![metric over the channels in a group](channels_per_group.png)",
         ]
-    if unfinished:
-        parts.append("\n".join(f"- {run}: {_why(run, state)}" for run, state in unfinished.items()))
+    logs = {
+        run: f": {state.reason} ({run.path('output.txt')})" * (state.status == "failed")
+        for run, state in states.items()
+    }
+    parts += ["\n".join(f"- {run}: {state.status}{logs[run]}" for run, state in unfinished.items())] * bool(unfinished)
     return "\n\n".join(parts) + "\n"
-
-
-def _why(run, state):
-    return f"failed: {state.reason} ({run.path('output.txt')})" if state.status == "failed" else state.status

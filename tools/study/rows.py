@@ -160,12 +160,9 @@ def markdown(lines: Sequence[Sequence], headers: Sequence[str], digits: str = ".
     """A table. Floats are written with ``digits``, None as a dash; columns of numbers stand on the right."""
     columns = list(zip(*lines))
     numbers = [all(value is None or isinstance(value, (int, float)) for value in column) for column in columns]
-    cells = [[_cell(value, digits) for value in line] for line in lines]
+    cells = [
+        ["-" if value is None else f"{value:{digits}}" if isinstance(value, float) else str(value) for value in line]
+        for line in lines
+    ]
     alignment = ["right" if number else "left" for number in numbers]
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True, colalign=alignment or None)
-
-
-def _cell(value, digits):
-    if value is None:
-        return "-"
-    return f"{value:{digits}}" if isinstance(value, float) else str(value)

@@ -9,7 +9,7 @@ from typing import IO
 
 from tabulate import tabulate
 
-from gng_d2.job.files import last_record
+from gng_d2.job.metrics import last_record
 
 from .comparison import Comparison, Run, RunState
 from .local import Local

@@ -1,7 +1,6 @@
 """Datasets that fit the config and the model: refused before a run, not in its first step or last evaluation."""
 
 import difflib
-import importlib.util
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,10 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from gng_d2.errors import InputError
-from gng_d2.job.weight_files import read_pickle
+from gng_d2.job.weight_files import read_weight_file
 
 from . import embedded
+from .images import FILES
 
 __all__ = ["prepare_datasets", "check_classes", "check_records", "compare", "learned_classes", "naming_datasets"]
 
@@ -35,9 +35,10 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             _prepare_dataset(f"DATASETS.{key}", name)
+            _load_dataset(f"DATASETS.{key}", name)
         for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
             try:
-                read_pickle(PathManager.get_local_path(path))  # Detectron2 unpickles it
+                read_weight_file(PathManager.get_local_path(path), pickled=True)  # Detectron2 unpickles it
             except InputError as error:
                 raise InputError(f"DATASETS.PROPOSAL_FILES_{key}: {error}") from None
     if not eval_only and not cfg.DATASETS.TRAIN:
@@ -63,16 +64,28 @@ def _prepare_dataset(key, name):
                 f"{key}: the {field} of dataset {name!r} is not there: {path}. Datasets are looked for in "
                 f"{embedded.datasets_root().resolve()}; the environment variable DETECTRON2_DATASETS sets that folder"
             )
-    if key == "DATASETS.TEST" and metadata.get("evaluator_type") == "coco_panoptic_seg":
-        if importlib.util.find_spec("panopticapi") is None:
-            raise InputError(f"{key}: to evaluate {name!r}, install panopticapi: pip install panopticapi-lite")
+
+
+def _load_dataset(key, name):
+    """Load what is else loaded for the last evaluation alone, and a COCO JSON whose categories are not registered: they
+    become metadata when it is loaded. A dataset whose classes are known is not loaded twice for the training."""
+    metadata = MetadataCatalog.get(name)
+    if key != "DATASETS.TEST" and (metadata.get("thing_classes") or not metadata.get("json_file")):
+        return
+    with naming_datasets(key, [name]):
+        records = DatasetCatalog.get(name)
+    for record in records if isinstance(records, list) else ():
+        for path in (record[field] for field in FILES if field in record):
+            if not PathManager.exists(path):
+                raise InputError(f"{key}: the file {path} of dataset {name!r} is not there")
 
 
 def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     """Compare the numbers of classes and keypoints that the model learns with those that its datasets have.
 
-    A dataset with more classes than the model is an error, one with fewer a warning: labels beyond the model's
-    are taken for its background, or index past the end. What a dataset does not tell is not compared.
+    The numbers have to be the same in training: labels beyond the model's are taken for its background, or index past
+    the end. A dataset that only tests may have fewer, for which weights of more classes are a warning. What a dataset
+    does not tell is not compared.
 
     Raises:
         InputError: names the key, the dataset and both numbers.
@@ -83,7 +96,7 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         for name in dict.fromkeys([*names, *cfg.DATASETS.TEST]):
             known = MetadataCatalog.get(name).get(field)
             if known is not None:
-                compare(key, count, field, name, len(known))
+                compare(key, count, field, name, len(known), trains=name in names)
                 _compare_names(names, name, field)
     if cfg.MODEL.KEYPOINT_ON:
         _check_same(names, "keypoint_flip_map")
@@ -118,10 +131,11 @@ def learned_classes(cfg) -> Iterator[tuple[str, int, str]]:
         yield "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, "keypoint_names"
 
 
-def compare(key: str, count: int, field: str, name: str, known: int) -> None:
-    """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``."""
+def compare(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
+    """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``, on
+    which it ``trains`` or is only tested."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
-    if count < known or (count != known and field == "keypoint_names"):
+    if count < known or (count != known and (trains or field == "keypoint_names")):
         raise InputError(message)
     if count > known:
         logging.getLogger(__name__).warning(f"{message}, unless the weights were made for {count}")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from gng_d2.errors import InputError
 
-__all__ = ["NamingMapper", "read_labels"]
+__all__ = ["FILES", "NamingMapper", "read_labels"]
 
-_FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # in a record of Detectron2
+FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # in a record of Detectron2
 
 
 class NamingMapper:
@@ -28,7 +28,7 @@ class NamingMapper:
         except SizeMismatchError as error:  # names its file
             raise InputError(" ".join(str(error).split())) from error
         except Exception as error:
-            for path in (record[key] for key in _FILES if key in record):
+            for path in (record[key] for key in FILES if key in record):
                 read_labels(path)
             if not isinstance(self.mapper, DatasetMapper) or "annotations" not in record:
                 raise

@@ -10,14 +10,13 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from gng_d2.errors import InputError
-from gng_d2.job.files import prepare_outputs
+from gng_d2.job.files import atomic_open, prepare_outputs
 
 __all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
 
@@ -112,14 +111,8 @@ def _write_map(task):
         semantic = semantic_map(rgb @ [1, 256, 256**2], values)
     except InputError as error:
         raise InputError(f"panoptic PNG {source}: {error}") from None
-    partial = f"{target}.partial"
-    try:
-        Image.fromarray(semantic).save(partial, format="PNG")
-        os.replace(partial, target)
-    except OSError as error:
-        with suppress(OSError):
-            os.remove(partial)
-        raise InputError(f"cannot write {target}: {error.strerror}") from error
+    with atomic_open(target, "wb") as file:
+        Image.fromarray(semantic).save(file, format="PNG")
 
 
 def _is_whole(path):

@@ -1,6 +1,8 @@
 """Data that does not fit the model is refused before the job starts."""
 
+import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +74,6 @@ def test_a_dataset_that_is_not_registered_says_how_to_register_it():
     assert "did you mean" not in str(error.value)
 
 
-def test_panoptic_evaluation_without_panopticapi_is_refused_before_training(shapes, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="panopticapi-lite"):
-        prepare_datasets(quick())
-
-
 RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATASETS.TEST", "()"]
 
 
@@ -115,9 +111,61 @@ def test_keys_that_the_model_does_not_use_are_not_compared(shapes, caplog):
     assert not caplog.records
 
 
-def test_more_classes_than_the_data_has_are_a_warning(shapes, caplog):
-    prepare_datasets(quick("MODEL.ROI_HEADS.NUM_CLASSES", "80"))
-    assert "MODEL.ROI_HEADS.NUM_CLASSES is 80, but dataset 'gng_shapes_train_separated' has 5" in caplog.text
+def test_more_classes_than_the_data_has_are_refused_in_training_and_a_warning_in_evaluation(shapes, caplog):
+    cfg = quick("MODEL.ROI_HEADS.NUM_CLASSES", "80")
+    with pytest.raises(InputError, match="NUM_CLASSES is 80, but dataset 'gng_shapes_train_separated' has 5"):
+        prepare_datasets(cfg)
+    prepare_datasets(cfg, eval_only=True)
+    assert "NUM_CLASSES is 80, but dataset 'gng_shapes_val_separated' has 5 thing_classes" in caplog.text
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Registers a COCO JSON of three categories as docs/own-data.md says, without their names."""
+    registered = []
+
+    def register_json(name, **content):
+        entry = record(tmp_path)
+        images = [{"id": 0, "file_name": "0.png", "height": 32, "width": 48}]
+        box = {"id": 1, "image_id": 0, "category_id": 2, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
+        categories = [{"id": i, "name": str(i)} for i in (2, 3, 5)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"images": images, "annotations": [box], "categories": categories, **content}))
+        register_coco_instances(name, {}, str(path), os.path.dirname(entry["file_name"]))
+        registered.append(name)
+
+    yield register_json
+    for name in registered:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("number, eval_only", [("5", False), ("2", False), ("2", True)])
+def test_categories_that_only_the_json_names_are_compared(number, eval_only, coco):
+    """Labels that occur are within 5 classes, and within 2."""
+    coco("own")
+    cfg = detector("own", "DATASETS.TEST", "('own',)", "MODEL.ROI_HEADS.NUM_CLASSES", number)
+    with pytest.raises(
+        InputError, match=rf"MODEL.ROI_HEADS.NUM_CLASSES is {number}, but dataset 'own' has 3 thing_classes. Set it to"
+    ):
+        prepare_datasets(cfg, eval_only)
+
+
+def test_categories_as_many_as_classes_pass(coco, caplog):
+    coco("own")
+    prepare_datasets(detector("own", "DATASETS.TEST", "('own',)", "MODEL.ROI_HEADS.NUM_CLASSES", "3"))
+    assert not [r for r in caplog.records if r.name.startswith("gng_d2")]
+
+
+@pytest.mark.parametrize("kind", ["image", "annotations"])
+def test_what_is_evaluated_last_is_looked_for_first(kind, shapes, coco):
+    if kind == "image":
+        coco("val", images=[{"id": 0, "file_name": "gone.png", "height": 32, "width": 48}])
+    else:
+        coco("val", annotations=[{"image_id": 0}])
+    message = {"image": "the file .*gone.png of dataset 'val' is not there", "annotations": "val: KeyError.*val.json"}
+    with pytest.raises(InputError, match=f"^DATASETS.TEST:? {message[kind]}"):
+        prepare_datasets(detector("gng_shapes_train", "DATASETS.TEST", "('val',)"))
 
 
 def test_a_head_of_another_project_is_compared_by_its_own_key(shapes):
@@ -131,7 +179,15 @@ def test_a_head_of_another_project_is_compared_by_its_own_key(shapes):
 def test_keypoints_must_be_as_many(register, tmp_path):
     register("poses", [record(tmp_path, (1, 1, 9, 9))], keypoint_names=["a", "b"], thing_classes=["person"])
     for number in ("1", "3"):
-        cfg = detector("poses", "MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", number)
+        cfg = detector(
+            "poses",
+            "MODEL.ROI_HEADS.NUM_CLASSES",
+            "1",
+            "MODEL.KEYPOINT_ON",
+            "True",
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+            number,
+        )
         with pytest.raises(InputError, match=rf"ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, .* has 2 keypoint_names"):
             check_classes(cfg)
 
@@ -144,7 +200,8 @@ def test_datasets_with_other_classes_are_not_trained_on_together(register, tmp_p
         InputError, match="'cats' and 'dogs' .* different thing_classes: 2 and 2, .* 'cat' and 'dog' at 0"
     ):
         check_classes(both)
-    check_classes(quick(*DETECTOR[:4], "DATASETS.TRAIN", "('cats',)", "DATASETS.TEST", "('dogs',)"))
+    two = ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    check_classes(quick(*DETECTOR[:4], "DATASETS.TRAIN", "('cats',)", "DATASETS.TEST", "('dogs',)", *two))
     assert "DATASETS.TEST 'dogs' has other thing_classes than DATASETS.TRAIN 'cats'" in caplog.text
 
 

@@ -69,9 +69,8 @@ def test_work_goes_on_where_it_was_and_trusts_no_half_map(tmp_path):
 def test_a_map_appears_when_it_is_whole(tmp_path, monkeypatch):
     dataset = write(tmp_path, names=["a.png"])
 
-    def stop_halfway(self, path, format):
-        with open(path, "wb") as file:
-            file.write(b"\x89PNG")
+    def stop_halfway(self, file, format):
+        file.write(b"\x89PNG")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", stop_halfway)

@@ -1,0 +1,145 @@
+"""What each dataset is evaluated with. Whatever would make an evaluation fail is refused before the training."""
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import (
+    GeneralizedRCNN,
+    GeneralizedRCNNWithTTA,
+    PanopticFPN,
+    ProposalNetwork,
+    RetinaNet,
+    SemanticSegmentor,
+)
+from torch import nn
+
+from gng_d2.errors import InputError
+
+from .data.checks import naming_datasets
+from .data.images import read_labels
+from .files import prepare_folder
+
+__all__ = ["build_evaluator", "check_evaluation"]
+
+
+def _semantic(cfg, name, folder):
+    # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
+    takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
+    reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
+    return SemSegEvaluator(name, output_dir=folder, **reader)
+
+
+def _coco(cfg, name, folder):
+    return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+
+
+# by the `evaluator_type` of Detectron2's metadata
+EVALUATORS: dict[str, list[Callable]] = {
+    "coco": [_coco],
+    "coco_panoptic_seg": [_semantic, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)],
+    "sem_seg": [_semantic],
+    "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
+    "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
+    "cityscapes_instance": [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+}
+# the package that an evaluation needs beside Detectron2's own, and what pip calls it
+_PACKAGES = {
+    "coco_panoptic_seg": ("panopticapi", "panopticapi-lite"),
+    "lvis": ("lvis", "lvis"),
+    "cityscapes_instance": ("cityscapesscripts", "cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "cityscapesscripts"),
+}
+# what an evaluation takes out of a model's output; COCO's and LVIS' leave out what is not there
+_NEEDED = {
+    "coco_panoptic_seg": {"sem_seg", "panoptic_seg"},
+    "sem_seg": {"sem_seg"},
+    "pascal_voc": {"instances"},
+    "cityscapes_instance": {"instances"},
+    "cityscapes_sem_seg": {"sem_seg"},
+}
+# what models put into it. Another project's class, a subclass too, is not compared
+_GIVEN = {
+    GeneralizedRCNN: {"instances"},
+    RetinaNet: {"instances"},
+    PanopticFPN: {"instances", "sem_seg", "panoptic_seg"},
+    ProposalNetwork: {"proposals"},
+    SemanticSegmentor: {"sem_seg"},
+}
+_COCO_KEYPOINTS = 17
+
+
+def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluators:
+    """The evaluators of the dataset ``name``, which write to ``folder``.
+
+    Raises:
+        InputError: there are none for such a dataset, or they need a package that is not installed.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise InputError(f"DATASETS.TEST: {name!r} has evaluator_type {kind!r}; known: {', '.join(EVALUATORS)}")
+    package, distribution = _PACKAGES.get(kind, ("torch", ""))
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {distribution}")
+    with naming_datasets("DATASETS.TEST", [name]):
+        return DatasetEvaluators([make(cfg, name, folder) for make in EVALUATORS[kind]])
+
+
+def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
+    """See that ``model`` can be evaluated on each dataset of DATASETS.TEST, with test-time augmentation where
+    TEST.AUG.ENABLED asks for it, and that the results can be written.
+
+    Args:
+        model: that of ``cfg``, for its structure.
+
+    Raises:
+        InputError: names the key, and for a dataset its name.
+    """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    given = _GIVEN.get(type(model))
+    if type(model) is PanopticFPN and not cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
+        given = given - {"panoptic_seg"}
+    for name in cfg.DATASETS.TEST:
+        prepare_folder(folder)
+        build_evaluator(cfg, name, folder)
+        needed = _NEEDED.get(MetadataCatalog.get(name).evaluator_type, set())
+        if given is not None and needed - given:
+            raise InputError(
+                f"DATASETS.TEST: the evaluation of {name!r} needs the {' and '.join(sorted(needed))} of a model, and a "
+                f"{type(model).__name__} gives {' and '.join(sorted(given))}. Test on a dataset for such a model"
+            )
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if cfg.DATASETS.TEST and cfg.MODEL.KEYPOINT_ON and sigmas != keypoints:
+        raise InputError(
+            f"TEST.KEYPOINT_OKS_SIGMAS stands for {sigmas} keypoints, and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
+            f"{keypoints}. Give one sigma for each keypoint"
+        )
+    if cfg.DATASETS.TEST and cfg.TEST.AUG.ENABLED:
+        prepare_folder(f"{folder}_TTA")
+        _check_augmentation(cfg, model)
+
+
+def _check_augmentation(cfg, model):
+    try:
+        GeneralizedRCNNWithTTA(cfg, model)
+        inspect.signature(model.inference).bind([], None, do_postprocess=False)  # as it is called there
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this {type(model).__name__} "
+            f"({error}). It takes a GeneralizedRCNN without keypoints that computes its own proposals"
+        ) from None
