@@ -91,7 +91,7 @@ def _load_in_progress() -> tuple[nn.Module | None, Mapping | None]:
 
 
 def _our_norms(model) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "norm_name"))
+    return ((name, module) for name, module in model.named_modules() if hasattr(type(module), "norm_name"))
 
 
 def _log_differences(model, state_dict):

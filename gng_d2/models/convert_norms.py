@@ -153,10 +153,9 @@ def _find(model: nn.Module, example_inputs: Any) -> dict[nn.Module, _Found]:
     with runnable(norm for norm in norms if isinstance(norm, GroupNorm)), _shapes_of_inputs(norms) as shapes:
         calls = find_producers(model, norms, example_inputs)
     for norm, made in calls.items():
-        if None not in made:  # all of them could be seen
-            alike = len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm)
-            found[norm] = _Found(list(dict.fromkeys(made)) if alike else [])
-        found.setdefault(norm, _Found()).shapes = shapes[norm]
+        alike = len({producer and producer[1:3] for producer in made}) == 1
+        seen = None if None in made else made if alike and made[0].n_out == num_channels(norm) else []
+        found[norm] = _Found(seen and list(dict.fromkeys(seen)), shapes[norm])
     return found
 
 
