@@ -8,6 +8,7 @@ docs/any-model.md.
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 from .kinds import Producer
@@ -81,7 +82,7 @@ def origin(op: str, operands: Sequence[Origin | None], shape: tuple[int, ...], v
         return made._replace(layers=made.layers | {value})
     same = len(known) == 1 and (shape == known[0].shape or _REPEATS.search(kind))
     return made._replace(
-        parameters=int(not made.layers and any(o.parameters for o in known)),
+        parameters=_parameters(operands, shape),
         size=_size_before(known[0].size, shape) if same else shape,
     )
 
@@ -103,8 +104,20 @@ def layer_output(
 def _layers(operands):
     """Of all ``operands``. Two are enough to know that there are several."""
     found = frozenset().union(*(o.layers for o in operands if o is not None))
-    unseen_ones = [layer for layer in found if isinstance(layer, UnseenLayer)]
+    unseen_ones = list(filter(_is_unseen, found))
     return found if len(found) < 3 else frozenset([*unseen_ones[:1], *(found - {*unseen_ones})][:2])
+
+
+def _parameters(operands, shape):
+    """1 if what is made of ``operands`` is made of parameters alone, as far as its size tells, else 0."""
+    made_of = [prod(o.shape) for o in operands if o is not None and o.parameters]
+    return int(
+        made_of != [] and not _layers(operands) and (len(made_of) == len(operands) or max(made_of) >= prod(shape))
+    )
+
+
+def _is_unseen(layer):
+    return isinstance(layer, UnseenLayer)
 
 
 def _is_layer(origin):
@@ -140,7 +153,7 @@ def _product(op, operands, shape, value):
     elif ranks[0] == 2 or (ranks[0] and right is not None):
         n_out, n_in = left.shape[-2:]
         made = layer_output(Producer(op, n_in, n_out), left, lambda: right, shape, value)
-    elif any(o is None or o.made is None for o in (left, right)):  # it may be a frozen weight
+    elif None in (left, right) or any(map(_is_unseen, _layers((left, right)))):  # it may be a frozen weight
         made = unseen((left, right), shape, value)
     else:
         made = Origin(Producer(op), shape, shape, _layers((left, right)), value=value)
@@ -153,9 +166,10 @@ def _combined(op, operands, shape, value):
     counted = [o for o in operands if o is not None and o.layers and _is_full(o.size, shape)]
     hidden = any(o is None or (o.made is None and not o.layers) for o in operands)
     if not counted:
-        layers = _layers(operands)
-        parameters = int(not layers and any(o is not None and o.parameters for o in operands))
-        return Origin(None if hidden else Producer(op), shape, shape, layers, parameters, value)
+        known = [o for o in operands if o is not None]
+        value = known[0].value if len(known) == 1 else value
+        made = None if hidden else Producer(op)
+        return Origin(made, shape, shape, _layers(known), _parameters(operands, shape), value)
     able = [o for o in counted if _is_layer(o) and (op_kind(op) in _OF_ANY or o is operands[0])]
     layers = _layers(counted)
     if len(layers) == 1:
@@ -168,7 +182,7 @@ def _combined(op, operands, shape, value):
         return kept._replace(shape=shape, size=shape, value=kept.value if len(counted) == 1 else value)
     if len(counted) == 1 and not _is_layer(counted[0]):
         return counted[0]._replace(shape=shape, size=shape)
-    cannot_tell = any(o.made is None for o in counted) or any(isinstance(layer, UnseenLayer) for layer in layers)
+    cannot_tell = any(o.made is None for o in counted) or any(map(_is_unseen, layers))
     return Origin(None if cannot_tell else Producer(op), shape, shape, layers, value=value)
 
 

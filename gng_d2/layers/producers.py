@@ -106,15 +106,12 @@ class _Watch(TorchDispatchMode):
                 shape = tuple(tensor.shape)
                 self._note(tensor, Origin(Producer(what), shape, shape, value=object()))
 
-    def origin(self, tensor: Tensor) -> Origin | None:
-        storage = _storage(tensor)
-        if isinstance(tensor, nn.Parameter) and storage is not None:  # a lazy one may be made while the model runs
-            shape = tuple(tensor.shape)
-            return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage.cdata)
-        if storage is None or storage.cdata not in self._known:
-            return None
-        _, whole, views = self._known[storage.cdata]
-        return views.get(_place(tensor)) or origin("slice", [whole], tuple(tensor.shape), None)
+    def origin(self, tensor: Tensor) -> Origin:
+        storage, shape = _storage(tensor), tuple(tensor.shape)
+        if isinstance(tensor, nn.Parameter):  # a lazy one may be made while the model runs
+            return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
+        _, whole, views = self._known.get(storage and storage.cdata, (None, Origin(None, shape, shape), {}))
+        return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -144,14 +141,14 @@ class _Watch(TorchDispatchMode):
             found = layer_output(made, weight, lambda: source, shape, value)
         else:
             found = origin(op, operands, shape, value)
-        if found is not None and value in found.layers and found.made is not None and found.made.is_layer:
+        if value in found.layers and found.made is not None and found.made.is_layer:
             layer = self.running[-1] if self.running else None
             return found._replace(made=found.made._replace(layer=layer))
         return found
 
     def _note(self, tensor, found):
         storage = _storage(tensor)
-        if storage is None or found is None:
+        if storage is None:
             return
         if storage.cdata not in self._known:
             self._known[storage.cdata] = (storage, found, {})
@@ -164,7 +161,7 @@ class _Watch(TorchDispatchMode):
             return
         _, whole, _ = self._known.pop(storage.cdata, (None, None, None))
         if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() and whole is not None:
-            written = None if found is None else found._replace(shape=whole.shape, size=whole.shape)
+            written = found._replace(shape=whole.shape, size=whole.shape)
             found = origin("copy_slices", [whole, written], whole.shape, object())
             self._known[storage.cdata] = (storage, found, {})
         else:
@@ -205,8 +202,7 @@ def _noting(model, norms, watch):
     def before(module, args, kwargs):
         watch.running.append(module)
         if module in norms:
-            known = watch.origin(args[0] if args else kwargs["input"])
-            found.setdefault(module, []).append(None if known is None else known.made)
+            found.setdefault(module, []).append(watch.origin(args[0] if args else kwargs["input"]).made)
 
     def after(module, args, output):
         watch.running.pop()

@@ -181,7 +181,9 @@ def test_standardization_where_there_is_no_convolution():
     model = bind_norms(Then(conv(24), F.relu, pgn(8, weight_standardization=True)), image(24))
     assert model.norm.num_groups == 1 and not norm_table(model)[0].weight_standardized
     assert type(model.layer) is nn.Conv2d
-    with pytest.raises(InputError, match=r"PGN\+WS cannot follow a torch\.nn\.modules\.linear\.Linear: only the Conv2d"):
+    with pytest.raises(
+        InputError, match=r"PGN\+WS cannot follow a torch\.nn\.modules\.linear\.Linear: only the Conv2d"
+    ):
         bind_norms(Then(nn.Linear(24, 8), lambda h: h, pgn(8, weight_standardization=True)), torch.randn(2, 24))
     model = bind_norms(Then(conv(24), lambda h: h, GroupNorm(2, 8, weight_standardization=True)), image(24))
     assert type(model.layer) is WSConv2d
