@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from gng_d2.errors import InputError, abbreviated
 
 from .group_norm import GroupNorm
-from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels
+from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels, own
 from .ws_conv import standardize
 
 __all__ = [
@@ -47,7 +47,7 @@ def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> nn.Module | N
         claimed = any(num_channels(child) is not None for child in before.children())
         return None if claimed else before
     # Detectron2's deformable convolutions take their norm before they make their weight.
-    unfinished = name == "norm" and before is None and hasattr(parent, "kernel_size")
+    unfinished = name == "norm" and before is None and own(parent, "kernel_size") is not None
     return parent if unfinished and (layer_sizes(parent) or (0, 0))[1] == num_channels(norm) else None
 
 
@@ -88,6 +88,7 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
     norm.bind(layer_sizes(layer)[0], description)
+    norm.follows_registration = True
 
 
 def _bind_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

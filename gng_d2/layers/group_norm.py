@@ -69,6 +69,8 @@ class GroupNorm(nn.GroupNorm):
     # the size of its input where a pooling leaves so little that convert_norms chose the groups by it, such as (1, 1)
     pooled_to: tuple[int, ...] | None = None
     _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
+    # True while nothing but the order of registration tells which layer it follows
+    follows_registration: bool = False
     # True once fold_weight_standardization wrote the standardized weight into the weight layer
     weight_standardization_folded: bool = False
 
@@ -100,6 +102,12 @@ class GroupNorm(nn.GroupNorm):
             )
         self.in_channels = in_channels
         self.weight_layer = weight_layer
+        self.follows_registration = False
+
+    def unbind(self) -> None:
+        """Forget the layer."""
+        self.in_channels = self.weight_layer = None
+        self.follows_registration = False
 
     def is_bound(self) -> bool:
         """Whether it has all that it needs of its weight layer, and so can run."""
@@ -270,6 +278,10 @@ class PracticalGroupNorm(GroupNorm):
     def bind(self, in_channels: int, weight_layer: str) -> None:
         self.num_groups = practical_num_groups(in_channels, self.num_channels, self.gain_ratio)
         super().bind(in_channels, weight_layer)
+
+    def unbind(self) -> None:
+        super().unbind()
+        self.num_groups = None
 
     def _shape_error(self, shape):
         error = super()._shape_error(shape)

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = ["NO_LAYER", "Producer", "describe", "is_of_single_images", "layer_shape", "layer_sizes", "num_channels"]
-__all__ += ["num_groups"]
+__all__ += ["num_groups", "own"]
 
 # what a norm has for its weight layer that follows none, or several
 NO_LAYER = "no single weight layer"
@@ -20,7 +20,7 @@ class Producer(NamedTuple):
     n_in: int | None = None
     n_out: int | None = None
     layer: nn.Module | None = None  # the module that called the op, where the model was run
-    weight: Any = None  # autograd's node from which the weight comes, in training; None where it has no gradient
+    weight: Any = None  # in training autograd's node of the parameter that is the weight; None where none is
 
     @property
     def is_layer(self) -> bool:
@@ -37,6 +37,24 @@ class Producer(NamedTuple):
 _SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """What ``module`` or its class has by that name, or None.
+
+    A ``__getattr__`` of the user's own is not called: it may need what a module under construction does not have yet.
+    """
+    kept = vars(module)
+    for names in (kept, *(kept.get(kind) or {} for kind in ("_parameters", "_buffers", "_modules"))):
+        if name in names:
+            return names[name]
+    value = getattr(type(module), name, None)
+    if not isinstance(value, property):
+        return value
+    try:
+        return value.fget(module)  # the weight of a parametrized layer
+    except Exception:  # of any kind: it is the user's code
+        return None
+
+
 def num_channels(module: nn.Module) -> int | None:
     """Channels of a normalization layer (PyTorch's and Detectron2's); None for any other module."""
     if isinstance(module, nn.GroupNorm):
@@ -44,21 +62,22 @@ def num_channels(module: nn.Module) -> int | None:
     if isinstance(module, _NormBase):
         return module.num_features
     if type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d"):  # not every one has num_features
-        return module.weight.numel() if isinstance(getattr(module, "weight", None), Tensor) else None
+        weight = own(module, "weight")
+        return weight.numel() if isinstance(weight, Tensor) else None
     if type(module).__name__ == "LayerNorm":
-        return getattr(module, "normalized_shape", (None,))[-1]
+        return (own(module, "normalized_shape") or (None,))[-1]
     return None
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of a weight layer (convolution, transposed, deformable, linear); None for others."""
-    return layer_sizes(module) if isinstance(getattr(module, "weight", None), Tensor) else None
+    return layer_sizes(module) if isinstance(own(module, "weight"), Tensor) else None
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of what has such attributes, also of a layer under construction, which has no weight yet."""
     for names in _SIZES:
-        n_in, n_out = (getattr(module, name, None) for name in names)
+        n_in, n_out = (own(module, name) for name in names)
         if n_in and n_out:
             return n_in, n_out
     return None

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gng_d2.errors import InputError
 
 from .kinds import Producer
+from .origin import Origin, layer_output, op_kind, origin
 
 __all__ = ["find_producers"]
 
@@ -44,18 +45,21 @@ def find_producers(
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in _calls(inputs):
+        watch = _Watch()
+        watch.take((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), "the model's input")
+        watch.take(model.buffers(), "a buffer")
         with (
             _unchanged(model),
             _eager(),
             torch.inference_mode(False),
             torch.no_grad(),
-            _Watch(model, set(norms)) as watch,
+            _noting(model, set(norms), watch) as found,
         ):
-            watch.take_inputs(inputs)
             try:
-                model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
-                model(*args, **kwargs)
-                return watch.found
+                with watch:
+                    model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
+                    model(*args, **kwargs)
+                return found
             except InputError:
                 raise
             except Exception as error:  # of any kind: it is the user's code
@@ -82,128 +86,144 @@ def _calls(inputs):
         yield (inputs[0],), {}
 
 
-# what makes a tensor from an input and a weight, its first two arguments, and from a bias
-_WEIGHT_OPS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)} | {"deform_conv2d", "linear"}
-_WEIGHT_OPS |= {"convolution", "_convolution"}
-_PRODUCTS = {"mm", "matmul", "__matmul__", "__rmatmul__", "bmm"}
-_PRODUCTS_AND_BIAS = {"addmm", "baddbmm"}
-_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-# what, with a number, leaves a layer's output one: a group norm's input may have any scale
-_SCALINGS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
-_DIVISIONS = {"div", "div_", "__truediv__", "__itruediv__", "divide"}
-# what may copy, and leaves values and channels as they are
-_COPIES = set("alias clone contiguous to type type_as float half bfloat16 double cpu cuda reshape flatten".split())
-# what adds or replaces single values
-_EDITS = {"pad", "masked_fill", "masked_fill_"}
-_IN_PLACE = re.compile("[a-z]_$|^__i[a-z]+__$")
-# the names of the arguments that are looked at, in their order
-_NAMES = ("input", "mat1", "batch1", "weight", "other", "mat2", "batch2")
-
-
 # PyTorch 2.0 calls no hook of a module that raises, which matters where the model catches that
 _ALWAYS = {"always_call": True} if "always_call" in signature(nn.Module.register_forward_hook).parameters else {}
+# makes numbers of its own, whatever tensor it is given for the shape or to write to
+_MAKES_NUMBERS = re.compile("like$|^(new|fill|zero|uniform|normal|bernoulli|random|exponential|empty)")
+_CONVOLUTION = re.compile("^_?convolution|deform_conv2d")
 
 
-class _Watch(TorchFunctionMode):
-    """While entered, knows what made each tensor, and notes it when a norm takes the tensor.
+class _Watch(TorchDispatchMode):
+    """While entered, knows the origin of each tensor.
 
-    A tensor is known by its storage, which its views share, and is another once its version is another, as after an op
-    in place. Storages are referred to weakly: their memory is free to go, and their identity is not taken again.
+    A tensor is known by its storage and the place that it has in it: no object that Python holds is the same before and
+    after PyTorch's dispatcher. Storages are referred to weakly: their memory is free to go, and their identity is not
+    taken again.
     """
 
-    def __init__(self, model, norms):
+    def __init__(self):
         super().__init__()
-        self.found: dict[nn.Module, list[Producer | None]] = {}
-        self._model, self._norms = model, norms
-        self._made: dict[int, tuple[StorageWeakRef, int, int, Producer]] = {}
-        self._running: list[nn.Module] = []
-        self._hooks: list[Any] = []
+        self.running: list[nn.Module] = []
+        # storage -> its reference, the origin of the whole of it, and those of the views
+        self._known: dict[int, tuple[StorageWeakRef, Origin, dict[tuple, Origin]]] = {}
 
-    def __enter__(self):
-        for module in self._model.modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and shows none of its ops
-                continue
-            self._hooks += [
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, **_ALWAYS),
-            ]
-        self._parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in _tensors_of(self._model)}
-        return super().__enter__()
+    def take(self, tensors: Iterable[Tensor], what: str) -> None:
+        for tensor in tensors:
+            if not nn.parameter.is_lazy(tensor):
+                shape = tuple(tensor.shape)
+                self._note(tensor, Origin(Producer(what), shape, shape, value=object()))
 
-    def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
-        return super().__exit__(*error)
+    def origin(self, tensor: Tensor) -> Origin:
+        storage, shape = _storage(tensor), tuple(tensor.shape)
+        if isinstance(tensor, nn.Parameter):  # a lazy one may be made while the model runs
+            return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
+        _, whole, views = self._known.get(storage and storage.cdata, (None, Origin(None, shape, shape), {}))
+        return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
 
-    def take_inputs(self, inputs):
-        for tensor in tree_flatten(inputs)[0]:
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                self._record("the model's input", (), tensor)
-
-    def _before(self, module, args, kwargs):
-        self._running.append(module)
-        if module in self._norms:
-            self.found.setdefault(module, []).append(self._maker(args[0] if args else kwargs["input"]))
-
-    def _after(self, module, args, output):
-        self._running.pop()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # what inference mode does not take apart
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        op = func._schema.name
+        written = _written(func, args, kwargs)
+        given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor) and _has_numbers(t)]
+        overwrites = op_kind(op) == "copy" and written
+        operands = [] if _MAKES_NUMBERS.search(op_kind(op)) else [self.origin(t) for t in given[bool(overwrites) :]]
+        before = [self.origin(t) for t in written]
+        out = func(*args, **kwargs)
+        for tensor, old in zip(written, before):
+            self._write(tensor, self._origin(op, operands, given, tensor), old)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
-                named = kwargs or {}
-                given = (*args, *(named[name] for name in _NAMES if name in named))
-                self._record(func.__name__, given, tensor)
+            if isinstance(tensor, Tensor) and not any(tensor is t for t in written):
+                self._note(tensor, self._origin(op, operands, given, tensor))
         return out
 
-    def _record(self, op, args, out):
-        reference = StorageWeakRef(out.untyped_storage())
-        known = self._made.get(reference.cdata)
-        if known is not None and known[1] == out._version:
-            return  # a view, or what an op gives back as it took it
-        self._made[reference.cdata] = (reference, out._version, out.numel(), self._producer(op, args, out))
+    def _origin(self, op, operands, given, out):
+        shape, value = tuple(out.shape), object()
+        if _CONVOLUTION.search(op.rpartition("::")[2]):
+            source, weight = operands[:2]
+            made = Producer(op.rpartition("::")[2], given[0].shape[1], shape[1])
+            found = layer_output(made, weight, lambda: source, shape, value)
+        else:
+            found = origin(op, operands, shape, value)
+        if value in found.layers and found.made is not None and found.made.is_layer:
+            layer = self.running[-1] if self.running else None
+            return found._replace(made=found.made._replace(layer=layer))
+        return found
 
-    def _producer(self, op, args, out):
-        if op in _WEIGHT_OPS:
-            axis = -1 if op == "linear" else 1 - args[1].dim()  # of an input with or without a batch
-            return Producer(op, args[0].shape[axis], out.shape[axis], self._running[-1] if self._running else None)
-        a, b = (*args[op in _PRODUCTS_AND_BIAS :], None, None)[:2]
-        if op in _PRODUCTS | _PRODUCTS_AND_BIAS and self._is_parameter(b):
-            return Producer(op, a.shape[-1], out.shape[-1], self._running[-1] if self._running else None)
-        if op in _PRODUCTS and self._is_parameter(a) and min(a.dim(), b.dim()) > 1:  # channels come last but one
-            return Producer(op, b.shape[-2], out.shape[-2], self._running[-1] if self._running else None)
-        return self._maker(self._kept(op, a, b, out), int(bool(_IN_PLACE.search(op)))) or Producer(op)
+    def _note(self, tensor, found):
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        if storage.cdata not in self._known:
+            self._known[storage.cdata] = (storage, found, {})
+        self._known[storage.cdata][2][_place(tensor)] = found
 
-    def _kept(self, op, a, b, out):
-        """The argument whose layer is that of ``out`` too; None if there is none."""
-        if op in _COPIES or (op in _EDITS and out.shape[1:2] == a.shape[1:2]) or (op in _DIVISIONS and _is_number(b)):
-            return a
-        if op in _SUMS | _SCALINGS:
-            is_aside = self._is_parameter if op in _SUMS else _is_number  # a bias; a scale
-            return a if is_aside(b) else b if is_aside(a) else None
+    def _write(self, tensor, found, old):
+        """``tensor`` is ``found`` now, and what stands in the same storage changes with it."""
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        _, whole, _ = self._known.pop(storage.cdata, (None, None, None))
+        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() and whole is not None:
+            written = found._replace(shape=whole.shape, size=whole.shape)
+            found = origin("copy_slices", [whole, written], whole.shape, object())
+            self._known[storage.cdata] = (storage, found, {})
+        else:
+            self._note(tensor, found)
+
+
+def _has_numbers(tensor):
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _written(func, args, kwargs):
+    """The arguments that ``func`` changes."""
+    if not func._schema.is_mutable:
+        return []
+    written = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            written += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+    return written
+
+
+def _storage(tensor):
+    if tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
         return None
-
-    def _maker(self, tensor, changes=0) -> Producer | None:
-        """What made ``tensor``, before the last ``changes`` in place."""
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            return None
-        _, version, numel, producer = self._made.get(
-            StorageWeakRef(tensor.untyped_storage()).cdata, (None, None, None, None)
-        )
-        if producer is None:
-            return None
-        if version != tensor._version - changes:
-            return Producer("an op in place")
-        whole = numel == tensor.numel() or (tensor.dim() > 1 and tensor.shape[1] == producer.n_out)  # a crop of maps
-        return producer if whole else Producer("a slice")
-
-    def _is_parameter(self, x):
-        return isinstance(x, Tensor) and StorageWeakRef(x.untyped_storage()).cdata in self._parameters
+    return StorageWeakRef(tensor.untyped_storage())
 
 
-def _is_number(x):
-    return not isinstance(x, Tensor) or x.numel() == 1
+def _place(tensor):
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+@contextmanager
+def _noting(model, norms, watch):
+    """Gives what made the input of each of ``norms`` when it ran, call by call."""
+    found: dict[nn.Module, list[Producer | None]] = {}
+
+    def before(module, args, kwargs):
+        watch.running.append(module)
+        if module in norms:
+            found.setdefault(module, []).append(watch.origin(args[0] if args else kwargs["input"]).made)
+
+    def after(module, args, output):
+        watch.running.pop()
+
+    hooks = []
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after, **_ALWAYS))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _tensors_of(model):

@@ -88,9 +88,10 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     if original_class(layer) is WSConv2d:
         return
     if original_class(layer) not in (Conv2d, nn.Conv2d):
+        kind = original_class(layer)
         raise InputError(
-            f"{norm_name} cannot follow a {type(layer).__name__}: only Conv2d can be weight-standardized. "
-            f"Use {norm_name.removesuffix(WS)} there"
+            f"{norm_name} cannot follow a {kind.__module__}.{kind.__qualname__}: only the Conv2d of "
+            f"torch.nn and of Detectron2 can be weight-standardized. Use {norm_name.removesuffix(WS)} there"
         )
     weight = layer._parameters.get("weight")
     if type(weight) is nn.Parameter and not weight.is_meta and not weight.any():

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from gng_d2.errors import InputError
+from gng_d2.groups import practical_num_groups
 from gng_d2.layers.binding import has_given_in_channels, named_norms, unbound_norms
 from gng_d2.layers.class_change import original_class
 from gng_d2.layers.group_norm import GroupNorm
-from gng_d2.layers.kinds import NO_LAYER, Producer, describe, layer_sizes
+from gng_d2.layers.kinds import NO_LAYER, Producer
 from gng_d2.layers.producers import find_producers
 from gng_d2.layers.ws_conv import WSConv2d, standardize, unstandardize
 
@@ -21,11 +22,13 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
 
     Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
-    the optimizer, EMA or DDP is made. A norm that no single weight layer feeds (after a sum, a concatenation, a
-    pooling, an activation, on the model's input) takes its own width as its input channels, so that PGN has one group
-    there; its weight layer is "no single weight layer" in its repr and in :func:`gng_d2.norm_table`. Norms
-    whose ``in_channels`` were given keep them, and norms that the run does not reach stay as they are
-    (:func:`unbound_norms`).
+    the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/any-model.md. A norm that no single
+    weight layer feeds (after a residual sum, a concatenation, a pooling, an activation, on the model's input) takes
+    its own width as its input channels, so that PGN has one group there; its weight layer is "no single weight layer"
+    in its repr and in :func:`gng_d2.norm_table`. A norm whose layer cannot be seen (behind a function in NumPy) is
+    unbound, where only the order of registration had bound it. Norms whose ``in_channels`` were given keep them, and
+    norms that the run does not reach stay as they are (:func:`unbound_norms`). A warning in the log names each norm
+    whose number of groups changes.
 
     The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
     modes and the random number generators are afterwards what they were.
@@ -46,18 +49,30 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
     norms = [norm for norm in names if not has_given_in_channels(norm)]
+    before = {norm: norm.num_groups for norm in norms}
     with runnable(norms):
         found = find_producers(model, norms, example_inputs)
     layers = {norm: _layers(norm, names[norm], made) for norm, made in found.items() if None not in made}
-    _give_back_weights(model, layers)
+    hidden = [norm for norm in found if norm not in layers and norm.follows_registration]
+    _give_back_weights(model, [*layers, *hidden], [made.layer for producers in layers.values() for made in producers])
     for norm, producers in layers.items():
         bind_to_producers(norm, producers)
+    for norm in hidden:
+        norm.unbind()
     without = [names[norm] for norm, producers in layers.items() if not producers]
     unbound = unbound_norms(model)
-    logging.getLogger(__name__).info(
+    log = logging.getLogger(__name__)
+    log.info(
         f"{len(layers) - len(without)} norms are bound to the layers that make their inputs; {len(without)} follow "
         f"{NO_LAYER} ({', '.join(without) or '-'}); {len(unbound)} stay unbound ({', '.join(unbound) or '-'})"
     )
+    changed = [
+        f"{names[norm]}: {groups} -> {norm.num_groups or 'none, as its layer cannot be seen'}"
+        for norm, groups in before.items()
+        if groups not in (None, norm.num_groups)
+    ]
+    if changed:
+        log.warning(f"bind_norms changed the number of groups of {len(changed)} norms: {', '.join(changed)}")
     return model
 
 
@@ -75,11 +90,16 @@ def runnable(norms):
 
 
 def _layers(norm, name, producers) -> list[Producer]:
-    """The weight layers that made the inputs of ``norm``, all with as many input channels."""
+    """The weight layers that made the inputs of ``norm``; none, if something else made one of them."""
     layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
     others = [made.op for made in producers if made.n_out != norm.num_channels]
-    if norm.needs_layer() and layers and (others or len({made.n_in for made in layers}) > 1):
-        made_by = ", ".join([*(_describe_producer(made) for made in layers), *dict.fromkeys(others)])
+    depends_on = {made.n_in for made in layers} | {norm.num_channels for _ in others}
+    if norm.weight_standardization and layers and others:
+        depends_on.add(NO_LAYER)
+    elif not norm.weight_standardization and hasattr(norm, "gain_ratio"):
+        depends_on = {practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) for n_in in depends_on}
+    if norm.needs_layer() and len(depends_on) > 1:
+        made_by = ", ".join([*map(str, layers), *dict.fromkeys(others)])
         raise InputError(
             f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "
             f"place a norm of its own"
@@ -91,20 +111,15 @@ def bind_to_producers(norm, producers):
     if not producers:
         norm.bind(norm.num_channels, NO_LAYER)
     for made in producers:
-        norm.bind(made.n_in, _describe_producer(made))
+        norm.bind(made.n_in, str(made))
         if norm.weight_standardization:
             standardize(made.layer, norm.norm_name())
 
 
-def _describe_producer(made):
-    sizes = made.n_in, made.n_out
-    return describe(made.layer) if layer_sizes(made.layer) == sizes else f"{made.op}{sizes}"
-
-
-def _give_back_weights(model, layers):
-    """Convolutions that were standardized for norms which do not follow them are plain ones again."""
-    norms = {norm for norm in layers if norm.weight_standardization}
+def _give_back_weights(model, norms, layers):
+    """Convolutions that were standardized for ``norms``, but are none of the ``layers``, are plain ones again."""
+    norms = {norm for norm in norms if norm.weight_standardization}
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
-    for layer in standardized - {made.layer for producers in layers.values() for made in producers}:
+    for layer in standardized - set(layers):
         if original_class(layer) is WSConv2d:
             unstandardize(layer)

@@ -65,9 +65,9 @@ def _find_by_running(model, found, example_inputs):
         calls = find_producers(model, found, example_inputs)
     for norm, made in calls.items():
         place = found[norm]
-        if None not in made:  # all of them could be seen
-            alike = len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm)
-            place.producers = list(dict.fromkeys(made)) if alike else []
+        alike = len({producer and producer[1:3] for producer in made}) == 1
+        seen = None if None in made else made if alike and made[0].n_out == num_channels(norm) else []
+        place.producers = seen and list(dict.fromkeys(seen))
         place.shapes, place.size, place.is_pooled = shapes[norm], _smallest(shapes[norm]), False
     small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
     if small:

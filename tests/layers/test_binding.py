@@ -156,7 +156,9 @@ def test_a_norm_that_cannot_follow_its_layer_is_named_by_its_path():
 
     with pytest.raises(InputError, match=r"^stem.1 and 1 more: GN3 cannot follow Conv2d\(3, 64\): "):
         build_naming_norms(build, "GN3")
-    with pytest.raises(InputError, match=r"^head.1: GN\+WS cannot follow a Linear"):
+    with pytest.raises(
+        InputError, match=r"^head.1: GN\+WS cannot follow a torch\.nn\.modules\.linear\.Linear: only the Conv2d"
+    ):
         build_naming_norms(build, "GN+WS")
     assert isinstance(build_naming_norms(build, "GN")["stem"][0], nn.Conv2d)
     with pytest.raises(InputError, match="^GN3 cannot follow"):  # of its own build, at once

@@ -116,10 +116,6 @@ def embedded_after(self, x, t):
     return self.norm(self.conv(x)) + self.side(t)[:, :, None, None]
 
 
-def embedded_before(self, x, t):
-    return self.norm(self.conv(x) + self.side(t)[:, :, None, None])
-
-
 WRONG = {
     "convs, then norms": lambda norm: (
         Net(
@@ -165,8 +161,7 @@ WRONG = {
 # where what was taken for the layer cannot be standardized
 WRONG_WITHOUT_WS = {
     "layer that looks like one": lambda norm: (LooksLikeALayer(norm), (image(64),)),
-    "time embedding after": with_side(lambda: nn.Linear(32, 8), embedded_after, lambda: torch.randn(2, 32)),
-    "time embedding before": with_side(lambda: nn.Linear(32, 8), embedded_before, lambda: torch.randn(2, 32)),
+    "time embedding after": with_side(lambda: nn.Linear(16, 8), embedded_after, lambda: torch.randn(2, 16)),
     "squeeze-excite, linear": with_side(lambda: nn.Linear(8, 8), gated, lambda: image(8)),
 }
 
@@ -299,8 +294,11 @@ NO_LAYER = {
     "UpsampleNearest2D": lambda h: F.interpolate(h, scale_factor=2),
     "UpsampleBilinear2D": lambda h: F.interpolate(h, scale_factor=2, mode="bilinear"),
     "Cat": lambda h: torch.cat([h, h], 1),
-    "Add": lambda h: h + h.relu(),
-    "Mul": lambda h: h * h,
+    "Add": lambda h: h + conv(8)(h),
+    "Mul": lambda h: conv(8)(h) * h,
+    "PixelShuffle": lambda h: F.pixel_shuffle(h, 2),
+    "Cumsum": lambda h: h.cumsum(2),
+    "GridSampler2D": lambda h: F.grid_sample(h, torch.zeros(2, 5, 5, 2), align_corners=False),
     "NativeBatchNorm": nn.BatchNorm2d(8),
 }
 
@@ -315,17 +313,37 @@ def test_what_is_no_layer_is_an_error_for_an_unbound_norm(op):
     assert pgn(h.shape[1], 64)(h.repeat(1, 1, 2, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "between", [F.dropout, nn.Dropout2d(), lambda h: h * 0.5, lambda h: F.pad(h, (1, 1)), lambda h: h.chunk(2)[0]]
-)
-def test_what_tells_nothing_is_silent(between):
+class Hidden(torch.autograd.Function):
+    """A function of the user's own, which may hold a layer."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+@pytest.mark.usefixtures("no_search")
+def test_what_cannot_be_seen_is_silent_until_the_looks_end(caplog):
     """For a norm that is bound; one that is not stays an error."""
-    h = between(conv(64)(image(64)))
+    h = Hidden.apply(conv(64)(image(64)))
     assert made_by(h) is None
-    pgn_bound = nn.Sequential(conv(24), pgn(8))[1]
-    pgn_bound(h)
+    model = Net(lambda self, x: self.norm(Hidden.apply(self.conv(x))), conv=conv(64), decoy=conv(24), norm=pgn(8))
+    for _ in range(LOOKS - 1):
+        model(image(64))
+    assert not caplog.records
+    model(image(64))
+    assert "this PGN does not show in training. It follows Conv2d(24, 8) for the order" in caplog.text
     with pytest.raises(InputError, match="never met a weight layer"):
         pgn(8)(h)
+    bind_norms(model, image(64))
+    assert model.norm.num_groups == 8 and not model.norm.follows_registration
+    caplog.clear()
+    for _ in range(LOOKS):
+        model.train()(image(64))
+    assert not caplog.records
 
 
 def test_frozen_layers_are_silent_and_looked_at_once_they_train():
@@ -543,4 +561,4 @@ def test_no_difference_is_silent_in_random_trees(no_search):
             assert twins[norm].num_groups == practical_num_groups(n_in, norm.num_channels)
             counts["right"] += 1
         counts["bound in the step"] += len(unbound)
-    assert counts["right"] > 300 and counts["refused"] > 20 and counts["bound in the step"] > 100, counts
+    assert counts["right"] > 300 and counts["refused"] > 5 and counts["bound in the step"] > 100, counts

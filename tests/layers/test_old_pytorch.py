@@ -25,7 +25,7 @@ def test_export_names_the_version_that_it_needs_and_the_format_that_does_not(mon
 
 
 def test_bind_norms_binds_where_autograd_tells_no_shapes(monkeypatch):
-    monkeypatch.setattr("gng_d2.layers.look._layer", lambda node, name: None)
+    monkeypatch.setattr("gng_d2.layers.look.made_by", lambda tensor: None)
     model, x = nn.Sequential(nn.Conv2d(24, 8, 1), nn.Identity(), PracticalGroupNorm(8)), torch.randn(2, 24, 5, 5)
     with pytest.raises(InputError, match="never met a weight layer.*call gng_d2.bind_norms"):
         model(x)

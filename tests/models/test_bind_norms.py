@@ -49,6 +49,9 @@ THROUGH = {
     "squeezes": lambda h: h.unsqueeze(0).squeeze(0),
     "copies": lambda h: h.double().clone().contiguous(memory_format=torch.channels_last).to(torch.float32),
     "copied by a reshape": lambda h: h.transpose(2, 3).reshape(2, 8, 25),
+    "sum with its mean": lambda h: h + h.mean(),
+    "sum in place": lambda h: h.add_(h.mean()),
+    "product with itself": lambda h: h * h.sigmoid(),
     "whole slice": lambda h: h[:, :],
     "detach": lambda h: h.detach(),
     "causal crop": lambda h: h[:, :, :-2],
@@ -63,9 +66,6 @@ NO_SINGLE_LAYER = {
     "relu": F.relu,
     "relu in place": lambda h: F.relu(h, inplace=True),
     "relu_": torch.relu_,
-    "sum": lambda h: h + h.mean(),
-    "sum in place": lambda h: h.add_(h.mean()),
-    "product": lambda h: h * h.sigmoid(),
     "cat": lambda h: torch.cat([h[:, :4], h[:, 4:]], 1),
     "pooling": lambda h: F.max_pool2d(h, 2),
     "upsampling": lambda h: F.interpolate(h, scale_factor=2),
@@ -181,7 +181,9 @@ def test_standardization_where_there_is_no_convolution():
     model = bind_norms(Then(conv(24), F.relu, pgn(8, weight_standardization=True)), image(24))
     assert model.norm.num_groups == 1 and not norm_table(model)[0].weight_standardized
     assert type(model.layer) is nn.Conv2d
-    with pytest.raises(InputError, match=r"PGN\+WS cannot follow a Linear"):
+    with pytest.raises(
+        InputError, match=r"PGN\+WS cannot follow a torch\.nn\.modules\.linear\.Linear: only the Conv2d"
+    ):
         bind_norms(Then(nn.Linear(24, 8), lambda h: h, pgn(8, weight_standardization=True)), torch.randn(2, 24))
     model = bind_norms(Then(conv(24), lambda h: h, GroupNorm(2, 8, weight_standardization=True)), image(24))
     assert type(model.layer) is WSConv2d

@@ -1,0 +1,202 @@
+"""Which layer's output a tensor is: one rule, for training and for a run without gradients.
+
+:mod:`.look` reads what autograd recorded, :mod:`.producers` watches the ops of a run. Both see the same ops, those of
+PyTorch's dispatcher, and hand each one to :func:`origin`, so that they decide alike. The rule is the table in
+docs/any-model.md.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+from .kinds import Producer
+
+__all__ = ["Origin", "UnseenLayer", "layer_output", "op_kind", "origin", "unseen"]
+
+
+class Origin(NamedTuple):
+    """What is known of a tensor."""
+
+    # the layer whose output it is, or an op that is none; None: it cannot be seen
+    made: Producer | None
+    shape: tuple[int, ...]
+    size: tuple[int, ...]  # its shape before it was expanded
+    # the last weight layers in its history, on whatever way; two stand for any more
+    layers: frozenset = frozenset()
+    parameters: int = 0  # 2: a parameter, or a view of one; 1: made of parameters without a weight layer
+    value: Any = None  # which tensor it is: views and copies have the same
+    source: Callable[[], "Origin | None"] | None = None  # of a layer's output: gives the layer's input
+
+
+class UnseenLayer:
+    """Stands among an origin's layers for an op that may hold a weight."""
+
+
+# what leaves the values, or all of a channel's values, as they are; a norm's input may have any scale and sign
+_KEPT = set(
+    "view unsafeview reshapealias transpose t permute squeeze unsqueeze expand alias clone detach liftfresh tocopy "
+    "copy neg flip roll nativedropout".split()
+)
+# what takes or adds some values: channels, or positions alone
+_CUTS = set(
+    "slice select split splitwithsizes unsafesplit unsafesplitwithsizes unbind index indexselect constantpadnd "
+    "reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d replicationpad3d".split()
+)
+# sums, products and choices; in the second kind only the first operand can be the layer's output that stays one
+_SUMS = set("add sub rsub addcmul lerp".split())
+_OF_ANY = _SUMS | set("mul maximum minimum fmax fmin where".split())
+_OF_FIRST = set("div addcdiv maskedfill maskedscatter indexput indexadd copyslices".split())
+_PRODUCTS = set("mm bmm addmm baddbmm".split())
+# what repeats the only value of a channel at each position
+_REPEATS = re.compile("^(expand|repeat|upsample)")
+_HOLDS_NO_LAYER = re.compile("norm|^(cat|stack)$")
+
+
+@cache
+def op_kind(name: str) -> str:
+    """One name for "aten::_unsafe_view", "UnsafeViewBackward0" and "unsafe_view_"."""
+    return re.sub(r"backward\d*$|_", "", name.rpartition("::")[2].lower().replace("copybackwards", "copy"))
+
+
+def origin(op: str, operands: Sequence[Origin | None], shape: tuple[int, ...], value: Any) -> Origin | None:
+    """That of what ``op``, which is no convolution, makes of ``operands``.
+
+    Args:
+        operands: its tensors of numbers that are not whole, in their order. None: nothing is known of it. Plain numbers
+            may be left out.
+        shape, value: of what it makes.
+    """
+    kind = op_kind(op)
+    if kind in _KEPT or kind in _CUTS:
+        return _kept(op, operands[0], shape) if operands else Origin(Producer(op), shape, shape)
+    if kind in _PRODUCTS:
+        return _product(op, operands, shape, value)
+    if kind in _OF_ANY or kind in _OF_FIRST:
+        return _combined(op, operands, shape, value)
+    known = [o for o in operands if o is not None]
+    made = Origin(Producer(op), shape, shape, _layers(known), value=value)
+    weights = [o for o in known if o.parameters == 2 and len(o.shape) > 1]
+    if weights and len(weights) < len(operands) and not _HOLDS_NO_LAYER.search(kind):  # a layer of another kind
+        return made._replace(layers=made.layers | {value})
+    same = len(known) == 1 and (shape == known[0].shape or _REPEATS.search(kind))
+    return made._replace(
+        parameters=_parameters(operands, shape),
+        size=_size_before(known[0].size, shape) if same else shape,
+    )
+
+
+def unseen(operands: Sequence[Origin | None], shape: tuple[int, ...], value: Any) -> Origin:
+    """The origin of what an op makes that may be a layer."""
+    return Origin(None, shape, shape, _layers(operands) | {UnseenLayer()}, value=value)
+
+
+def layer_output(
+    made: Producer, weight: Origin | None, source: Callable[[], Origin | None], shape: tuple[int, ...], value: Any
+) -> Origin:
+    """The origin of the output of a weight layer."""
+    if weight is not None and weight.parameters == 2:
+        made = made._replace(weight=weight.value)
+    return Origin(made, shape, shape, frozenset({value}), value=value, source=source)
+
+
+def _layers(operands):
+    """Of all ``operands``. Two are enough to know that there are several."""
+    found = frozenset().union(*(o.layers for o in operands if o is not None))
+    unseen_ones = list(filter(_is_unseen, found))
+    return found if len(found) < 3 else frozenset([*unseen_ones[:1], *(found - {*unseen_ones})][:2])
+
+
+def _parameters(operands, shape):
+    """1 if what is made of ``operands`` is made of parameters alone, as far as its size tells, else 0."""
+    made_of = [prod(o.shape) for o in operands if o is not None and o.parameters]
+    return int(
+        made_of != [] and not _layers(operands) and (len(made_of) == len(operands) or max(made_of) >= prod(shape))
+    )
+
+
+def _is_unseen(layer):
+    return isinstance(layer, UnseenLayer)
+
+
+def _is_layer(origin):
+    return origin is not None and origin.made is not None and origin.made.is_layer
+
+
+def _kept(op, operand, shape):
+    if operand is None:
+        return None
+    made = operand.made
+    if _is_layer(operand) and op_kind(op) in _CUTS:
+        n_out, before = made.n_out, operand.shape
+        whole = n_out in shape and (before[1:2] == shape[1:2] == (n_out,) or shape.count(n_out) >= before.count(n_out))
+        made = made if whole else Producer(op)
+    return operand._replace(made=made, shape=shape, size=_size_before(operand.size, shape))
+
+
+def _size_before(size, shape):
+    """``size``, if ``shape`` is what it becomes where single values are repeated, or where nothing is."""
+    repeated = len(size) <= len(shape) and all(s in (1, t) for s, t in zip(reversed(size), reversed(shape)))
+    return size if repeated else shape
+
+
+def _product(op, operands, shape, value):
+    """Of two matrices. It is a layer if one of them is made of parameters, and the other is not as surely."""
+    left, right = operands[-2:]
+    ranks = [0 if o is None else o.parameters for o in (left, right)]
+    if ranks == [2, 2]:
+        return Origin(Producer(op), shape, shape, parameters=1, value=value)
+    if ranks[1] and ranks[1] >= ranks[0]:
+        n_in, n_out = right.shape[-2:]
+        made = layer_output(Producer(op, n_in, n_out), right, lambda: left, shape, value)
+    elif ranks[0] == 2 or (ranks[0] and right is not None):
+        n_out, n_in = left.shape[-2:]
+        made = layer_output(Producer(op, n_in, n_out), left, lambda: right, shape, value)
+    elif None in (left, right) or any(map(_is_unseen, _layers((left, right)))):  # it may be a frozen weight
+        made = unseen((left, right), shape, value)
+    else:
+        made = Origin(Producer(op), shape, shape, _layers((left, right)), value=value)
+    added = operands[:-2]
+    return _combined("add", [made, *added], shape, value) if _layers(added) else made
+
+
+def _combined(op, operands, shape, value):
+    """A sum, a product or a choice: of a layer's output and what does not count beside it, or of several."""
+    counted = [o for o in operands if o is not None and o.layers and _is_full(o.size, shape)]
+    hidden = any(o is None or (o.made is None and not o.layers) for o in operands)
+    if not counted:
+        known = [o for o in operands if o is not None]
+        value = known[0].value if len(known) == 1 else value
+        made = None if hidden else Producer(op)
+        return Origin(made, shape, shape, _layers(known), _parameters(operands, shape), value)
+    able = [o for o in counted if _is_layer(o) and (op_kind(op) in _OF_ANY or o is operands[0])]
+    layers = _layers(counted)
+    if len(layers) == 1:
+        kept = able[0] if able else None
+    else:
+        kept = next((o for o in able if all(p is o or _is_adapter(p, o) for p in counted)), None)
+    if kept is not None:
+        if hidden and op_kind(op) in _SUMS and _is_adapter(kept):  # beside a frozen layer
+            return Origin(None, shape, shape, layers, value=value)
+        return kept._replace(shape=shape, size=shape, value=kept.value if len(counted) == 1 else value)
+    if len(counted) == 1 and not _is_layer(counted[0]):
+        return counted[0]._replace(shape=shape, size=shape)
+    cannot_tell = any(o.made is None for o in counted) or any(map(_is_unseen, layers))
+    return Origin(None if cannot_tell else Producer(op), shape, shape, layers, value=value)
+
+
+def _is_full(size, shape):
+    """Whether it has a number of its own for each channel and position."""
+    return ((1,) * (len(shape) - len(size)) + size)[1:] == shape[1:]
+
+
+def _is_adapter(added, layer=None):
+    """Whether it comes through two weight layers alone, the first a bottleneck, from the input of ``layer``."""
+    down = added.source() if _is_layer(added) else None
+    if not _is_layer(down) or down.made.n_out >= min(down.made.n_in, added.made.n_out):
+        return False
+    if layer is None:
+        return True
+    values = [None if o is None else o.value for o in (down.source(), layer.source())]
+    return values[0] == values[1] and down.made.n_in == layer.made.n_in
