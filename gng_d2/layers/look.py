@@ -150,12 +150,12 @@ def _compare_with_given(norm, made):
 
 
 def _compare(norm, made):
+    if made.n_in == norm.in_channels and not (norm.weight_standardization and _is_raw(made)):
+        return
     groups = norm.num_groups
     if hasattr(norm, "gain_ratio"):
         groups = practical_num_groups(made.n_in or norm.num_channels, norm.num_channels, norm.gain_ratio)
-    if not norm.weight_standardization and groups == norm.num_groups:
-        return
-    if made.n_in == norm.in_channels and not _is_raw(made):
+    if groups == norm.num_groups and not norm.weight_standardization:
         return
     if not made.is_layer:
         why = ", which has no weight"

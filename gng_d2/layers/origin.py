@@ -37,7 +37,7 @@ class UnseenLayer:
 # what leaves the values, or all of a channel's values, as they are; a norm's input may have any scale and sign
 _KEPT = set(
     "view unsafeview reshapealias transpose t permute squeeze unsqueeze expand alias clone detach liftfresh tocopy "
-    "copy neg flip roll nativedropout".split()
+    "copy neg flip roll nativedropout fuseddropout".split()
 )
 # what takes or adds some values: channels, or positions alone
 _CUTS = set(
