@@ -146,8 +146,8 @@ class _Watch(TorchDispatchMode):
         shape, value = tuple(out.shape), object()
         if _CONVOLUTION.search(op.rpartition("::")[2]):
             source, weight = operands[:2]
-            made = Producer(op.rpartition("::")[2], given[0].shape[1], shape[1])
-            found = layer_output(made, weight, lambda: source, shape, value)
+            sizes = given[0].shape[1], shape[1]
+            found = layer_output(op.rpartition("::")[2], sizes, weight, lambda: source, shape, value)
         elif _IS_EMPTY.search(op):
             found = Origin(None, shape, shape, value=value)  # what is written there may be hidden
         else:
