@@ -28,6 +28,7 @@ MEND = (
 
 # a function of the user's own may hold a weight, but for these
 _HAS_NO_LAYER = re.compile("Norm|Relu|Pool")
+_PARAMETER = Producer("a parameter")
 # nodes behind one another, before which a history is not followed
 _DEPTH = 150
 
@@ -69,8 +70,7 @@ class _Graph:
             return self._convolution(op, node, shape, value)
         if hasattr(node, "variable"):  # what has a gradient of its own
             parameter = isinstance(node.variable, nn.Parameter)
-            made = Producer("a parameter") if parameter else None
-            return Origin(made, shape, shape, parameters=2 * parameter, value=node)
+            return Origin(_PARAMETER if parameter else None, shape, shape, parameters=2 * parameter, value=node)
         edges = [] if depth > _DEPTH else node.next_functions
         operands = [self.origin(*edge, depth + 1) for edge in edges]
         if op == "BackwardHookFunction":  # of a module with a full backward hook
@@ -91,8 +91,9 @@ class _Graph:
             n_in = source[0]._input_metadata[source[1]].shape[1]
         else:
             return None
-        made = Producer(op, int(n_in), int(shape[1]))
-        return layer_output(made, self.origin(weight, index), lambda: self.origin(*source), shape, value)
+        return layer_output(
+            op, (n_in, shape[1]), self.origin(weight, index), lambda: self.origin(*source), shape, value
+        )
 
 
 def look(norm: nn.Module, input: Tensor) -> None:
@@ -153,12 +154,12 @@ def _warn_once(message):
 
 
 def _compare(norm, made):
+    if made.n_in == norm.in_channels and not (norm.weight_standardization and _is_raw(made)):
+        return
     groups = norm.num_groups
     if hasattr(norm, "gain_ratio"):
         groups = practical_num_groups(made.n_in or norm.num_channels, norm.num_channels, norm.gain_ratio)
-    if not norm.weight_standardization and groups == norm.num_groups:
-        return
-    if made.n_in == norm.in_channels and not _is_raw(made):
+    if groups == norm.num_groups and not norm.weight_standardization:
         return
     if not made.is_layer:
         why = ", which has no weight"

@@ -37,7 +37,7 @@ class UnseenLayer:
 # what leaves the values, or all of a channel's values, as they are; a norm's input may have any scale and sign
 _KEPT = set(
     "view unsafeview reshapealias transpose t permute squeeze unsqueeze expand alias clone detach liftfresh tocopy "
-    "copy neg flip roll nativedropout".split()
+    "copy neg flip roll nativedropout fuseddropout".split()
 )
 # what takes or adds some values: channels, or positions alone
 _CUTS = set(
@@ -93,12 +93,16 @@ def unseen(operands: Sequence[Origin | None], shape: tuple[int, ...], value: Any
 
 
 def layer_output(
-    made: Producer, weight: Origin | None, source: Callable[[], Origin | None], shape: tuple[int, ...], value: Any
+    op: str,
+    sizes: tuple[int, int],
+    weight: Origin | None,
+    source: Callable[[], Origin | None],
+    shape: tuple[int, ...],
+    value: Any,
 ) -> Origin:
-    """The origin of the output of a weight layer."""
-    if weight is not None and weight.parameters == 2:
-        made = made._replace(weight=weight.value)
-    return Origin(made, shape, shape, frozenset({value}), value=value, source=source)
+    """The origin of the output of a weight layer with ``sizes`` (n_in, n_out)."""
+    parameter = weight.value if weight is not None and weight.parameters == 2 else None
+    return Origin(Producer(op, *sizes, None, parameter), shape, shape, frozenset((value,)), 0, value, source)
 
 
 def _layers(operands):
@@ -148,11 +152,9 @@ def _product(op, operands, shape, value):
     if ranks == [2, 2]:
         return Origin(Producer(op), shape, shape, parameters=1, value=value)
     if ranks[1] and ranks[1] >= ranks[0]:
-        n_in, n_out = right.shape[-2:]
-        made = layer_output(Producer(op, n_in, n_out), right, lambda: left, shape, value)
+        made = layer_output(op, right.shape[-2:], right, lambda: left, shape, value)
     elif ranks[0] == 2 or (ranks[0] and right is not None):
-        n_out, n_in = left.shape[-2:]
-        made = layer_output(Producer(op, n_in, n_out), left, lambda: right, shape, value)
+        made = layer_output(op, left.shape[:-3:-1], left, lambda: right, shape, value)
     elif None in (left, right) or any(map(_is_unseen, _layers((left, right)))):  # it may be a frozen weight
         made = unseen((left, right), shape, value)
     else:

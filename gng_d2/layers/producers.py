@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -90,6 +91,7 @@ def _calls(inputs):
 _ALWAYS = {"always_call": True} if "always_call" in signature(nn.Module.register_forward_hook).parameters else {}
 # makes numbers of its own, whatever tensor it is given for the shape or to write to
 _MAKES_NUMBERS = re.compile("like$|^(new|fill|zero|uniform|normal|bernoulli|random|exponential|empty)")
+_IS_EMPTY = re.compile("::(new_)?empty")
 _CONVOLUTION = re.compile("^_?convolution|deform_conv2d")
 
 
@@ -100,6 +102,8 @@ class _Watch(TorchDispatchMode):
     after PyTorch's dispatcher. Storages are referred to weakly: their memory is free to go, and their identity is not
     taken again.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self):
         super().__init__()
@@ -114,27 +118,32 @@ class _Watch(TorchDispatchMode):
                 self._note(tensor, Origin(Producer(what), shape, shape, value=object()))
 
     def origin(self, tensor: Tensor) -> Origin:
+        if nn.parameter.is_lazy(tensor):
+            return Origin(None, (), ())
         storage, shape = _storage(tensor), tuple(tensor.shape)
-        if isinstance(tensor, nn.Parameter):  # a lazy one may be made while the model runs
+        if isinstance(tensor, nn.Parameter):  # of the model, or made for a lazy layer while it runs
             return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
-        _, whole, views = self._known.get(storage and storage.cdata, (None, Origin(None, shape, shape), {}))
+        if storage is None or storage.cdata not in self._known:
+            return Origin(None, shape, shape)
+        _, whole, views = self._known[storage.cdata]
         return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            return func(*args, **kwargs)
         with self:  # what inference mode does not take apart
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        op = func._schema.name
-        written = _written(func, args, kwargs)
+        op, kind, written = func._schema.name, op_kind(func._schema.name), _written(func, args, kwargs)
         given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor) and _has_numbers(t)]
-        overwrites = op_kind(op) == "copy" and written
-        operands = [] if _MAKES_NUMBERS.search(op_kind(op)) else [self.origin(t) for t in given[bool(overwrites) :]]
-        before = [self.origin(t) for t in written]
+        operands = [] if _MAKES_NUMBERS.search(kind) else [self.origin(t) for t in given]
+        if kind == "copy" and written:
+            operands = operands[1:]
         out = func(*args, **kwargs)
-        for tensor, old in zip(written, before):
-            self._write(tensor, self._origin(op, operands, given, tensor), old)
+        for tensor in written:
+            self._write(tensor, self._origin(op, operands, given, tensor))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and not any(tensor is t for t in written):
                 self._note(tensor, self._origin(op, operands, given, tensor))
@@ -144,8 +153,10 @@ class _Watch(TorchDispatchMode):
         shape, value = tuple(out.shape), object()
         if _CONVOLUTION.search(op.rpartition("::")[2]):
             source, weight = operands[:2]
-            made = Producer(op.rpartition("::")[2], given[0].shape[1], shape[1])
-            found = layer_output(made, weight, lambda: source, shape, value)
+            sizes = given[0].shape[1], shape[1]
+            found = layer_output(op.rpartition("::")[2], sizes, weight, lambda: source, shape, value)
+        elif _IS_EMPTY.search(op):
+            found = Origin(None, shape, shape, value=value)  # what is written there may be hidden
         else:
             found = origin(op, operands, shape, value)
         if value in found.layers and found.made is not None and found.made.is_layer:
@@ -161,7 +172,7 @@ class _Watch(TorchDispatchMode):
             self._known[storage.cdata] = (storage, found, {})
         self._known[storage.cdata][2][_place(tensor)] = found
 
-    def _write(self, tensor, found, old):
+    def _write(self, tensor, found):
         """``tensor`` is ``found`` now, and what stands in the same storage changes with it."""
         storage = _storage(tensor)
         if storage is None:

@@ -2,6 +2,7 @@ import pytest
 import torchvision
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
+from torch.nn.utils import prune
 
 from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
 from gng_d2.errors import InputError
@@ -172,3 +173,71 @@ def test_a_norm_that_was_bound_to_another_layer_in_the_end_is_no_error():
         return nn.Sequential(nn.Conv2d(4, 64, 1), norm)
 
     assert isinstance(build_naming_norms(build)[0], WSConv2d)
+
+
+class Delegates(nn.Module):
+    """What peft's modules_to_save and speechbrain's wrappers do: attributes are those of the module inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)  # endless before the module inside is there
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_wrapper_that_delegates_its_attributes():
+    wrapped = Delegates(pgn())
+    assert wrapped.num_groups is None
+    assert unbound_norms(nn.Sequential(nn.Conv2d(24, 8, 1), wrapped)) == ["1.inner"]
+    model = nn.Sequential(Delegates(nn.Conv2d(24, 8, 1)), pgn(), nn.Sequential(nn.Conv2d(24, 8, 1), pgn()))
+    assert unbound_norms(model) == ["1"] and model[2][1].num_groups == 4
+    model.load_state_dict(Delegates(model).inner.state_dict())
+    Delegates(nn.Sequential(nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8)))
+
+
+def test_properties_of_the_class_are_read_and_may_fail():
+    class Layer(nn.Module):
+        in_channels = property(lambda self: self.inner.in_channels)
+        out_channels = property(lambda self: self.inner.out_channels)
+        weight = property(lambda self: self.inner.weight)
+
+        def __init__(self):
+            super().__init__()
+            self.first = pgn()  # while there is no layer inside
+            self.inner = nn.Conv2d(24, 8, 1)
+
+    layer = Layer()
+    assert layer.first.num_groups is None
+    del layer.first
+    assert nn.Sequential(layer, pgn())[1].num_groups == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Lazy")
+@pytest.mark.parametrize(
+    "change, groups",
+    [
+        (nn.utils.parametrizations.weight_norm, 4),
+        (nn.utils.parametrizations.spectral_norm, 4),
+        (nn.utils.weight_norm, 4),
+        (nn.utils.spectral_norm, 4),
+        (lambda layer: nn.LazyConv2d(8, 1), None),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 4),
+    ],
+)
+def test_layers_with_a_weight_of_another_kind(change, groups):
+    assert nn.Sequential(change(nn.Conv2d(24, 8, 1)), pgn())[1].num_groups == groups
+
+
+def test_the_message_names_the_class_with_its_module():
+    class Conv2d(nn.Conv2d):  # of somebody else
+        pass
+
+    with pytest.raises(InputError, match=r"PGN\+WS cannot follow a tests\.layers\.test_binding\.\S*Conv2d: only"):
+        nn.Sequential(Conv2d(24, 8, 1), get_norm("PGN+WS", 8))

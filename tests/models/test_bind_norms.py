@@ -13,7 +13,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d, bind_norms, norm_table, practical_num_groups, unbound_norms
+from gng_d2 import (
+    GroupNorm,
+    PracticalGroupNorm,
+    WSConv2d,
+    bind_norms,
+    convert_norms,
+    norm_table,
+    practical_num_groups,
+    unbound_norms,
+)
 from gng_d2.errors import InputError
 from gng_d2.layers.kinds import NO_LAYER
 
@@ -201,12 +210,13 @@ def test_a_norm_in_two_places_with_layers_of_other_sizes_is_an_error():
     assert bind_norms(model, image(8))[2].num_groups == 1
 
 
-def test_what_does_not_run_or_cannot_be_seen_stays_unbound(caplog):
-    class Custom(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return torch.from_numpy(x.numpy() * 2)
+class ThroughNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.numpy() * 2)
 
+
+def test_what_does_not_run_or_cannot_be_seen_stays_unbound(caplog):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -214,7 +224,7 @@ def test_what_does_not_run_or_cannot_be_seen_stays_unbound(caplog):
             self.conv = conv(24)
 
         def forward(self, x):
-            self.hidden(Custom.apply(self.conv(x)))
+            self.hidden(ThroughNumpy.apply(self.conv(x)))
             return self.seen(self.conv(x))
 
     model = Model()
@@ -222,6 +232,54 @@ def test_what_does_not_run_or_cannot_be_seen_stays_unbound(caplog):
         bind_norms(model, image(24))
     assert unbound_norms(model) == ["unused", "first", "hidden"]
     assert "1 norms are bound" in caplog.text and "3 stay unbound (unused, first, hidden)" in caplog.text
+
+
+class BehindNumpy(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.decoy, self.norm = conv(64), conv(24), norm
+
+    def forward(self, x):
+        return self.norm(ThroughNumpy.apply(self.conv(x)))
+
+
+def test_what_rests_on_registration_and_cannot_be_seen_is_unbound_and_listed(caplog):
+    model = bind_norms(BehindNumpy(pgn(8)), image(64))
+    assert unbound_norms(model) == ["norm"] and model.norm.in_channels is None
+    assert "changed the number of groups of 1 norms: norm: 4 -> none, as its layer cannot be seen" in caplog.text
+    model = bind_norms(BehindNumpy(pgn(8, weight_standardization=True)), image(64))
+    assert unbound_norms(model) == ["norm"] and type(model.decoy) is nn.Conv2d
+    model = convert_norms(BehindNumpy(nn.BatchNorm2d(8)), "PGN", image(64))
+    assert unbound_norms(model) == ["norm"]
+    assert "1 have no groups until bind_norms or a training step (norm)" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, image(64)), "compile"])
+def test_parts_that_are_scripted_traced_or_compiled_are_seen(make):
+    part = nn.Sequential(conv(64), nn.Identity())
+    part = torch.compile(part, backend="eager") if make == "compile" else make(part)
+    model = nn.Sequential(part, conv(8, 24), conv(24), pgn(8))
+    model.forward = lambda x: model[3](model[0](x))
+    assert bind_norms(model, image(64))[3].num_groups == 8
+    model.forward = lambda x: model[3](torch.jit.script(nn.ReLU())(model[0](x)))
+    assert bind_norms(model, image(64))[3].weight_layer == NO_LAYER
+
+
+def test_inference_mode_inside_the_model():
+    class Model(Then):
+        def forward(self, x):
+            with torch.inference_mode():
+                return super().forward(x)
+
+    for layer, shape in ((conv(64), (2, 64, 5, 5)), (nn.Linear(64, 8), (2, 64))):
+        assert bind_norms(Model(layer, lambda h: h * 2, pgn(8)), torch.randn(shape)).norm.num_groups == 8
+
+
+def test_a_norm_in_two_places_where_its_groups_are_the_same():
+    norm = pgn(8)
+    model = nn.Sequential(conv(8), nn.Identity(), norm, nn.ReLU(), norm, conv(8, 4), conv(4), nn.Identity(), norm)
+    assert bind_norms(model, image(8))[2].num_groups == 1
 
 
 def test_a_norm_on_the_input_of_the_model_follows_no_layer():
