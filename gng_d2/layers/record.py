@@ -86,22 +86,20 @@ def take_record(norm: nn.Module, state_dict: Mapping, prefix: str, local_metadat
     if record is None:
         if norm.norm_name() != "GN":
             _log_once(load, logging.INFO, f"{name}: its groups were not checked, because its weights have no record")
-    elif norm.num_groups is not None:
-        if not fits(record, norm_record(norm)):
-            here = (
-                f"{describe_record(norm_record(norm))} here, {describe_record(record)} where its weights were trained"
-            )
-            _log_once(load, logging.WARNING, f"{name} has {here}")
-    elif record["num_groups"] is not None and not norm.weight_standardization:  # which has to meet its layer
+        return
+    takes = norm.num_groups is None and record["num_groups"] is not None and not norm.weight_standardization
+    if takes:
         norm.num_groups, norm.weight_layer = record["num_groups"], _RECORD
         n_in = record.get("in_channels")
         if n_in and practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) == norm.num_groups:
             norm.in_channels = n_in
-        else:
-            taken = (
-                f"this PGN takes {describe_record(record)} from the record of its weights, which is not that of a PGN"
-            )
-            _log_once(load, logging.WARNING, f"{name}: {taken}. Training or gng_d2.bind_norms compares its real layer")
+    there, here = describe_record(record), norm_record(norm)
+    if not fits(record, {**here, "num_groups": here["num_groups"] or record["num_groups"]}):
+        here = describe_record(here)
+        _log_once(load, logging.WARNING, f"{name}: {here} here, {there} where its weights were trained")
+    elif takes and norm.in_channels is None:
+        taken = f"{name}: this PGN takes {there} from the record of its weights, which is not that of a PGN"
+        _log_once(load, logging.WARNING, f"{taken}. Training or gng_d2.bind_norms compares its real layer")
 
 
 _logged: dict[int, list] = {}  # level -> the load of the last message

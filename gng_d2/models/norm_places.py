@@ -85,7 +85,7 @@ def _wider(x):
     """Images twice as wide, and wide enough for any stride to leave more than one pixel."""
     if not isinstance(x, Tensor) or x.dim() < 3:
         return x
-    return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / x.shape[-1])))
+    return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_other_norms_are_a_warning_when_fine_tuned(trained, caplog):
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         Checkpointer(model(HEAD, "GN1")).resume_or_load(str(trained), resume=False)
     (message,) = messages(caplog)
-    assert message.startswith("sem_seg_head.p2.0.norm has 1 group here, 8 groups and WS where its weights were trained")
+    assert message.startswith("sem_seg_head.p2.0.norm: 1 group here, 8 groups and WS where its weights were trained")
 
 
 def test_a_checkpoint_without_the_record_is_taken_as_it_is(trained, tmp_path, caplog):

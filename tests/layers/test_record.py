@@ -61,7 +61,7 @@ def test_other_groups_are_one_warning_in_any_loader(load, saved, caplog):
         load(net(gn16), saved)
     assert messages(caplog, logging.INFO) == []
     (warning,) = messages(caplog, logging.WARNING)
-    assert warning.startswith("body.1 has 16 groups here, 1 group where its weights were trained")
+    assert warning.startswith("body.1: 16 groups here, 1 group where its weights were trained")
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -117,7 +117,7 @@ def test_a_part_and_a_single_norm_are_compared(caplog):
     net(gn16)["body"].load_state_dict(net(pgn)["body"].state_dict())
     gn16().load_state_dict(PracticalGroupNorm(64, in_channels=64).state_dict())
     parts = messages(caplog, logging.WARNING)
-    assert parts[0].startswith("1 has 16 groups here") and parts[1].startswith("the norm has 16 groups here")
+    assert parts[0].startswith("1: 16 groups here") and parts[1].startswith("the norm: 16 groups here")
 
 
 def test_weight_standardization_is_recorded(caplog):
@@ -126,7 +126,7 @@ def test_weight_standardization_is_recorded(caplog):
 
     net(gn16).load_state_dict(net(ws).state_dict())
     (warning,) = messages(caplog, logging.WARNING)
-    assert "body.1 has 16 groups here, 16 groups and WS where" in warning
+    assert "body.1: 16 groups here, 16 groups and WS where" in warning
     caplog.clear()
     net(ws).load_state_dict(net(ws).state_dict())
     assert messages(caplog, logging.WARNING) == []
@@ -200,11 +200,20 @@ def test_training_compares_what_a_record_gave_with_the_layer():
         model(torch.randn(2, 64, 4, 4))
 
 
-def test_a_norm_with_ws_waits_for_its_layer():
+def test_a_norm_with_ws_waits_for_its_layer(caplog):
     model, image = Unbound(weight_standardization=True), torch.randn(1, 64, 4, 4)
     model.load_state_dict(bind_norms(Unbound(weight_standardization=True), image).state_dict())
-    assert not model.norm.is_bound()
+    assert not model.norm.is_bound() and messages(caplog, logging.WARNING) == []
     assert bind_norms(model, image).norm.is_bound() and type(model.conv) is WSConv2d
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_an_unbound_norm_compares_the_weight_standardization(here, caplog):
+    trained = bind_norms(Unbound(weight_standardization=not here), torch.randn(1, 64, 4, 4))
+    Unbound(weight_standardization=here).load_state_dict(trained.state_dict())
+    (warning,) = messages(caplog, logging.WARNING)
+    there, here = ("1 group", "a norm without groups") if here else ("1 group and WS", "1 group")
+    assert warning.startswith(f"norm: {here} here, {there} where its weights were trained")
 
 
 @pytest.mark.parametrize("garbage", [3, {}, {"num_groups": "8", "weight_standardized": True}, {"num_groups": 8}])
@@ -223,7 +232,7 @@ def test_a_norm_in_two_places_and_one_without_weights(caplog):
     theirs = nn.ModuleList([GroupNorm(8, 64), GroupNorm(8, 64), GroupNorm(8, 64, affine=False)])
     model.load_state_dict(theirs.state_dict())
     (warning,) = messages(caplog, logging.WARNING)
-    assert warning.startswith("0 has 16 groups here, 8 groups where")
+    assert warning.startswith("0: 16 groups here, 8 groups where")
 
 
 def test_each_load_warns_once(caplog):
