@@ -205,32 +205,20 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
-        _check_boxes(names, annotations if "thing_classes" in learned else [])
+    for annotation, record in annotations if "thing_classes" in learned else ():
+        box, (key, count), image = annotation.get("bbox"), learned["thing_classes"], record.get("file_name")
+        if isinstance(mapper, DatasetMapper) and (not hasattr(box, "__len__") or len(box) not in (4, 5)):  # 5: rotated
+            raise InputError(f"DATASETS.TRAIN {names}: {image} has the bbox {box}; four numbers are one")
+        if not 0 <= annotation.get("category_id", 0) < count:
+            raise InputError(
+                f"{key} is {count}, but {image} in DATASETS.TRAIN {names} has the category_id "
+                f"{annotation['category_id']}; they count from 0 to {count - 1}"
+            )
     if annotations and not any(_has_area(a) for a, _ in annotations):
         raise InputError(
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
             f"{list(annotations[0][0]['bbox'])} of {annotations[0][1].get('file_name')}. Is their bbox_mode right?"
         )
-    if "thing_classes" in learned:
-        _check_labels(names, annotations, *learned["thing_classes"])
-
-
-def _check_boxes(names, annotations):
-    for annotation, record in annotations:
-        box = annotation.get("bbox")
-        if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
-            raise InputError(
-                f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
-            )
-
-
-def _check_labels(names, annotations, key, count):
-    for annotation, record in annotations:
-        if not 0 <= annotation.get("category_id", 0) < count:
-            raise InputError(
-                f"{key} is {count}, but {record.get('file_name')} in DATASETS.TRAIN {names} has the category_id "
-                f"{annotation['category_id']}; they count from 0 to {count - 1}"
-            )
 
 
 def _has_area(annotation):
