@@ -27,9 +27,9 @@ ANEW = "the same command starts anew"
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
-def tool_parser(doc, **options):
+def tool_parser(doc):
     """A parser whose ``--help`` shows a tool's docstring as it stands."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_outputs(parser, json, plot=None):

@@ -104,8 +104,8 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg, start_iter=0):
-        return build_train_loader(cfg, start_iter)
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -220,10 +220,7 @@ def setup_job(
                 raise InputError(f"MODEL.WEIGHTS: {error}") from None
             if eval_only:
                 check_norms(model, checkpoint, cfg.MODEL.WEIGHTS)
-    try:
-        prepare_folder(cfg.OUTPUT_DIR)
-    except InputError as error:
-        raise InputError(f"OUTPUT_DIR: {error}") from error
+    prepare_folder(cfg.OUTPUT_DIR, f"to OUTPUT_DIR {cfg.OUTPUT_DIR!r}")
     prepare_datasets(cfg, eval_only)
     check_evaluation(cfg, model)
     cfg.freeze()

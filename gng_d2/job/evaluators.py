@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -47,32 +48,34 @@ def _coco(cfg, name, folder):
     return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
 
-# by the `evaluator_type` of Detectron2's metadata
-EVALUATORS: dict[str, list[Callable]] = {
-    "coco": [_coco],
-    "coco_panoptic_seg": [_semantic, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)],
-    "sem_seg": [_semantic],
-    "lvis": [lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)],
-    "pascal_voc": [lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)],
-    "cityscapes_instance": [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+class Evaluation(NamedTuple):
+    """How the datasets of one ``evaluator_type`` of Detectron2's metadata are evaluated."""
+
+    evaluators: list[Callable]  # from a config, a dataset's name and a folder
+    needs: set[str] = set()  # of a model's output; COCO's and LVIS' evaluators leave out what is not there
+    package: str = "torch"  # that it needs beside Detectron2's own, and what pip calls it
+    distribution: str = "torch"
+
+
+_LABELS = "cityscapesscripts"
+_EVALUATIONS = {
+    "coco": Evaluation([_coco]),
+    "coco_panoptic_seg": Evaluation(
+        [_semantic, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)],
+        {"sem_seg", "panoptic_seg"},
+        *("panopticapi", "panopticapi-lite"),
+    ),
+    "sem_seg": Evaluation([_semantic], {"sem_seg"}),
+    "lvis": Evaluation([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], set(), "lvis", "lvis"),
+    "pascal_voc": Evaluation([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], {"instances"}),
+    "cityscapes_instance": Evaluation(
+        [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)], {"instances"}, _LABELS, _LABELS
+    ),
+    "cityscapes_sem_seg": Evaluation(
+        [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)], {"sem_seg"}, _LABELS, _LABELS
+    ),
 }
-# the package that an evaluation needs beside Detectron2's own, and what pip calls it
-_PACKAGES = {
-    "coco_panoptic_seg": ("panopticapi", "panopticapi-lite"),
-    "lvis": ("lvis", "lvis"),
-    "cityscapes_instance": ("cityscapesscripts", "cityscapesscripts"),
-    "cityscapes_sem_seg": ("cityscapesscripts", "cityscapesscripts"),
-}
-# what an evaluation takes out of a model's output; COCO's and LVIS' leave out what is not there
-_NEEDED = {
-    "coco_panoptic_seg": {"sem_seg", "panoptic_seg"},
-    "sem_seg": {"sem_seg"},
-    "pascal_voc": {"instances"},
-    "cityscapes_instance": {"instances"},
-    "cityscapes_sem_seg": {"sem_seg"},
-}
-# what models put into it. Another project's class, a subclass too, is not compared
+# what models put into their output. Another project's class, a subclass too, is not compared
 _GIVEN = {
     GeneralizedRCNN: {"instances"},
     RetinaNet: {"instances"},
@@ -90,13 +93,14 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluators:
         InputError: there are none for such a dataset, or they need a package that is not installed.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind not in EVALUATORS:
-        raise InputError(f"DATASETS.TEST: {name!r} has evaluator_type {kind!r}; known: {', '.join(EVALUATORS)}")
-    package, distribution = _PACKAGES.get(kind, ("torch", ""))
+    if kind not in _EVALUATIONS:
+        known = ", ".join(_EVALUATIONS)
+        raise InputError(f"DATASETS.TEST: {name!r} has evaluator_type {kind!r}; known: {known}")
+    evaluators, _, package, distribution = _EVALUATIONS[kind]
     if importlib.util.find_spec(package) is None:
         raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {distribution}")
     with naming_datasets("DATASETS.TEST", [name]):
-        return DatasetEvaluators([make(cfg, name, folder) for make in EVALUATORS[kind]])
+        return DatasetEvaluators([make(cfg, name, folder) for make in evaluators])
 
 
 def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
@@ -116,7 +120,7 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
         build_evaluator(cfg, name, folder)
-        needed = _NEEDED.get(MetadataCatalog.get(name).evaluator_type, set())
+        needed = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type].needs
         if given is not None and needed - given:
             raise InputError(
                 f"DATASETS.TEST: the evaluation of {name!r} needs the {' and '.join(sorted(needed))} of a model, and a "

@@ -64,8 +64,11 @@ def save_figure(figure, path: str, dpi: int) -> None:
         figure.savefig(file, format=os.path.splitext(path)[1][1:].lower(), dpi=dpi)
 
 
-def prepare_folder(folder: str) -> None:
+def prepare_folder(folder: str, name: str | None = None) -> None:
     """Make ``folder`` if it is not there, and see that files can be written in it.
+
+    Args:
+        name: what the error says cannot be written, by default the folder.
 
     Raises:
         InputError: says why they cannot.
@@ -75,7 +78,7 @@ def prepare_folder(folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**16))  # because an empty file can be made on a full disk
     except OSError as error:
-        raise InputError(f"cannot write to {folder!r}: {error.strerror}") from error
+        raise InputError(f"cannot write {name or f'to {folder!r}'}: {error.strerror}") from error
 
 
 def prepare_outputs(*paths: str | None) -> None:
@@ -88,4 +91,4 @@ def prepare_outputs(*paths: str | None) -> None:
         if os.path.isdir(path):
             raise InputError(f"cannot write {path}: it is a folder")
         if os.path.isfile(path) or not os.path.exists(path):  # no device
-            prepare_folder(os.path.dirname(path) or ".")
+            prepare_folder(os.path.dirname(path) or ".", path)

@@ -3,7 +3,6 @@
 Nothing that a file holds is run on the way: only tensors, numbers, texts and containers of them are read.
 """
 
-import errno
 import os
 import pickle
 import re
@@ -24,7 +23,6 @@ __all__ = [
     "DEPTHS",
     "Conversion",
     "convert_file",
-    "read_checkpoint",
     "convert_resnet",
     "write_weights",
     "config_keys",
@@ -59,35 +57,13 @@ def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
         raise InputError(f"the output {out} must end in .pkl: by that Detectron2 tells such a file")
     if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
         raise InputError(f"the output {out} is the input: give it another name")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_weight_file(path)
     try:
         conversion = convert_resnet(checkpoint, depth)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     write_weights(out, conversion.weights, author=f"gng_d2, from {os.path.basename(path)}")
     return conversion
-
-
-def read_checkpoint(path: str) -> Any:
-    """What ``torch.save``, safetensors or pickle wrote to ``path``, on the CPU, without running any of it.
-
-    Raises:
-        InputError: there is no such file, it is damaged, or it holds more than plain data.
-    """
-    if not path.endswith(".safetensors"):
-        return read_weight_file(path)
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise InputError(f"cannot read {path}: {os.strerror(errno.ENOENT)}") from error
-    except Exception as error:  # of any kind: a damaged file has even raised OSError
-        raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}). Is the download whole?"
-        ) from error
 
 
 def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> None:

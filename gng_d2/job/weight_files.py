@@ -33,8 +33,9 @@ def files_are_trusted() -> bool:
 def read_weight_file(path: str, pickled: bool = False) -> Any:
     """What a file of weights holds, with tensors on the CPU. Nothing of it is run.
 
-    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2's and Caffe2's are; any
-    other file is what ``torch.save`` wrote. The checksums in such a file are compared, which ``torch.load`` does not.
+    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2's and Caffe2's are, and a
+    .safetensors is tensors alone. Any other file is what ``torch.save`` wrote; its checksums are compared, which
+    ``torch.load`` does not.
 
     Args:
         pickled: the file is a pickle, whatever its name.
@@ -47,6 +48,8 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
             if pickled or path.endswith(".pkl"):
                 reader = pickle.Unpickler if files_are_trusted() else _DataUnpickler
                 return reader(file, encoding="latin1").load()  # the encoding of Python 2's files
+            if path.endswith(".safetensors"):
+                return _load_safetensors(path)
             if any(file.read(512)) and tarfile.is_tarfile(path):
                 # PyTorch's format of before 2017: up to 2.5, weights_only did not hold it back
                 raise InputError(f"{path} is a tar archive. Only what torch.save wrote is read")
@@ -58,18 +61,30 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # damaged files have raised a dozen kinds
-        if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):  # torch raises other OSErrors
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-        # PyTorch's text is not passed on, because it proposes to run the file
-        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            raise InputError(
-                f"{path} holds more than data: it asks for {wanted[1]}, which would run code on reading. Nothing of it "
-                f"was run. Where you trust its source, --trust-files opens it all the same"
-            ) from None
-        raise InputError(
-            f"{path} cannot be read as weights ({type(error).__name__}). It is damaged, cut off or another kind of file"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _load_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
+    return load_file(path)
+
+
+def _unreadable(path, error):
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):  # torch raises other OSErrors
+        return InputError(f"cannot read {path}: {error.strerror}")
+    # PyTorch's text is not passed on, because it proposes to run the file
+    wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and wanted:
+        return InputError(
+            f"{path} holds more than data: it asks for {wanted[1]}, which would run code on reading. Nothing of it was "
+            f"run. Where you trust its source, --trust-files opens it all the same"
+        )
+    return InputError(
+        f"{path} cannot be read as weights ({type(error).__name__}). It is damaged, cut off or another kind of file"
+    )
 
 
 class _DataUnpickler(pickle.Unpickler):

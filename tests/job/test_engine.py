@@ -427,7 +427,7 @@ def test_what_was_evaluated_is_written_before_test_time_augmentation_begins(shap
             "^the model of this config cannot be built: No object named 'Elsewhere' found in 'ROI_HEADS' registry! "
             "Your own is registered by a module of yours: --import FILE.py runs it first",
         ),
-        ("OUTPUT_DIR {tmp_path}/file", "OUTPUT_DIR: cannot write to .*file"),
+        ("OUTPUT_DIR {tmp_path}/file", "cannot write to OUTPUT_DIR .*file"),
     ],
 )
 def test_what_no_job_could_end_with_is_refused_before_it(overrides, message, shapes, tmp_path):

@@ -35,7 +35,6 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             _prepare_dataset(f"DATASETS.{key}", name)
-            _load_dataset(f"DATASETS.{key}", name)
         for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
             try:
                 read_weight_file(PathManager.get_local_path(path), pickled=True)  # Detectron2 unpickles it
@@ -64,20 +63,15 @@ def _prepare_dataset(key, name):
                 f"{key}: the {field} of dataset {name!r} is not there: {path}. Datasets are looked for in "
                 f"{embedded.datasets_root().resolve()}; the environment variable DETECTRON2_DATASETS sets that folder"
             )
-
-
-def _load_dataset(key, name):
-    """Load what is else loaded for the last evaluation alone, and a COCO JSON whose categories are not registered: they
-    become metadata when it is loaded. A dataset whose classes are known is not loaded twice for the training."""
-    metadata = MetadataCatalog.get(name)
-    if key != "DATASETS.TEST" and (metadata.get("thing_classes") or not metadata.get("json_file")):
-        return
-    with naming_datasets(key, [name]):
-        records = DatasetCatalog.get(name)
-    for record in records if isinstance(records, list) else ():
-        for path in (record[field] for field in FILES if field in record):
-            if not PathManager.exists(path):
-                raise InputError(f"{key}: the file {path} of dataset {name!r} is not there")
+    # What is else loaded for the last evaluation alone; and a COCO JSON that alone names the classes, which become
+    # metadata when it is loaded
+    if key == "DATASETS.TEST" or (metadata.get("json_file") and not metadata.get("thing_classes")):
+        with naming_datasets(key, [name]):
+            records = DatasetCatalog.get(name)
+        for record in records if isinstance(records, list) else ():
+            gone = [record[field] for field in FILES if field in record and not PathManager.exists(record[field])]
+            if gone:
+                raise InputError(f"{key}: the file {gone[0]} of dataset {name!r} is not there")
 
 
 def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -97,7 +91,14 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
             known = MetadataCatalog.get(name).get(field)
             if known is not None:
                 compare(key, count, field, name, len(known), trains=name in names)
-                _compare_names(names, name, field)
+                difference = _difference([*names[:1], name], field)
+                if difference and len(known) == count:
+                    logging.getLogger(__name__).warning(f"DATASETS.TEST: {difference}")
+    _check_labels(cfg, names)
+
+
+def _check_labels(cfg, names):
+    """Keypoints that are mirrored alike and have names, and the label of what is not annotated."""
     if cfg.MODEL.KEYPOINT_ON:
         _check_same(names, "keypoint_flip_map")
         for name in names:
@@ -141,30 +142,24 @@ def compare(key: str, count: int, field: str, name: str, known: int, trains: boo
         logging.getLogger(__name__).warning(f"{message}, unless the weights were made for {count}")
 
 
-def _compare_names(trained, name, field):
-    learned, known = (MetadataCatalog.get(n).get(field) for n in (trained[0] if trained else name, name))
-    if learned is not None and len(learned) == len(known) and list(learned) != list(known):
-        logging.getLogger(__name__).warning(
-            f"DATASETS.TEST {name!r} has other {field} than DATASETS.TRAIN {trained[0]!r}, "
-            f"{_first_difference(learned, known)}"
-        )
+def _check_same(names, field):
+    difference = _difference(names, field)
+    if difference:
+        raise InputError(f"DATASETS.TRAIN: {difference}, and Detectron2 trains on them as on one dataset")
 
 
-def _check_same(names: Sequence[str], field: str) -> None:
-    """Detectron2 trains on several datasets as one."""
-    lists = {name: MetadataCatalog.get(name).get(field) for name in names}
-    first = next(iter(lists), None)
-    for name, entries in lists.items():
-        if entries is not None and lists[first] is not None and list(entries) != list(lists[first]):
-            raise InputError(
-                f"DATASETS.TRAIN: {first!r} and {name!r} are trained on together, but have different {field}: "
-                f"{len(lists[first])} and {len(entries)}, {_first_difference(lists[first], entries)}"
+def _difference(names, field):
+    """How the classes of the first of the datasets ``names`` differ from another's, as far as they tell."""
+    expected, first = MetadataCatalog.get(names[0]).get(field) if names else None, names[:1]
+    for name in names[1:] if expected is not None else ():
+        entries = MetadataCatalog.get(name).get(field)
+        if entries is not None and list(entries) != list(expected):
+            index, pair = next((i, p) for i, p in enumerate(itertools.zip_longest(expected, entries)) if p[0] != p[1])
+            return (
+                f"{first[0]!r} and {name!r} have different {field}: {len(expected)} and {len(entries)}, the first "
+                f"difference is {pair[0]!r} and {pair[1]!r} at {index}"
             )
-
-
-def _first_difference(a, b):
-    index, pair = next((i, p) for i, p in enumerate(itertools.zip_longest(a, b)) if p[0] != p[1])
-    return f"the first difference is {pair[0]!r} and {pair[1]!r} at {index}"
+    return None
 
 
 @contextmanager
@@ -205,32 +200,20 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
-        _check_boxes(names, annotations if "thing_classes" in learned else [])
+    for annotation, record in annotations if "thing_classes" in learned else ():
+        box, (key, count), image = annotation.get("bbox"), learned["thing_classes"], record.get("file_name")
+        if isinstance(mapper, DatasetMapper) and (not hasattr(box, "__len__") or len(box) not in (4, 5)):  # 5: rotated
+            raise InputError(f"DATASETS.TRAIN {names}: {image} has the bbox {box}; four numbers are one")
+        if not 0 <= annotation.get("category_id", 0) < count:
+            raise InputError(
+                f"{key} is {count}, but {image} in DATASETS.TRAIN {names} has the category_id "
+                f"{annotation['category_id']}; they count from 0 to {count - 1}"
+            )
     if annotations and not any(_has_area(a) for a, _ in annotations):
         raise InputError(
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
             f"{list(annotations[0][0]['bbox'])} of {annotations[0][1].get('file_name')}. Is their bbox_mode right?"
         )
-    if "thing_classes" in learned:
-        _check_labels(names, annotations, *learned["thing_classes"])
-
-
-def _check_boxes(names, annotations):
-    for annotation, record in annotations:
-        box = annotation.get("bbox")
-        if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: a rotated one
-            raise InputError(
-                f"DATASETS.TRAIN {names}: {record.get('file_name')} has the bbox {box}; four numbers are one"
-            )
-
-
-def _check_labels(names, annotations, key, count):
-    for annotation, record in annotations:
-        if not 0 <= annotation.get("category_id", 0) < count:
-            raise InputError(
-                f"{key} is {count}, but {record.get('file_name')} in DATASETS.TRAIN {names} has the category_id "
-                f"{annotation['category_id']}; they count from 0 to {count - 1}"
-            )
 
 
 def _has_area(annotation):

@@ -104,11 +104,10 @@ def after_batches(
     return itertools.chain(sorted(itertools.chain.from_iterable(waiting.values())), places)
 
 
-def build_train_loader(cfg: CfgNode, start_iter: int = 0):
-    """The loader of Detectron2's ``build_detection_train_loader(cfg)``, from iteration ``start_iter`` on.
+def build_train_loader(cfg: CfgNode):
+    """The loader of Detectron2's ``build_detection_train_loader(cfg)``: the same dataset, sampler, mapper and batches.
 
-    The same dataset, sampler, mapper and batches. Where SEED is set (0 or more), they are the same in every
-    run, for any number of DATALOADER.NUM_WORKERS; without it, ``start_iter`` means nothing.
+    Where SEED is set (0 or more), they are the same in every run, for any number of DATALOADER.NUM_WORKERS.
     """
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
@@ -131,7 +130,7 @@ def build_train_loader(cfg: CfgNode, start_iter: int = 0):
     loader = DataLoader(
         dataset,
         sampler=PlaceSampler(
-            parts["sampler"], partial(after_batches, shape=shape, batch_size=batch_size, num_batches=start_iter)
+            parts["sampler"], partial(after_batches, shape=shape, batch_size=batch_size, num_batches=0)
         ),
         batch_size=None if grouped else batch_size,
         collate_fn=_identity if grouped else trivial_batch_collator,
