@@ -270,6 +270,31 @@ def test_a_product_is_a_layer_only_where_its_factor_is_a_weight():
         assert bind_norms(model, torch.randn(9, 64))[2].num_groups == 1
 
 
+def test_graphs_that_training_cannot_tell_apart_but_bind_norms_can(caplog):
+    for hide in (lambda h: h.detach(), None):
+        model = Net(lambda net, x: net.conv(x) + (hide or (lambda h: h))(net.other(x)), SEVERAL)
+        if hide is None:
+            model.other.requires_grad_(False)
+        model(picture())
+        bind_norms(model, picture())
+        assert model.norm.weight_layer == NO_LAYER
+    assert caplog.text.count("norm: 8 -> 1") == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (2, 7, 64)])
+def test_an_embedding_has_full_size_beside_vectors_alone(shape):
+    def add(net, x):
+        h = net.linear(x) + net.time(x if x.dim() == 2 else x.mean(1, keepdim=True))
+        return h if h.dim() == 2 else h.mT
+
+    model = Net(add, {"linear": nn.Linear(64, C), "time": nn.Linear(64, C)})
+    made = made_by(model.run(model, torch.randn(shape)))
+    assert made.is_layer == (len(shape) == 3)
+    model.norm.num_groups = 1
+    (run,) = find_producers(model, [model.norm], torch.randn(shape))[model.norm]
+    assert run.is_layer == made.is_layer
+
+
 def test_an_embedding_alone_is_no_layer_of_maps():
     model = Net(lambda net, x: net.time(vector(x))[..., None, None] + x[:, :C], {"time": nn.Linear(64, C)})
     made = made_by(model.run(model, picture()))
