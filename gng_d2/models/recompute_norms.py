@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import StandIn, original_class, stand_in
+from gng_d2.layers.class_change import StandIn, add, has, remove
 from gng_d2.ops.backends import is_transformed, kernels_may_run, set_kernels_enabled
 
 __all__ = ["recompute_norms", "recomputed_modules"]
@@ -66,8 +66,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     """
     if not enable:
         for module in model.modules():
-            if isinstance(module, _Recomputed):
-                module.__class__ = original_class(module)
+            if has(module, _Recomputed):
+                remove(module, _Recomputed)
                 module.__dict__.pop("_changed_in_place", None)
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
@@ -83,8 +83,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
             f"spectral norm must not run twice"
         )
     for _, module in chains:
-        if not isinstance(module, _Recomputed):
-            stand_in(module, _Recomputed)
+        add(module, _Recomputed)
     taken = sum(len(_norms_in(module)) for _, module in chains)
     logging.getLogger(__name__).info(
         f"computed again in the backward pass: {taken} of {len(_norms_in(model))} norms, in "
@@ -95,7 +94,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
 def recomputed_modules(model: nn.Module) -> list[str]:
     """The names of the modules of ``model`` that :func:`recompute_norms` took."""
-    return [name for name, module in model.named_modules() if isinstance(module, _Recomputed)]
+    return [name for name, module in model.named_modules() if has(module, _Recomputed)]
 
 
 # Which modules
@@ -166,6 +165,8 @@ def _changes_itself(module):
 
 class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
+
+    order = 2
 
     # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept. None: not known yet
     _changed_in_place = None
