@@ -6,10 +6,11 @@ one is always the same: of two ways, the one of the higher ``order`` wraps the o
 """
 
 from functools import cache, wraps
+from types import FunctionType
 
 from torch import nn
 
-__all__ = ["StandIn", "add", "has", "original_class", "remove"]
+__all__ = ["StandIn", "add", "has", "original_class", "remove", "ways_of"]
 
 
 class StandIn:
@@ -35,11 +36,13 @@ class StandIn:
     def wrap(cls, wrapped: type) -> type:
         """The class that runs what ``wrapped`` runs, in this way."""
         name = cls.method_of(wrapped)
+        original = getattr(wrapped, name)
 
-        @wraps(getattr(wrapped, name))  # its signature is read by torch.fx
-        def method(self, *args, **kwargs):
+        def run(self, *args, **kwargs):
             return cls.run(self, getattr(super(made, self), name), args, kwargs)
 
+        # torch.fx reads the signature of the original method, torch.jit.script its code, with the names in its module
+        method = wraps(original)(FunctionType(run.__code__, original.__globals__, closure=run.__closure__))
         names = {"__module__": wrapped.__module__, "__doc__": wrapped.__doc__, name: method, "_way_of_running": cls}
         made = type(f"{cls.__name__.lstrip('_')}{wrapped.__name__}", (cls, wrapped), names)
         return made
@@ -51,34 +54,34 @@ class StandIn:
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(2)
-        return _new, (original_class(self), *_made(self)), *state
+        return _new, (original_class(self), *ways_of(self)), *state
 
 
 def add(module: nn.Module, way: type) -> None:
     """Have ``module`` run in that way, too."""
-    module.__class__ = _class_of(original_class(module), {*_made(module), way})
+    module.__class__ = _class_of(original_class(module), {*ways_of(module), way})
 
 
 def remove(module: nn.Module, way: type) -> None:
     """Have ``module`` no longer run in that way."""
-    module.__class__ = _class_of(original_class(module), {*_made(module)} - {way})
+    module.__class__ = _class_of(original_class(module), {*ways_of(module)} - {way})
 
 
 def has(module: nn.Module, way: type) -> bool:
     """Whether ``module`` runs in that way."""
-    return way in _made(module)
+    return way in ways_of(module)
 
 
 def original_class(module: nn.Module) -> type:
     """The class of ``module`` without any way."""
-    ways = _made(module)
+    ways = ways_of(module)
     if not ways:
         return type(module)
     *_, (innermost, made) = ways.items()
     return innermost.unwrap(module, made)
 
 
-def _made(module):
+def ways_of(module: nn.Module) -> dict[type, type]:
     """The ways of ``module`` from the outermost on, each with the class that it made."""
     ways, cls = {}, type(module)
     while way := vars(cls).get("_way_of_running"):
