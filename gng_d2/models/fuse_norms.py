@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, has, original_class, remove, ways_of
@@ -64,6 +64,8 @@ _FUNCTIONS = {
     "F.max_pool2d": partial(F.max_pool2d, kernel_size=3, stride=2, padding=1),
     "torch.flatten": partial(torch.flatten, start_dim=1),
 }
+_KINDS_OF_HOOKS = "forward", "forward_pre", "backward", "backward_pre"
+_HOOKS_OF_ALL_MODULES = [getattr(torch_module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOKS]
 _ACTIVATIONS = {"relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_), "silu": (nn.SiLU, F.silu)}
 
 
@@ -135,7 +137,7 @@ class _Fused(StandIn):
         return "forward" if wrapped is WSConv2d else _known(wrapped)[0]
 
     def run(self, method, args, kwargs):
-        if kwargs or len(args) != 1 or is_compiling() or is_transformed() or _has_any_global_hook():
+        if kwargs or len(args) != 1 or is_compiling() or is_transformed() or any(_HOOKS_OF_ALL_MODULES):
             return method(*args, **kwargs)
         if _known(original_class(self))[1] == _FPN:
             is_hooked = any(_is_hooked(module) for conv in self.lateral_convs for module in conv.modules())
@@ -245,7 +247,7 @@ def _is_hooked(step):
     if not isinstance(step, nn.Module):
         return False
     own = vars(step)
-    hooks = any(own[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    hooks = any(own[f"_{kind}_hooks"] for kind in _KINDS_OF_HOOKS)
     changed = "forward" in own or own.get("_compiled_call_impl") is not None
     return hooks or changed or any(way.order > _Fused.order for way in ways_of(step))
 

@@ -1,7 +1,6 @@
 """Group norm in the memory of a frozen batch norm: what is cheap is computed again in the backward pass."""
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, has, remove
@@ -20,21 +18,13 @@ from gng_d2.layers.kinds import is_of_single_images
 from gng_d2.layers.module_path import module_path
 from gng_d2.ops.backends import is_transformed, kernels_may_run, set_kernels_enabled
 
+from .kept_outputs import CastsOfWeights, Watch, policy_without
 from .second_run import State, differ, sums_of, versions_of
 
 __all__ = ["recompute_norms", "recomputed_modules"]
 
-# Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
-# first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
-# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99), and a step of Faster R-CNN takes 1.03 of the
-# time of a CPU that it takes without (1100: 1.07).
-_MIN_KEPT_COST = 600
-
 # The runs of a block whose output is compared with that of its recomputation: the first ones, and then one of so many.
 _CHECKED_AT_FIRST, _CHECKED_EVERY = 3, 1000
-
-_aten = torch.ops.aten
-_FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 
 
 def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
@@ -190,7 +180,7 @@ class _Recomputed(StandIn):
     def run(self, method, args, kwargs):
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
             return method(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if not tensors or not any(t.requires_grad for ts in (tensors, self.parameters()) for t in ts):
             return method(*args, **kwargs)
         is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0
@@ -198,7 +188,7 @@ class _Recomputed(StandIn):
         if self._changed_in_place is None:
             before, random_state = State(self, args, kwargs), torch.get_rng_state()
             device_states = torch_checkpoint.get_device_states(*tensors)
-            watch = _Watch()
+            watch = Watch()
             output = _Run(self, method, is_checked, tensors, watch).start(args, kwargs)
             changed = watch.changed()
             if changed:
@@ -226,7 +216,7 @@ class _Run:
         # those themselves. When it runs again it has new ones, which hold what the caller's held at first.
         self._arguments = args, kwargs
         leaves, self._structure = tree_flatten((args, kwargs))
-        policy = partial(_policy, self._module._changed_in_place or (), {False: 0, True: 0})
+        policy = policy_without(self._module._changed_in_place or ())
         contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
         # a recomputation that stops early does not compute the output
         whole = torch_checkpoint.set_checkpoint_early_stop(False) if self._is_checked else nullcontext()
@@ -234,7 +224,7 @@ class _Run:
             return torch_checkpoint.checkpoint(self, *leaves, use_reentrant=False, context_fn=contexts)
 
     def __call__(self, *leaves):
-        casts = _CastsOfWeights() if torch.is_autocast_enabled(self._device_type) else nullcontext()
+        casts = CastsOfWeights() if torch.is_autocast_enabled(self._device_type) else nullcontext()
         with casts, set_kernels_enabled(self._kernels_on):
             if self._arguments is not None:
                 return self._first()
@@ -282,64 +272,3 @@ class _Run:
                 f"has changed since? Leave it out: recompute_norms(that_module, enable=False)"
             )
         return output
-
-
-# What is kept
-
-
-def _policy(changed_in_place, counts, context, op, *args, **kwargs):
-    """Keep the outputs whose elements cost most."""
-    if _cost(op, args) >= _MIN_KEPT_COST:
-        counts[context.is_recompute] += 1
-        if counts[context.is_recompute] - 1 not in changed_in_place:
-            return torch_checkpoint.CheckpointPolicy.MUST_SAVE
-    return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class _CastsOfWeights(TorchDispatchMode):
-    """Hides autocast's casts of weights from the checkpoint, which wants the same ops when a block runs again.
-
-    Autocast casts a weight once for all runs of a forward pass, so not in each, and once more in the backward pass.
-    """
-
-    @classmethod
-    def ignore_compile_internals(cls):  # as PyTorch's modes for checkpoints: what is compiled inside runs compiled
-        return True
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        is_cast = op is _aten._to_copy.default and args[0].is_leaf and args[0].requires_grad
-        with _pop_mode_temporarily() if is_cast else nullcontext():
-            return op(*args, **(kwargs or {}))
-
-
-class _Watch(TorchDispatchMode):
-    """Sees, when a module first runs, which of the outputs that would be kept an op then changes in place."""
-
-    def __init__(self):
-        super().__init__()
-        self._outputs = []
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        return True
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        output = op(*args, **(kwargs or {}))
-        if _cost(op, args) >= _MIN_KEPT_COST:
-            self._outputs.append((output, output._version))
-        return output
-
-    def changed(self):
-        """The places of the outputs, for instance of a convolution's before a ReLU."""
-        outputs, self._outputs = self._outputs, []
-        return frozenset(place for place, (output, version) in enumerate(outputs) if output._version != version)
-
-
-def _cost(op, args):
-    """Multiply-adds for an element of the output of a convolution or product of matrices; 0 for other ops."""
-    if op is _aten.convolution.default:
-        weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
-        if transposed:
-            return weight.numel() // (weight.shape[1] * groups * math.prod(stride))
-        return weight.numel() // weight.shape[0]
-    return args[_FACTOR[op]].shape[-1] if op in _FACTOR else 0

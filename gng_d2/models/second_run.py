@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils import _python_dispatch
+from torch.utils._pytree import tree_flatten
 
 __all__ = ["State", "differ", "sums_of", "versions_of"]
 
@@ -66,9 +66,9 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 def sums_of(output: Any) -> list[tuple[float, float, float]]:
     """The sum of each tensor, the sum of its squares, and by what part these may differ in another run."""
     sums = []
-    for tensor in tree_leaves(output):
+    for tensor in tree_flatten(output)[0]:
         if type(tensor) is Tensor and tensor.is_floating_point() and not tensor.is_meta:
-            with _disable_current_modes(), torch.no_grad():
+            with _python_dispatch._disable_current_modes(), torch.no_grad():
                 tensor = torch.atleast_1d(tensor)
                 pieces = tensor.chunk(32, min(tensor.dim() - 1, 1))  # in float64 a whole one takes twice its memory
                 total, squares = (sum((piece.double() ** power).sum().item() for piece in pieces) for power in (1, 2))

@@ -22,6 +22,7 @@ from detectron2.utils.events import EventStorage
 from needs import COMPILE, RECOMPUTE
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map
 from torchvision.ops import Conv2dNormActivation
 
 from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms, fuse_norms, recompute_norms
@@ -51,12 +52,12 @@ def group_norms(channels, **_):
 
 
 def flat(outputs):
-    return torch.utils._pytree.tree_leaves(outputs)
+    return tree_flatten(outputs)[0]
 
 
 def values(model, *inputs):
     """Outputs, and gradients of parameters and inputs."""
-    inputs = torch.utils._pytree.tree_map(lambda x: x.detach().clone().requires_grad_(), inputs)
+    inputs = tree_map(lambda x: x.detach().clone().requires_grad_(), inputs)
     torch.manual_seed(3)
     outputs = flat(model(*inputs))
     loss = sum((y.square() * torch.linspace(0, 1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in outputs)
@@ -379,6 +380,7 @@ def losses_of_training(model, batches, loss):
     return torch.stack(losses).detach()
 
 
+@pytest.mark.slow
 def test_a_converted_model_trains_to_the_same_losses(ops):
     torch.manual_seed(1)
     model, batches = torchvision.models.resnet18(num_classes=4), [images(3, 48).float() for _ in range(6)]
@@ -423,6 +425,7 @@ def test_a_detector_trains_to_the_same_losses(name, ops):
 
 
 @COMPILE
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_traced_or_compiled_runs_the_forward_of_its_own(ops):
     model, x = fuse_norms(torchvision.models.resnet18(norm_layer=group_norms)).eval(), images().float()

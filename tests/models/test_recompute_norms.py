@@ -30,7 +30,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from gng_d2 import (
@@ -321,8 +321,8 @@ def test_a_second_run_finds_what_the_first_one_found(case, in_place):
             loss = block.train()(torch.randn(2, 3, 8, 8), *args).square().mean()
             block.eval()  # as where a model is evaluated before its loss goes backward
             steps.append([loss, *torch.autograd.grad(loss, list(block.parameters())), block.steps, block.last])
-            steps[-1] += [*tree_leaves(args), block.calls, *block.seen, random.random(), np.random.rand()]
-        found.append(tree_leaves(steps))
+            steps[-1] += [*tree_flatten(args)[0], block.calls, *block.seen, random.random(), np.random.rand()]
+        found.append(tree_flatten(steps)[0])
     assert len(found[0]) == len(found[1])
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*found))
 
@@ -608,13 +608,12 @@ def test_mixed_precision_of_torchvisions_heads(name):
         return {**found, **{name: loss.detach() for name, loss in losses.items()}}
 
     convert_norms(model, "PGN", images)
-    expected, again = losses_and_gradients(), losses_and_gradients()
-    # with bfloat16 PyTorch's convolution of a single pixel has other bits the next time
-    stable = {name for name in expected if torch.equal(expected[name], again[name])}
-    assert len(stable) > len(expected) - 5
+    expected = losses_and_gradients()
     recompute_norms(model)
     found = losses_and_gradients()
-    assert_same({name: found[name] for name in stable}, {name: expected[name] for name in stable})
+    for values in (found, expected):  # PyTorch's convolution of a single pixel has other bits each time
+        del values["backbone.fpn.extra_blocks.p7.weight"]
+    assert_same(found, expected)
 
 
 def test_accumulated_gradients_and_two_passes_in_one_graph():
@@ -726,6 +725,14 @@ def test_it_is_undone():
     assert recomputed_modules(model) == ["0", "1"]
     assert recompute_norms(model, enable=False) is model
     assert [(type(m), set(vars(m))) for m in model.modules()] == before
+
+
+def test_hooks_inside_run_again():
+    """As the page says."""
+    model, calls = chain(), []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    gradients(recompute_norms(model), images())
+    assert calls == [1, 1]
 
 
 def test_hooks_of_the_module_run_once_and_its_class_is_still_what_it_was():
