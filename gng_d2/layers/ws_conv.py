@@ -14,7 +14,7 @@ from gng_d2.errors import InputError
 from gng_d2.ops import standardize_weight
 from gng_d2.ops.backends import HAS_DETECTRON2
 
-from .class_change import change_class, original_class
+from .class_change import add, has, original_class, remove
 from .fx_leaf import call_as_leaf
 from .module_path import module_path
 
@@ -61,6 +61,16 @@ class WSConv2d(Conv2d):
 
     # False in what was an nn.Conv2d, which applies no norm, not even one that is its child
     applies_norm: bool = True
+    # among the ways in which a convolution runs, the innermost
+    order = 0
+
+    @classmethod
+    def wrap(cls, wrapped: type) -> type:
+        return cls
+
+    @staticmethod
+    def unwrap(layer: nn.Module, made: type) -> type:
+        return plain_class(layer) or made
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -75,6 +85,9 @@ class WSConv2d(Conv2d):
         return x
 
 
+WSConv2d._way_of_running = WSConv2d  # and not that of its subclasses, whose forward may be another
+
+
 def standardize(layer: nn.Module, norm_name: str) -> None:
     """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
 
@@ -85,7 +98,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     Raises:
         InputError: for anything but exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
     """
-    if original_class(layer) is WSConv2d:
+    if has(layer, WSConv2d):
         return
     if original_class(layer) not in (Conv2d, nn.Conv2d):
         kind = original_class(layer)
@@ -104,7 +117,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
         layer.applies_norm = False
     else:
         layer.padding_mode = "zeros"
-    change_class(layer, WSConv2d)
+    add(layer, WSConv2d)
 
 
 def plain_class(layer):
@@ -118,5 +131,5 @@ def plain_class(layer):
 
 def unstandardize(layer: WSConv2d) -> None:
     """Turn ``layer`` back into what it was before :func:`standardize`."""
-    change_class(layer, plain_class(layer))
+    remove(layer, WSConv2d)
     layer.__dict__.pop("applies_norm", None)

@@ -9,7 +9,7 @@ from torch import nn
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 from gng_d2.layers.binding import has_given_in_channels, named_norms, unbound_norms
-from gng_d2.layers.class_change import original_class
+from gng_d2.layers.class_change import has
 from gng_d2.layers.group_norm import GroupNorm
 from gng_d2.layers.kinds import NO_LAYER, Producer
 from gng_d2.layers.producers import find_producers
@@ -121,5 +121,5 @@ def _give_back_weights(model, norms, layers):
     norms = {norm for norm in norms if norm.weight_standardization}
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
     for layer in standardized - set(layers):
-        if original_class(layer) is WSConv2d:
+        if has(layer, WSConv2d):
             unstandardize(layer)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated
 from gng_d2.groups import practical_num_groups
-from gng_d2.layers.class_change import original_class
+from gng_d2.layers.class_change import has, original_class
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
 from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
 from gng_d2.layers.kinds import NO_LAYER, num_channels
@@ -221,7 +221,7 @@ class _Change:
         norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()
         norm.affine = affine["weight"] is not None
         if self.had_ws and not norm.weight_standardization:
-            for layer in filter(lambda layer: original_class(layer) is WSConv2d, layers):
+            for layer in filter(lambda layer: has(layer, WSConv2d), layers):
                 unstandardize(layer)
         if self.found.producers is not None:
             bind_to_producers(norm, self.found.producers)

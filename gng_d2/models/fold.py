@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import change_class, original_class
-from gng_d2.layers.ws_conv import WSConv2d, plain_class
+from gng_d2.layers.class_change import has
+from gng_d2.layers.ws_conv import WSConv2d, plain_class, unstandardize
 from gng_d2.ops import standardize_weight
 
 __all__ = ["fold_weight_standardization"]
@@ -49,8 +49,7 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
         weight = nn.Parameter(weight, raw.requires_grad)
         for layer in group:
             layer.weight = weight
-            change_class(layer, plain_class(layer))
-            layer.__dict__.pop("applies_norm", None)
+            unstandardize(layer)
             layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
         if getattr(norm, "weight_layer", None) is not None:
@@ -69,7 +68,7 @@ def _obstacle(layer):
     """Why a plain convolution would not compute what ``layer`` does; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
-    if original_class(layer) is not WSConv2d or {"forward", "_conv_forward"} & vars(layer).keys():
+    if not has(layer, WSConv2d) or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (

@@ -1,7 +1,6 @@
 """Group norm in the memory of a frozen batch norm: what is cheap is computed again in the backward pass."""
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -10,25 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import StandIn, original_class, stand_in
+from gng_d2.layers.class_change import StandIn, add, has, remove
+from gng_d2.layers.kinds import is_of_single_images
+from gng_d2.layers.module_path import module_path
 from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_enabled
+
+from .kept_outputs import CastsOfWeights, Watch, policy_without
+from .second_run import State, differ, sums_of, versions_of
 
 __all__ = ["recompute_norms", "recomputed_modules"]
 
-# Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
-# first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
-# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99), and a step of Faster R-CNN takes 1.03 of the
-# time of a CPU that it takes without (1100: 1.07).
-_MIN_KEPT_COST = 600
-
-_aten = torch.ops.aten
-_FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
+# The runs of a block whose output is compared with that of its recomputation: the first ones, and then one of so many.
+_CHECKED_AT_FIRST, _CHECKED_EVERY = 3, 1000
 
 
 def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
@@ -39,15 +35,20 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     and norms (a residual block, a head, a lateral convolution) then keeps its input and the outputs of its expensive
     convolutions alone, and computes the rest again when its gradients are wanted:
     :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. Gradients are the same bits wherever the ops
-    are deterministic.
+    are deterministic, under autocast too.
 
     It acts in training mode and where gradients are computed. Parameters, buffers, hooks and the keys of the
     state_dict stay; the class of a module is replaced by a subclass of it, so that copies and pickles work. What
     torch.compile compiles is left to its own choice of what to compute again. Modules with norms that keep
     statistics of a batch, or with spectral norm, are left as they are: they must not run twice.
 
-    A block can be passed backward once: ``retain_graph=True`` with a second backward, double backward, and losses
-    that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
+    A block that runs again finds its attributes, the lists and dicts in them and in its arguments, and the random
+    numbers of PyTorch, Python and NumPy as they were when it first ran, and leaves no trace in them. What else it
+    reads (a global variable, a generator of its own, a file) may have changed, so in its first three runs and in each
+    thousandth its output is compared with that of its first run. Hooks of modules inside it run twice.
+
+    Gradients can be taken through a block once. A second backward after ``retain_graph=True``, double backward, and
+    losses that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
 
     Args:
         model: changed in place, before or after DistributedDataParallel wraps it.
@@ -57,7 +58,9 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         ``model``. The modules are logged, and :func:`recomputed_modules` names them.
 
     Raises:
-        InputError: ``model`` has no such module, or PyTorch is older than 2.5.
+        InputError: ``model`` has no such module, or PyTorch is older than 2.5. In training: a block changes its input
+            or its buffers in place, its weights changed before the backward pass, or its output is another one when it
+            is computed again.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
@@ -66,9 +69,10 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     """
     if not enable:
         for module in model.modules():
-            if isinstance(module, _Recomputed):
-                module.__class__ = original_class(module)
-                module.__dict__.pop("_changed_in_place", None)
+            if has(module, _Recomputed):
+                remove(module, _Recomputed)
+                for name in ("_changed_in_place", "_runs"):
+                    module.__dict__.pop(name, None)
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
         raise InputError(
@@ -83,8 +87,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
             f"spectral norm must not run twice"
         )
     for _, module in chains:
-        if not isinstance(module, _Recomputed):
-            stand_in(module, _Recomputed)
+        add(module, _Recomputed)
     taken = sum(len(_norms_in(module)) for _, module in chains)
     logging.getLogger(__name__).info(
         f"computed again in the backward pass: {taken} of {len(_norms_in(model))} norms, in "
@@ -95,7 +98,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
 def recomputed_modules(model: nn.Module) -> list[str]:
     """The names of the modules of ``model`` that :func:`recompute_norms` took."""
-    return [name for name, module in model.named_modules() if isinstance(module, _Recomputed)]
+    return [name for name, module in model.named_modules() if has(module, _Recomputed)]
 
 
 # Which modules
@@ -107,7 +110,7 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     Larger ones (a stage, a backbone) would compute all of their blocks again at once.
     """
     norms = _norms_in(module)
-    if not norms or _is_norm(module):
+    if not norms or is_of_single_images(module):
         return
     has_convolutions = any(isinstance(m, _ConvNd) for m in module.modules())
     runs_them = _has_forward(module) and not _is_wrapper(module) and _own_norms(module) == norms
@@ -118,19 +121,16 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
         yield from _chains(child, f"{name}.{child_name}".strip("."))
 
 
-def _is_norm(module):
-    """Whether it normalizes each image by itself; also Detectron2's and timm's LayerNorms of channels."""
-    kinds = nn.GroupNorm, nn.LayerNorm, _InstanceNorm
-    return isinstance(module, kinds) or "LayerNorm" in type(module).__name__
-
-
 def _norms_in(module):
-    return {m for m in module.modules() if _is_norm(m)}
+    return {m for m in module.modules() if is_of_single_images(m)}
 
 
 def _own_norms(module):
-    """The norms that the module's own ``forward`` runs: its children, those of its layers and lists, and those of
-    children that are one layer with its norm, as torchvision's Conv2dNormActivation and a shortcut are."""
+    """The norms that the module's own ``forward`` runs.
+
+    They are its children, or in its lists, or in a child that is one layer with its norm, as torchvision's
+    Conv2dNormActivation and a shortcut are.
+    """
     own = set()
     for child in module.children():
         norms = _norms_in(child)
@@ -167,121 +167,108 @@ def _changes_itself(module):
 class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
 
+    order = 2
     # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept. None: not known yet
     _changed_in_place = None
+    _runs = 0
 
     @classmethod
-    def method_of(cls, original):
+    def method_of(cls, wrapped):
         # Detectron2's heads compute losses and write logs in `forward`, and have their layers in `layers`
-        return "layers" if callable(getattr(original, "layers", None)) else "forward"
+        return "layers" if callable(getattr(wrapped, "layers", None)) else "forward"
 
     def run(self, method, args, kwargs):
-        return _run(self, method, args, kwargs)
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
+            return method(*args, **kwargs)
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if not tensors or not any(t.requires_grad for ts in (tensors, self.parameters()) for t in ts):
+            return method(*args, **kwargs)
+        is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0
+        self._runs += 1
+        if self._changed_in_place is None:
+            before, random_state = State(self, args, kwargs), torch.get_rng_state()
+            device_states = torch_checkpoint.get_device_states(*tensors)
+            watch = Watch()
+            output = _Run(self, method, is_checked, tensors, watch).start(args, kwargs)
+            changed = watch.changed()
+            if changed:
+                before.restore()
+                torch.set_rng_state(random_state)
+                torch_checkpoint.set_device_states(*device_states)
+            self._changed_in_place = changed
+            if not changed:
+                return output
+        return _Run(self, method, is_checked, tensors).start(args, kwargs)
 
 
-def _run(module, method, args, kwargs):
-    if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
-        return method(*args, **kwargs)
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors or not any(t.requires_grad for ts in (tensors, module.parameters()) for t in ts):
-        return method(*args, **kwargs)
+class _Run:
+    """One run of a block: the checkpoint calls it with the leaves of its arguments, now and in the backward pass."""
 
-    kernels = enabled_kernels()  # when it runs again, the switch may stand otherwise
+    def __init__(self, module, method, is_checked, inputs, watch=None):
+        self._module, self._method, self._is_checked = module, method, is_checked
+        self._inputs, self._watch = inputs, watch or nullcontext()
+        self._device_type = inputs[0].device.type
+        self._kernels = enabled_kernels()  # when it runs again, the switch may stand otherwise
+        self._before = State(module)
 
-    def run(watch):
-        watches = [watch]
-
-        def forward(*leaves):
-            args, kwargs = tree_unflatten(list(leaves), structure)
-            without_cache = _without_autocast_cache(tensors[0].device.type)
-            with watches.pop() if watches else nullcontext(), without_cache, set_kernels_enabled(kernels):
-                return method(*args, **kwargs)
-
-        policy = partial(_policy, module._changed_in_place or (), {False: 0, True: 0})
+    def start(self, args, kwargs):
+        # What the block writes to the lists and dicts that it is called with is for the caller, so it first runs with
+        # those themselves. When it runs again it has new ones, which hold what the caller's held at first.
+        self._arguments = args, kwargs
+        leaves, self._structure = tree_flatten((args, kwargs))
+        policy = policy_without(self._module._changed_in_place or ())
         contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
-        return torch_checkpoint.checkpoint(forward, *leaves, use_reentrant=False, context_fn=contexts)
+        # a recomputation that stops early does not compute the output
+        whole = torch_checkpoint.set_checkpoint_early_stop(False) if self._is_checked else nullcontext()
+        with whole:
+            return torch_checkpoint.checkpoint(self, *leaves, use_reentrant=False, context_fn=contexts)
 
-    if module._changed_in_place is None:
-        random_state = torch.get_rng_state(), torch_checkpoint.get_device_states(*tensors)
-        watch = _Watch(module, tensors)
-        output = run(watch)
-        module._changed_in_place = watch.changed()
-        if not module._changed_in_place:
-            return output
-        torch.set_rng_state(random_state[0])
-        torch_checkpoint.set_device_states(*random_state[1])
-    return run(nullcontext())
+    def __call__(self, *leaves):
+        casts = CastsOfWeights() if torch.is_autocast_enabled(self._device_type) else nullcontext()
+        with casts, set_kernels_enabled(self._kernels):
+            if self._arguments is not None:
+                return self._first()
+            now = State(self._module)
+            self._before.restore()
+            try:
+                return self._again(*tree_unflatten(list(leaves), self._structure))
+            finally:
+                now.restore()
 
-
-def _without_autocast_cache(device_type):
-    """What autocast has cached when a module first runs, it has not when the module runs again."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
-
-
-def _policy(changed_in_place, counts, context, op, *args, **kwargs):
-    """Keep the outputs whose elements cost most."""
-    if _cost(op, args) >= _MIN_KEPT_COST:
-        counts[context.is_recompute] += 1
-        if counts[context.is_recompute] - 1 not in changed_in_place:
-            return torch_checkpoint.CheckpointPolicy.MUST_SAVE
-    return torch_checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class _Watch(TorchDispatchMode):
-    """Sees, when a module first runs, what it changes in place: inputs, its buffers, or outputs that would be kept."""
-
-    def __init__(self, module, inputs):
-        super().__init__()
-        self._name = type(module).__name__
-        # in inference mode a tensor has no version
-        self._inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
-        self._buffers = [(buffer, buffer._version) for buffer in module.buffers()]
-        self._outputs = []
-
-    @classmethod
-    def ignore_compile_internals(cls):  # as PyTorch's modes for checkpoints: what is compiled inside runs compiled
-        return True
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        output = op(*args, **(kwargs or {}))
-        if _cost(op, args) >= _MIN_KEPT_COST:
-            self._outputs.append((output, output._version))
+    def _first(self):
+        (args, kwargs), inputs = self._arguments, self._inputs
+        self._arguments = self._inputs = None  # the checkpoint holds them, and may keep them elsewhere
+        buffers = list(self._module.buffers())
+        versions = versions_of(inputs), versions_of(buffers)
+        with self._watch:
+            output = self._method(*args, **kwargs)
+        self._watch = None
+        if versions_of(inputs) != versions[0]:
+            raise self._changes("input in place", "Have its first layer not do so (inplace=False), or leave it out")
+        if versions_of(buffers) != versions[1]:
+            raise self._changes("buffers", "Leave it out")
+        self._weights = versions_of(self._module.parameters())
+        self._sums = sums_of(output) if self._is_checked else None
         return output
 
-    def changed(self):
-        """The places of the outputs, a convolution's before a ReLU say.
-
-        Raises:
-            InputError: inputs or buffers were changed.
-        """
-        inputs, outputs = _changed(self._inputs), _changed(self._outputs)
-        self._inputs, self._outputs = [], []
-        if inputs:
-            raise self._error("input in place", "Have its first layer not do so (inplace=False), or leave it out")
-        if _changed(self._buffers):
-            raise self._error("buffers", "Leave it out")
-        return outputs
-
-    def _error(self, what, mend):
+    def _changes(self, what, mend):
         return InputError(
-            f"{self._name}: running it changes its {what}, so it cannot be computed again in the backward pass. "
-            f"{mend}: recompute_norms(that_module, enable=False)"
+            f"{module_path(self._module)}: running it changes its {what}, so it cannot be computed again in the "
+            f"backward pass. {mend}: recompute_norms(that_module, enable=False)"
         )
 
-
-def _changed(tensors):
-    """The places of those that are of another version than the one beside them."""
-    return frozenset(place for place, (tensor, version) in enumerate(tensors) if tensor._version != version)
-
-
-def _cost(op, args):
-    """Multiply-adds for an element of the output of a convolution or product of matrices; 0 for other ops."""
-    if op is _aten.convolution.default:
-        weight, stride, transposed, groups = args[1], args[3], args[6], args[8]
-        if transposed:
-            return weight.numel() // (weight.shape[1] * groups * math.prod(stride))
-        return weight.numel() // weight.shape[0]
-    return args[_FACTOR[op]].shape[-1] if op in _FACTOR else 0
+    def _again(self, args, kwargs):
+        if versions_of(self._module.parameters()) != self._weights:
+            raise InputError(
+                f"{module_path(self._module)}: its weights changed before the backward pass, in which it is computed "
+                f"again with them. Call backward() before optimizer.step()"
+            )
+        output = self._method(*args, **kwargs)
+        if self._is_checked and differ(self._sums, sums := sums_of(output)):
+            raise InputError(
+                f"{module_path(self._module)}: its output is another one when it is computed again in the backward "
+                f"pass, so its gradients would be wrong (sums and sums of squares {sums}, in the forward pass "
+                f"{self._sums}). Does it draw from a random number generator of its own, count its runs, or read what "
+                f"has changed since? Leave it out: recompute_norms(that_module, enable=False)"
+            )
+        return output

@@ -4,11 +4,12 @@ from torch import nn
 
 from gng_d2.errors import InputError
 from gng_d2.layers import GroupNorm, PracticalGroupNorm, unbound_norms
-from gng_d2.layers.class_change import original_class
+from gng_d2.layers.class_change import has, original_class
 from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
 from gng_d2.layers.ws_conv import Conv2d, WSConv2d
 
 from .fold import fold_weight_standardization
+from .fuse_norms import fuse_norms
 from .recompute_norms import recompute_norms
 
 __all__ = ["to_plain"]
@@ -21,7 +22,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     become :class:`torch.nn.GroupNorm`. One that holds timm's dropout and activation becomes a
     :class:`torch.nn.Sequential` of a group norm and these, so that its parameters are called ``0.weight`` and
     ``0.bias``. Standardized weights are folded (:func:`~gng_d2.fold_weight_standardization`), and nothing is
-    recomputed in the backward pass any more. Parameters stay the same objects but for the folded weights, and hooks
+    fused or recomputed in the backward pass any more. Parameters stay the same objects but for the folded weights, and hooks
     stay. Detectron2's ``Conv2d`` stays, since it holds a norm and an activation. The state_dict no longer says how
     many groups each norm has, and the norms no longer look which layer makes their input.
 
@@ -44,7 +45,7 @@ def to_plain(model: nn.Module) -> nn.Module:
             f"norms). Call gng_d2.bind_norms(model, example_inputs) first"
         )
     norms = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
-    convolutions = [module for module in model.modules() if original_class(module) is WSConv2d]
+    convolutions = [module for module in model.modules() if has(module, WSConv2d)]
     for norm, name in norms.items():
         if original_class(norm) not in (GroupNorm, PracticalGroupNorm, GroupNormAct, PracticalGroupNormAct):
             raise InputError(
@@ -52,7 +53,7 @@ def to_plain(model: nn.Module) -> nn.Module:
                 f"compute something else. Remove its parametrizations, or replace it first"
             )
     fold_weight_standardization(model)
-    recompute_norms(model, enable=False)
+    recompute_norms(fuse_norms(model, enable=False), enable=False)
     for norm in norms:
         _make_plain(norm)
     for layer in convolutions:

@@ -21,7 +21,7 @@ from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import setup_job
 from gng_d2.job.weight_files import files_are_trusted, read_weight_file, save_weight_file
-from gng_d2.predict.predictions import load_model
+from gng_d2.predict.model import load_model
 
 
 class Runs:
