@@ -13,6 +13,7 @@ from .layers.binding import install_binding_hook
 from .layers.norm_names import extend_get_norm
 from .models import (
     bind_norms,
+    calibrate_norms,
     convert_norms,
     fold_weight_standardization,
     norm_table,
@@ -27,6 +28,7 @@ __all__ = [
     "WSConv2d",
     "activation_gains",
     "bind_norms",
+    "calibrate_norms",
     "check_norm_keys",
     "convert_norms",
     "fold_weight_standardization",

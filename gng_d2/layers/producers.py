@@ -18,7 +18,7 @@ from gng_d2.errors import InputError
 
 from .kinds import Producer
 
-__all__ = ["find_producers"]
+__all__ = ["calls_with", "find_producers", "unchanged"]
 
 
 def find_producers(
@@ -43,8 +43,8 @@ def find_producers(
     with torch.inference_mode(False):
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
-    for args, kwargs in _calls(inputs):
-        with _unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:
+    for args, kwargs in calls_with(inputs):
+        with unchanged(model), torch.inference_mode(False), torch.no_grad(), _Watch(model, set(norms)) as watch:
             watch.take_inputs(inputs)
             try:
                 model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
@@ -60,7 +60,7 @@ def find_producers(
     ) from failed
 
 
-def _calls(inputs):
+def calls_with(inputs):
     """The ways to call a model with ``inputs``, as (args, kwargs): the first that works is meant."""
     if isinstance(inputs, dict):
         yield (), inputs
@@ -200,7 +200,7 @@ def _tensors_of(model):
 
 
 @contextmanager
-def _unchanged(model):
+def unchanged(model):
     """Whatever happens within, ``model`` and the random number generators are the same again after it."""
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some

@@ -1,5 +1,6 @@
 """Group norm in a model that exists: its norms are turned into ours where they stand."""
 
+import copy
 import logging
 import re
 from collections import defaultdict
@@ -27,6 +28,7 @@ from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
 from gng_d2.ops import group_norm
 
 from .bind_norms import bind_to_producers, runnable
+from .calibrate_norms import calibrate_norms, take_affines
 
 __all__ = ["convert_norms", "GroupNormAct", "PracticalGroupNormAct"]
 
@@ -61,7 +63,9 @@ class PracticalGroupNormAct(_WithActivation, PracticalGroupNorm):
     """:class:`PracticalGroupNorm`, then ``drop``, then ``act``, as in timm's GroupNormAct."""
 
 
-def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> nn.Module:
+def convert_norms(
+    model: nn.Module, norm: str = "PGN", example_inputs: Any = None, *, calibrate: Any = None
+) -> nn.Module:
     """``model`` with its batch norms and group norms turned into the norm of that name, in place.
 
     It is for models that take no norm's name: those of torchvision, timm, segmentation_models_pytorch, or
@@ -83,13 +87,15 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
             PGN, and is listed; one on a 2-d input, or whose groups would hold a single number, is left.
             None: each norm takes the layer that is registered right before it. A PGN that finds none has no
             groups until :func:`~gng_d2.bind_norms` or its first training step gives them, and is listed.
+        calibrate: images for :func:`~gng_d2.calibrate_norms`, which then follows: the new norms get the affines with
+            which they replace the old ones. For this a model with trained weights is copied.
 
     Returns:
         ``model``; a second conversion to the same name changes nothing.
 
     Raises:
-        InputError: the name is none of ours, or its number of groups does not divide a norm's width. The
-            model is then as it was.
+        InputError: the name is none of ours, its number of groups does not divide a norm's width, or the model
+            cannot be calibrated. The model is then as it was.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
@@ -100,6 +106,8 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
         raise InputError(f"convert_norms(model, norm, example_inputs): norm is a name, not {type(norm).__name__}")
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
+    if calibrate is not None:
+        return _convert_and_calibrate(model, norm, example_inputs, calibrate)
     places = _find(model, example_inputs)
     changes: list[_Change] = []
     left: dict[str, str] = {}
@@ -122,6 +130,14 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
     for change in changes:
         change.make()
     _report(norm, already, changes, left, example_inputs is not None)
+    return model
+
+
+def _convert_and_calibrate(model, norm, example_inputs, images):
+    """All that may fail happens to a copy: ``model`` is the reference, and changes when nothing can fail any more."""
+    calibrated = calibrate_norms(convert_norms(copy.deepcopy(model), norm, example_inputs), model, images)
+    convert_norms(model, norm, example_inputs)
+    take_affines(model, calibrated)
     return model
 
 
