@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gng_d2.errors import InputError
-from gng_d2.layers import GroupNorm
+from gng_d2.layers import GroupNorm, WSConv2d
+from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.producers import unchanged
 
@@ -88,7 +89,8 @@ def calibrate(
         for pair in pairs.values():
             pair.undo()
         raise
-    _report(model, pairs)
+    standardized = _standardized(model) - _standardized(reference)
+    _report(model, pairs, sorted(pairs.keys() & standardized))
     return model
 
 
@@ -252,7 +254,12 @@ def _relative_error(sums, weight, bias):
     return (squares.sum().clamp(min=0) / spread).sqrt().item() if spread > 0 else 0.0
 
 
-def _report(model, pairs):
+def _standardized(model):
+    """Names of the norms that follow a convolution with standardized weights."""
+    return {name for name, _, _, layer in named_norms(model) if isinstance(layer, WSConv2d)}
+
+
+def _report(model, pairs, standardized):
     """Keep the errors, and say in one line what was not calibrated."""
     listed: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
@@ -264,6 +271,8 @@ def _report(model, pairs):
     dead = [f"{pair.name} ({pair.dead})" for pair in pairs.values() if pair.dead]
     if dead:
         listed["have channels without signal, whose weight is 0"] = dead
+    if standardized:
+        listed["follow a standardized convolution, which computes something else than the reference's"] = standardized
     errors = {name: pair.error for name, pair in pairs.items() if pair.why_left() is None}
     said = [f"{len(errors)} norms are calibrated"]
     if errors:

@@ -16,7 +16,18 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
-__all__ = ["Split", "add_data", "features", "interval", "linear_head", "load_mobilenet", "normalized", "right", "split"]
+__all__ = [
+    "Split",
+    "add_data",
+    "features",
+    "interval",
+    "linear_head",
+    "load_mobilenet",
+    "mean_with_interval",
+    "normalized",
+    "right",
+    "split",
+]
 
 TRAIN, TEST = 20, 10  # images a class
 
@@ -120,6 +131,14 @@ def interval(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
+    """For instance "67.2 ± 1.3"; a dash where there are no values."""
+    if not values or None in values:
+        return "-"
+    half = interval(values)
+    return f"{np.mean(values):{sign}.1f}" + f" ± {half:.1f}" * (half is not None)
 
 
 def add_data(parser) -> None:

@@ -21,8 +21,18 @@ from command_line import add_outputs
 from gng_d2 import calibrate_norms, convert_norms
 from gng_d2.job.files import prepare_outputs, save_figure
 
-from .pretrained import add_data, features, interval, linear_head, load_mobilenet, normalized, right, split
-from .rows import machine, markdown, mean_and_std, read_rows, write_rows
+from .pretrained import (
+    add_data,
+    features,
+    interval,
+    linear_head,
+    load_mobilenet,
+    mean_with_interval,
+    normalized,
+    right,
+    split,
+)
+from .rows import machine, markdown, read_rows, write_rows
 
 __all__ = ["RetentionRow", "replaced", "table", "plot"]
 
@@ -96,21 +106,13 @@ def _measure(args, seed, done) -> Iterator[RetentionRow]:
         )
 
 
-def _cell(values):
-    mean, _ = mean_and_std(values)
-    if mean is None:
-        return "-"
-    half = interval(values)
-    return f"{mean:.1f}" + f" ± {half:.1f}" * (half is not None)
-
-
 def table(rows: list[RetentionRow]) -> str:
     """A line for each norm, then what the number of images does."""
     norms = [norm for norm in dict.fromkeys(row.norm for row in rows) if norm != BATCH_NORM]
 
     def cell(norm, affine, head="old_head", images=None):
         chosen = [r for r in rows if (r.norm, r.affine) == (norm, affine) and images in (None, r.images)]
-        return _cell([getattr(row, head) for row in chosen])
+        return mean_with_interval([getattr(row, head) for row in chosen])
 
     of_heads = [(affine, head) for head in ("old_head", "new_head") for affine in AFFINES]
     counts = sorted({row.images for row in rows if row.affine == "calibrated"})
