@@ -1,7 +1,8 @@
 """Group norms take the place of a trained network's batch norms: each gets the affine that suits its groups."""
 
+import copy
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ from gng_d2.layers.producers import unchanged
 
 from .passes import Pass, run_in_step, stop_after, stop_before
 
-__all__ = ["calibrate", "calibrate_norms", "take_affines"]
+__all__ = ["calibrate", "calibrate_norms", "convert_and_calibrate"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,15 +95,21 @@ def calibrate(
     return model
 
 
-@torch.no_grad()
-def take_affines(model: nn.Module, calibrated: nn.Module) -> None:
-    """Give ``model`` the affines, and the errors, of the norms of its copy ``calibrated``."""
-    copies = dict(calibrated.named_modules())
-    for name, norm in model.named_modules():
+def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
+    """``convert(model)``, calibrated. All that may fail happens to a copy, and the reference is ``model`` itself."""
+    calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
+    for norm, its_copy in zip(convert(model).modules(), calibrated.modules()):
         if isinstance(norm, nn.GroupNorm):
-            norm.calibration_error = copies[name].calibration_error
-            for parameter, value in zip(norm.parameters(False), copies[name].parameters(False)):
-                parameter.copy_(value)
+            norm.calibration_error = its_copy.calibration_error
+            if norm.affine:
+                _write(norm, its_copy.weight, its_copy.bias)
+    return model
+
+
+@torch.no_grad()
+def _write(norm, weight, bias):
+    norm.weight.copy_(weight)
+    norm.bias.copy_(bias)
 
 
 def _pairs(model, reference, without):
@@ -205,7 +212,7 @@ class _Pair:
         else:
             before = norm.weight.detach().clone(), norm.bias.detach().clone()
             if self.why_left() is None:
-                self._write(*self._affine())
+                _write(norm, *self._affine())
             weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
             changed = not all(torch.allclose(a.double(), b, 1e-4, 1e-4) for a, b in zip(before, (weight, bias)))
         self.error = _relative_error(self._sums, weight, bias)
@@ -221,14 +228,9 @@ class _Pair:
         weight = torch.where(is_dead, 0, gamma.sign() * (y_std / x_std.clamp(min=self._smallest)).clamp(max=limit))
         return weight, y - weight * x
 
-    @torch.no_grad()
-    def _write(self, weight, bias):
-        self.norm.weight.copy_(weight)
-        self.norm.bias.copy_(bias)
-
     def undo(self) -> None:
         if self._before is not None:
-            self._write(*self._before)
+            _write(self.norm, *self._before)
 
 
 def _sums(x, y):

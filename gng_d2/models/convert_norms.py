@@ -1,11 +1,11 @@
 """Group norm in a model that exists: its norms are turned into ours where they stand."""
 
-import copy
 import logging
 import re
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -28,7 +28,7 @@ from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
 from gng_d2.ops import group_norm
 
 from .bind_norms import bind_to_producers, runnable
-from .calibrate_norms import calibrate_norms, take_affines
+from .calibrate_norms import convert_and_calibrate
 
 __all__ = ["convert_norms", "GroupNormAct", "PracticalGroupNormAct"]
 
@@ -107,7 +107,7 @@ def convert_norms(
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
     if calibrate is not None:
-        return _convert_and_calibrate(model, norm, example_inputs, calibrate)
+        return convert_and_calibrate(partial(convert_norms, norm=norm, example_inputs=example_inputs), model, calibrate)
     places = _find(model, example_inputs)
     changes: list[_Change] = []
     left: dict[str, str] = {}
@@ -130,14 +130,6 @@ def convert_norms(
     for change in changes:
         change.make()
     _report(norm, already, changes, left, example_inputs is not None)
-    return model
-
-
-def _convert_and_calibrate(model, norm, example_inputs, images):
-    """All that may fail happens to a copy: ``model`` is the reference, and changes when nothing can fail any more."""
-    calibrated = calibrate_norms(convert_norms(copy.deepcopy(model), norm, example_inputs), model, images)
-    convert_norms(model, norm, example_inputs)
-    take_affines(model, calibrated)
     return model
 
 

@@ -137,8 +137,8 @@ def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
     """For instance "67.2 ± 1.3"; a dash where there are no values."""
     if not values or None in values:
         return "-"
-    half = interval(values)
-    return f"{np.mean(values):{sign}.1f}" + f" ± {half:.1f}" * (half is not None)
+    half, mean = interval(values), f"{np.mean(values):{sign}.1f}"
+    return mean if half is None else f"{mean} ± {half:.1f}"
 
 
 def add_data(parser) -> None:
