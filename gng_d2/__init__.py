@@ -15,6 +15,7 @@ from .layers.norm_names import extend_get_norm
 from .layers.quantization import extend_quantization
 from .models import (
     bind_norms,
+    calibrate_norms,
     convert_norms,
     fold_weight_standardization,
     fuse_norms,
@@ -31,6 +32,7 @@ __all__ = [
     "WSConv2d",
     "activation_gains",
     "bind_norms",
+    "calibrate_norms",
     "check_norm_keys",
     "convert_norms",
     "fold_weight_standardization",

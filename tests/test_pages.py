@@ -123,6 +123,7 @@ def lacks(command):
 
 # long measurements: only that their command line is right
 MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "norm-cost", "step-cost", "memory")
+MEASUREMENTS += ("retention", "finetune")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ __all__ = [
     "add_trust",
     "add_overrides",
     "add_recompute_norms",
+    "add_calibrate_norms",
     "check_overrides",
     "run_tool",
 ]
@@ -90,6 +91,26 @@ def add_recompute_norms(parser):
         help="compute norms again in the backward pass instead of keeping what they return: the same numbers in less "
         "memory, a little slower",
     )
+
+
+def add_calibrate_norms(parser):
+    """Give ``parser`` the flag ``--calibrate-norms``."""
+    parser.add_argument(
+        "--calibrate-norms",
+        type=_number_of_images,
+        default=0,
+        metavar="N",
+        help="MODEL.WEIGHTS were trained with batch norm and the backbone has group norms: fit their affines on the "
+        "first N images of the training set, before the first step (64 are enough); FPN and heads, and a run that goes "
+        "on from a checkpoint, stay as they are",
+    )
+
+
+def _number_of_images(word):
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} images are too few")
+    return number
 
 
 def add_overrides(parser, lazy=False):

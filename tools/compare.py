@@ -18,7 +18,15 @@ has (in percent) mean and standard deviation over the seeds, and the paired diff
 95 % intervals.
 """
 
-from command_line import add_import, add_overrides, add_recompute_norms, add_trust, run_tool, tool_parser
+from command_line import (
+    add_calibrate_norms,
+    add_import,
+    add_overrides,
+    add_recompute_norms,
+    add_trust,
+    run_tool,
+    tool_parser,
+)
 
 
 def parse_args():
@@ -48,6 +56,7 @@ def parse_args():
     add_import(parser)
     add_trust(parser)
     add_recompute_norms(parser)
+    add_calibrate_norms(parser)
     add_overrides(parser)
     return parser.parse_args()
 
@@ -116,6 +125,7 @@ def main():
         args.opts,
         imports=args.imports,
         recompute_norms=args.recompute_norms,
+        calibrate_norms=args.calibrate_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
     )

@@ -3,6 +3,7 @@
 
     tools/convert_weights.py resnet50_gn_a1h2-8fe6c4d0.pth R-50-GN.pkl
     tools/convert_weights.py resnet50_gn_ws-15beedd8.pth R-50-GN-WS.pkl --depth 50
+    tools/convert_weights.py resnet50-11ad3fa6.pth R-50-GN1.pth --norm GN1 --calibrate images/*.jpg
 
 IN is a .pth, .pt, .pth.tar or .safetensors file with torchvision's names (conv1, bn1 or gn1,
 layer1.0.downsample.0, ...), which the ResNets of timm and mmdetection have too. It may wrap them in a
@@ -10,6 +11,9 @@ state_dict or model, and put module. or backbone. before them. Nothing in it is 
 weight-standardized convolutions are written as they are. A file does not say how images are prepared for
 it: timm's resnet50_gn and resnet50_gn_ws of Qiao et al. expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN
 [123.675,116.28,103.53], MODEL.PIXEL_STD [58.395,57.12,57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False.
+
+With --norm, batch norms become group norms, which are fitted to them on the images of --calibrate: 64 of the kind that
+the detector will see are enough, and they need no labels. OUT.pth is then a checkpoint for models with an FPN.
 """
 
 from command_line import run_tool, tool_parser
@@ -20,9 +24,26 @@ def parse_args():
 
     parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet with torchvision's names")
-    parser.add_argument("output", metavar="OUT.pkl", help="the file to write; it is replaced if it exists")
+    parser.add_argument(
+        "output", metavar="OUT.pkl", help="the file to write, with --norm OUT.pth; it is replaced if it exists"
+    )
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
-    return parser.parse_args()
+    parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm: GN1, GN/<c>, PGN, ...")
+    parser.add_argument("--calibrate", nargs="+", metavar="IMAGE", help="fit the norms of --norm on these images")
+    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of their shorter side; default: 224")
+    for option, default in (("mean", [123.675, 116.28, 103.53]), ("std", [58.395, 57.12, 57.375])):
+        parser.add_argument(
+            f"--pixel-{option}",
+            type=float,
+            nargs=3,
+            default=default,
+            metavar="X",
+            help=f"with which the images are normalized, RGB; default: {' '.join(map(str, default))}",
+        )
+    args = parser.parse_args()
+    if bool(args.norm) != bool(args.calibrate):
+        parser.error("--norm and --calibrate need each other: batch-norm weights do not fit a group norm as they are")
+    return args
 
 
 def main():
@@ -30,18 +51,26 @@ def main():
     from gng_d2.errors import abbreviated
     from gng_d2.job.resnet_weights import config_keys, convert_file
 
-    done = convert_file(args.input, args.output, args.depth)
+    if args.norm:
+        from gng_d2.job.calibrated_resnet import convert_and_calibrate, read_images
+
+        images = read_images(args.calibrate, args.size, args.pixel_mean, args.pixel_std)
+        done = convert_and_calibrate(args.input, args.output, args.norm, images, args.depth)
+    else:
+        done = convert_file(args.input, args.output, args.depth)
     norms = {"GN": "GroupNorm", "BN": "BatchNorm"}
-    print(f"{args.output}: ResNet-{done.depth} with {norms[done.norm]}, {len(done.weights)} tensors")
+    print(f"{args.output}: ResNet-{done.depth} with {args.norm or norms[done.norm]}, from {len(done.weights)} tensors")
     for reason, names in done.dropped.items():
         print(f"dropped, {reason}: {abbreviated(names)}")
     resnet, images = config_keys(done)
     print(f"It needs {resnet}")
     print(f"and {images}, unless it was trained with other images (Caffe's weights need Detectron2's defaults)")
-    if done.norm == "BN":
+    if args.norm:
+        print(f"MODEL.RESNETS.NORM {args.norm}, and a backbone with an FPN")
+    elif done.norm == "BN":
         print(
             "note: these are BatchNorm weights, for NORM BN, SyncBN or FrozenBN. They do not fit GN or PGN: a "
-            "BatchNorm's weight and bias belong to its running statistics"
+            "BatchNorm's weight and bias belong to its running statistics. --norm and --calibrate make them fit"
         )
     else:
         print("Use NORM GN+WS if its convolutions were weight-standardized, which the file does not say; else NORM GN")

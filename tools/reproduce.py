@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "gradients": ("gradients", "what each block of a real model does to the gradient"),
     "table3": ("mlp", "and Figure 2: an MLP on MNIST under every number of groups"),
     "table4": ("classifier", "ResNets as image classifiers under GN, GN1 and PGN"),
+    "retention": ("retention", "what is left of a network when its batch norms become group norms"),
+    "finetune": ("finetune", "batch-norm weights are fine-tuned under group norms, fresh and calibrated"),
     "kernel-tests": ("kernel_tests", "the tests of the kernels, on a GPU where there is one"),
     "norm-cost": ("norm_cost", "the time of each norm of a detector"),
     "step-cost": ("step_cost", "the time and memory of a training step"),

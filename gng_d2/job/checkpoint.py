@@ -4,7 +4,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 
 import numpy as np
@@ -34,6 +34,8 @@ class Checkpointer(DetectionCheckpointer):
     - A run resumes from the newest whole checkpoint where the one that ``last_checkpoint`` names is not.
     """
 
+    missing_keys: Set[str] = frozenset()  # of the model, which the weights that were loaded last lack
+    from_batch_norms: Sequence[str] = ()  # norms of the model that took the weights of batch norms
     _fine_tuning = False
     _reading = ""
 
@@ -176,25 +178,29 @@ class Checkpointer(DetectionCheckpointer):
                 given, found, wanted = incompatible.incorrect_shapes[0]
                 given, model_has = f"{given} of shape {found}", f"not {wanted}"
             raise InputError(f"{self._reading} holds no weight of this model: it has {given}, {model_has}")
-        self._warn_of_batch_norms(batch_norms, missing)
-        return incompatible
-
-    def _warn_of_batch_norms(self, batch_norms, missing_keys):
-        taken = [
-            (name, norm)
+        self.missing_keys = missing
+        self.from_batch_norms = [
+            name
             for name, norm in self.model.named_modules()
-            if isinstance(norm, nn.GroupNorm)
-            and norm.affine
-            and f"{name}.weight" not in missing_keys
+            if num_channels(norm) is not None
+            and f"{name}.weight" not in missing
             and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in batch_norms)
         ]
+        self._warn_of_batch_norms()
+        return incompatible
+
+    def _warn_of_batch_norms(self):
+        modules = dict(self.model.named_modules())
+        taken = [(name, modules[name]) for name in self.from_batch_norms]
+        taken = [(name, norm) for name, norm in taken if isinstance(norm, nn.GroupNorm) and norm.affine]
         if not taken:
             return
         frozen = sum(not norm.weight.requires_grad for _, norm in taken)
         logging.getLogger(__name__).warning(
             f"{len(taken)} GroupNorm layers ({taken[0][0]}, ...) took the weights of BatchNorm layers, {frozen} of "
             f"them are frozen that way by MODEL.BACKBONE.FREEZE_AT. They do not fit: a BatchNorm's weight and bias "
-            f"belong to its running statistics. Set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
+            f"belong to its running statistics. --calibrate-norms 64 of tools/train_net.py and tools/compare.py fits "
+            f"those of the backbone to them. Or set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
             f"catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or "
             f"MODEL.WEIGHTS '' with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch."
         )

@@ -36,6 +36,7 @@ from gng_d2.models.norm_table import norm_summary, norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
 from .build import bind_remaining_norms, build_on_meta
+from .calibrate import calibrate_backbone
 from .checkpoint import Checkpointer, check_norms
 from .config import check_config, check_weights, find_config_file, load_config
 from .data.checks import naming_datasets, prepare_datasets
@@ -176,6 +177,8 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         if getattr(args, "recompute_norms", False):
             recompute_norms(trainer.model)
         trainer.resume_or_load(resume=args.resume)
+        if getattr(args, "calibrate_norms", 0):
+            calibrate_backbone(trainer, args.calibrate_norms)
         trainer.train()
         return
     model = Trainer.build_model(cfg)

@@ -20,7 +20,7 @@ from gng_d2.errors import InputError
 from .kinds import Producer
 from .origin import Origin, layer_output, op_kind, origin
 
-__all__ = ["find_producers"]
+__all__ = ["calls_with", "find_producers", "unchanged"]
 
 
 def find_producers(
@@ -45,12 +45,12 @@ def find_producers(
     with torch.inference_mode(False):
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
-    for args, kwargs in _calls(inputs):
+    for args, kwargs in calls_with(inputs):
         watch = _Watch()
         watch.take((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), "the model's input")
         watch.take(model.buffers(), "a buffer")
         with (
-            _unchanged(model),
+            unchanged(model),
             _eager(),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -77,7 +77,7 @@ def _eager():
     return set_stance("force_eager") if set_stance else nullcontext()
 
 
-def _calls(inputs):
+def calls_with(inputs):
     """The ways to call a model with ``inputs``, as (args, kwargs): the first that works is meant."""
     if isinstance(inputs, dict):
         yield (), inputs
@@ -243,7 +243,7 @@ def _tensors_of(model):
 
 
 @contextmanager
-def _unchanged(model):
+def unchanged(model):
     """Whatever happens within, ``model`` and the random number generators are the same again after it."""
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some

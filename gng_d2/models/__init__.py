@@ -1,4 +1,5 @@
 from .bind_norms import bind_norms
+from .calibrate_norms import calibrate_norms
 from .convert_norms import convert_norms
 from .fold import fold_weight_standardization
 from .fuse_norms import fuse_norms
@@ -8,6 +9,7 @@ from .to_plain import to_plain
 
 __all__ = [
     "bind_norms",
+    "calibrate_norms",
     "convert_norms",
     "fold_weight_standardization",
     "fuse_norms",

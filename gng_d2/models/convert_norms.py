@@ -3,6 +3,8 @@
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from gng_d2.layers.norm_names import OURS, norm_from_name, norm_name, unknown_no
 from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
 
 from .bind_norms import bind_to_producers
+from .calibrate_norms import convert_and_calibrate
 from .norm_places import NUMBERS_IN_A_GROUP, Place, find_places
 
 __all__ = ["convert_norms"]
@@ -35,7 +38,9 @@ _REPLACED = {
 }
 
 
-def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> nn.Module:
+def convert_norms(
+    model: nn.Module, norm: str = "PGN", example_inputs: Any = None, *, calibrate: Any = None
+) -> nn.Module:
     """``model`` with its batch norms and group norms turned into the norm of that name, in place.
 
     It is for models that take no norm's name: those of torchvision, timm, segmentation_models_pytorch, or
@@ -59,13 +64,15 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
             with both counts. One on a 2-d input is left.
             None: each norm takes the layer that is registered right before it. A PGN that finds none has no
             groups until :func:`~gng_d2.bind_norms` or its first training step gives them, and is listed.
+        calibrate: images for :func:`~gng_d2.calibrate_norms`, which then follows: the new norms get the affines with
+            which they replace the old ones. For this a model with trained weights is copied.
 
     Returns:
         ``model``; a second conversion to the same name changes nothing.
 
     Raises:
-        InputError: the name is none of ours, or its number of groups does not divide a norm's width. The
-            model is then as it was.
+        InputError: the name is none of ours, its number of groups does not divide a norm's width, or the model
+            cannot be calibrated. The model is then as it was.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
@@ -76,6 +83,8 @@ def convert_norms(model: nn.Module, norm: str = "PGN", example_inputs=None) -> n
         raise InputError(f"convert_norms(model, norm, example_inputs): norm is a name, not {type(norm).__name__}")
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
+    if calibrate is not None:
+        return convert_and_calibrate(partial(convert_norms, norm=norm, example_inputs=example_inputs), model, calibrate)
     changes, left, already = _plan(model, norm, find_places(model, example_inputs))
     for change in changes:
         change.make()

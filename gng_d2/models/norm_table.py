@@ -1,7 +1,8 @@
 """A model's norms, their groups and the paper's K, before it trains."""
 
 from collections import Counter
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 
 from tabulate import tabulate
 from torch import nn
@@ -12,7 +13,7 @@ from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import NO_LAYER, layer_shape, num_groups
 from gng_d2.layers.norm_names import norm_name
 
-__all__ = ["NormRow", "NormTable", "norm_summary", "norm_table"]
+__all__ = ["CalibratedNormRow", "NormRow", "NormTable", "norm_summary", "norm_table"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,23 @@ class NormRow:
     weight_standardized: bool
 
 
+@dataclass(frozen=True)
+class CalibratedNormRow(NormRow):
+    """One norm that :func:`~gng_d2.calibrate_norms` gave its affine."""
+
+    calibration_error: float  # how far its output was from the reference's, in deviations of the reference's
+
+
 class NormTable(list[NormRow]):
     """Rows of :func:`norm_table`. It prints as a table."""
 
     _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
 
     def __str__(self):
-        names = [field.name for field in fields(NormRow)]
+        calibrated = any(isinstance(row, CalibratedNormRow) for row in self)
+        names = [field.name for field in fields(CalibratedNormRow if calibrated else NormRow)]
         headers = [self._HEADERS.get(name, name) for name in names]
-        return tabulate([astuple(row) for row in self], headers, missingval="-")
+        return tabulate([[getattr(row, name, None) for name in names] for row in self], headers, missingval="-")
 
 
 def norm_table(model: nn.Module) -> NormTable:
@@ -63,7 +72,9 @@ def _row(name, norm, layer_name, layer):
         standardized = norm.weight_standardization and norm.weight_layer != NO_LAYER
     gain_ratio = getattr(norm, "gain_ratio", 1.0)
     groups = num_groups(norm)
-    return NormRow(
+    error = getattr(norm, "calibration_error", None)
+    make = NormRow if error is None else partial(CalibratedNormRow, calibration_error=error)
+    return make(
         name=name,
         norm=norm_name(norm),
         layer=layer_name,

@@ -22,9 +22,9 @@ def to_plain(model: nn.Module) -> nn.Module:
     become :class:`torch.nn.GroupNorm`. One that holds timm's dropout and activation becomes a
     :class:`torch.nn.Sequential` of a group norm and these, so that its parameters are called ``0.weight`` and
     ``0.bias``. Standardized weights are folded (:func:`~gng_d2.fold_weight_standardization`), and nothing is
-    fused or recomputed in the backward pass any more. Parameters stay the same objects but for the folded weights, and hooks
-    stay. Detectron2's ``Conv2d`` stays, since it holds a norm and an activation. The state_dict no longer says how
-    many groups each norm has, and the norms no longer look which layer makes their input.
+    fused or recomputed in the backward pass any more. Parameters stay the same objects but for the folded weights, and
+    hooks stay. Detectron2's ``Conv2d`` stays, since it holds a norm and an activation. The state_dict no longer says
+    how many groups each norm has, and the norms no longer look which layer makes their input.
 
     Returns:
         ``model``.

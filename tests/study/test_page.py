@@ -24,6 +24,16 @@ def rows_of(name):
 
 def test_page_is_up_to_date():
     assert Path("docs/results.md").read_text() == pages.page(), "run `make results`"
+    for path in Path("docs").glob("*.md"):
+        assert path.read_text() == pages.with_tables(path.read_text()), f"{path}: run `make results`"
+
+
+def test_tables_of_other_pages_are_those_of_the_measurements():
+    end = "<!-- end of table -->"
+    text = f"a\n<!-- table of theory_table2 -->\nold\n{end}\nb <!-- table of classifier_caltech101 -->{end}"
+    filled = pages.with_tables(text)
+    assert pages.SECTIONS["theory_table2"].table(rows_of("theory_table2")) in filled and "old" not in filled
+    assert filled.count("Not measured.") == 1 and filled.startswith("a\n<!-- table of theory_table2 -->\n\n|")
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -114,6 +114,7 @@ class Comparison:
         imports: modules and files that are run first, here and in each run
             (:func:`~gng_d2.job.imports.import_modules`).
         recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
+        calibrate_norms: images that fit the norms of a backbone to batch-norm weights, in each run; 0: none.
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
     Raises:
@@ -131,6 +132,7 @@ class Comparison:
         *,
         imports: Sequence[str] = (),
         recompute_norms: bool = False,
+        calibrate_norms: int = 0,
         num_gpus: int = 1,
         num_machines: int = 1,
     ):
@@ -141,7 +143,7 @@ class Comparison:
             raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
-        self.recompute_norms = recompute_norms
+        self.recompute_norms, self.calibrate_norms = recompute_norms, calibrate_norms
         self.num_gpus, self.num_machines = num_gpus, num_machines
         self.world_size = num_gpus * num_machines
         import_modules(self.imports)
@@ -175,6 +177,7 @@ class Comparison:
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
             *(("--recompute-norms",) if self.recompute_norms else ()),
+            *(("--calibrate-norms", str(self.calibrate_norms)) if self.calibrate_norms else ()),
             *("--num-gpus", str(self.num_gpus), "--num-machines", str(self.num_machines)),
             *("--machine-rank", str(machine_rank), "--dist-url", dist_url, *self.run_overrides(run)),
         ]
@@ -237,7 +240,8 @@ class Comparison:
         cfg = self.cfg.clone()
         cfg.merge_from_list(self.norm_overrides("<norm>"))
         cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
-        return {"processes": self.world_size, "config": yaml.safe_load(cfg.dump())}
+        calibrated = {"calibrate_norms": self.calibrate_norms} if self.calibrate_norms else {}
+        return {"processes": self.world_size, **calibrated, "config": yaml.safe_load(cfg.dump())}
 
     def check(self) -> None:
         """Refuse before the first run what no run could finish with.

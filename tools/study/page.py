@@ -2,9 +2,11 @@
 
 The prose is tools/study/page.md. In it {{NAME}} stands for a section of SECTIONS, the table of docs/results/NAME.json
 with its command and machine, for a table of COMPUTED, made of several such files, or for a number of NUMBERS. To add
-a measurement, add its JSON file, a line in SECTIONS, and a heading with {{NAME}} in page.md.
+a measurement, add its JSON file, a line in SECTIONS, and a heading with {{NAME}} in page.md. Other pages beside it
+have the same tables between their lines <!-- table of NAME --> and <!-- end of table -->.
 """
 
+import glob
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from . import (
     ROOT,
     classifier,
     collapse,
+    finetune,
     goals,
     gradients,
     kernel_tests,
@@ -28,6 +31,7 @@ from . import (
     norm_cost,
     regret,
     report,
+    retention,
     rule,
     step_cost,
     sweep,
@@ -38,7 +42,7 @@ from . import (
 from .paper import TABLE_5, TABLE_6
 from .rows import markdown, read_rows
 
-__all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page"]
+__all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page", "with_tables"]
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.md")
 DOCS = os.path.join(ROOT, "docs")
@@ -112,6 +116,8 @@ _MIXTURES = f"{_BEDS} tools/study/mixture_norm.py"
 _CAMVID = "--config-file configs/study/semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM"
 _BCCD = "--config-file configs/study/faster_rcnn_bccd.yaml"
 _WITHOUT_WS = "MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN"
+_REAL = "--import configs/study/bccd_camvid.py --config-file configs/study/"
+_PRETRAINED = "--data caltech101 --weights mobilenet_v2-b0353104.pth"
 _COCO_80 = (
     "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 DATASETS.TEST '()' INPUT.MIN_SIZE_TRAIN '(128,)' "
     "INPUT.MAX_SIZE_TRAIN 213 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.WARMUP_ITERS 20 SOLVER.STEPS '()' "
@@ -146,6 +152,23 @@ SECTIONS = {
         classifier,
         classifier.ClassifierRow,
         "table4 --data caltech101 --json docs/results/classifier_caltech101.json",
+    ),
+    "retention_caltech101": _experiment(
+        retention,
+        retention.RetentionRow,
+        f"retention {_PRETRAINED} --images 4 16 256 --json docs/results/retention_caltech101.json --plot "
+        "docs/results/retention_caltech101.png",
+        "retention_caltech101.png",
+    ),
+    "retention_ws_caltech101": _experiment(
+        retention,
+        retention.RetentionRow,
+        f"retention {_PRETRAINED} --norms GN1+WS GN/16+WS --json docs/results/retention_ws_caltech101.json",
+    ),
+    "finetune_caltech101": _experiment(
+        finetune,
+        finetune.FinetuneRow,
+        f"finetune {_PRETRAINED} --json docs/results/finetune_caltech101.json",
     ),
     "table5": _comparison(f"{_THREE} --config-file configs/pfpn_gn.yaml --output output/table5 --num-gpus 8"),
     "quick_pfpn": _comparison(
@@ -317,6 +340,18 @@ def page(docs: str = DOCS) -> str:
         return re.sub(r"\{\{(\w+)\}\}", fill, file.read())
 
 
+def with_tables(text: str, docs: str = DOCS) -> str:
+    """``text`` with the measurements of ``docs``/results between its lines ``<!-- table of NAME -->`` and
+    ``<!-- end of table -->``."""
+
+    def fill(match):
+        section, path = SECTIONS[match[2]], os.path.join(docs, "results", f"{match[2]}.json")
+        table = section.table(read_rows(path, section.row_type)) if os.path.exists(path) else "Not measured."
+        return f"{match[1]}\n\n{table}\n\n{match[3]}"
+
+    return re.sub(r"(<!-- table of (\w+) -->).*?(<!-- end of table -->)", fill, text, flags=re.DOTALL)
+
+
 def add_arguments(parser) -> None:
     parser.add_argument(
         "--output", default=os.path.join(DOCS, "results.md"), metavar="FILE.md", help="default: docs/results.md"
@@ -328,4 +363,10 @@ def main(args) -> None:
     text = page()
     with atomic_open(args.output) as file:
         file.write(text)
+    for path in glob.glob(os.path.join(os.path.dirname(args.output) or ".", "*.md")):
+        with open(path, encoding="utf-8") as file:
+            before = file.read()
+        if with_tables(before) != before:
+            with atomic_open(path) as file:
+                file.write(with_tables(before))
     print(f"{args.output}: {text.count('Not measured. ')} of {len(SECTIONS)} sections are not measured")

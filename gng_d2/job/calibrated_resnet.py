@@ -1,0 +1,80 @@
+"""A ResNet's batch-norm weights under torchvision's names become a checkpoint of Detectron2's with group norms."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import build_resnet_backbone
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import functional as T
+
+from gng_d2.errors import InputError
+from gng_d2.models.calibrate_norms import calibrate
+
+from .resnet_weights import Conversion, config_keys, convert_resnet
+from .weight_files import read_weight_file, save_weight_file
+
+__all__ = ["convert_and_calibrate", "read_images"]
+
+
+def convert_and_calibrate(
+    path: str, out: str, norm: str, images: Sequence[Tensor], depth: int | None = None
+) -> Conversion:
+    """Write the ResNet in ``path`` to ``out``, a .pth, with norms called ``norm`` that are calibrated on ``images``.
+
+    The names are those of a Detectron2 model with an FPN, and beside the weights stands the record of the norms, which
+    a .pkl would lose.
+
+    Args:
+        images: batches as the ResNet expects them, normalized.
+
+    Raises:
+        InputError: names the file, and what it lacks or has too much; or the norm cannot stand there.
+    """
+    if not out.endswith(".pth"):
+        raise InputError(
+            f"the output {out} must end in .pth: with --norm it holds a record of its norms, as .pkl cannot"
+        )
+    try:
+        conversion = convert_resnet(read_weight_file(path), depth)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if conversion.norm != "BN":
+        raise InputError(f"{path} has group norms, which need no calibration. Leave out --norm and --calibrate")
+    reference, model = _resnet(conversion, "FrozenBN"), _resnet(conversion, norm)
+    if not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        raise InputError(f"--norm {norm} is no group norm")
+    calibrate(model, reference, images)
+    backbone = nn.Module()
+    backbone.add_module("backbone", nn.Module())
+    backbone.backbone.add_module("bottom_up", model)
+    save_weight_file(out, {"model": backbone.state_dict()})
+    return conversion
+
+
+def _resnet(conversion, norm):
+    cfg = get_cfg()
+    cfg.merge_from_list(config_keys(conversion)[0].split())
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.OUT_FEATURES = norm, ["res5"]
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    channels = conversion.weights["stem.conv1.weight"].shape[1]
+    model = build_resnet_backbone(cfg, ShapeSpec(channels=channels))
+    weights = {name: torch.from_numpy(value) for name, value in conversion.weights.items()}
+    model.load_state_dict(weights, strict=False)  # which leaves out a batch norm's statistics
+    return model.eval()
+
+
+def read_images(paths: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
+    """The images in ``paths`` as batches of one: RGB from 0 to 255, their shorter side ``size``, normalized."""
+    batches = []
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # Pillow raises half a dozen kinds
+            raise InputError(f"--calibrate: {path} cannot be read as an image: {error}") from error
+        pixels = T.pil_to_tensor(T.resize(image, size)).float()
+        batches.append(T.normalize(pixels, mean, std)[None])
+    return batches

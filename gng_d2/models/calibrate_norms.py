@@ -1,0 +1,286 @@
+"""Group norms take the place of a trained network's batch norms: each gets the affine that suits its groups."""
+
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gng_d2.errors import InputError
+from gng_d2.layers import GroupNorm, WSConv2d
+from gng_d2.layers.binding import named_norms
+from gng_d2.layers.kinds import num_channels
+from gng_d2.layers.producers import unchanged
+
+from .passes import Pass, run_in_step, stop_after, stop_before
+
+__all__ = ["calibrate", "calibrate_norms", "convert_and_calibrate"]
+
+_log = logging.getLogger(__name__)
+
+FEWEST_NUMBERS = 16  # of a channel: a norm that saw fewer keeps its affine
+SMALLEST_DEVIATION = 1e-3  # of a normalized channel: a smaller one has no signal that a weight could bring back
+LARGEST_WEIGHT = 10  # times the largest of the reference's norm
+
+
+def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.Module:
+    """Give the group norms of ``model`` the affine with which they replace the norms of ``reference``, in place.
+
+    It is for a network that was trained with batch norm and whose norms are group norms now
+    (:func:`~gng_d2.convert_norms`). Both networks run on the same unlabelled images, side by side. When the run
+    reaches a group norm, the norm gets the weight and bias with which each channel of its output has the mean and the
+    deviation that it has in ``reference``, and the run goes on with that output. Nothing is trained. The fewer groups
+    a norm has, the more of the network survives.
+
+    Both networks run in eval mode, without gradients and without autocast. Afterwards they are what they were, but for
+    the values of the affines: these stay the same parameters, and frozen ones stay frozen. A group norm keeps its
+    affine, and the log lists it, if ``reference`` has no norm of its name or too few numbers reach it. A channel that
+    carries no signal after the group norm takes weight 0 and the reference's mean. No weight is larger than 10 times
+    the largest of the reference's norm, and a weight that is 0 in ``reference`` is 0.
+
+    Each norm then has an attribute ``calibration_error``, which :func:`~gng_d2.norm_table` shows. It is how far the
+    norm's output is from the reference's, in deviations of the reference's output: 0 where they are equal, 1.4 where
+    they have nothing in common. So it tells where a network was lost.
+
+    Args:
+        model: its group norms are of :class:`torch.nn.GroupNorm` or a class that extends it.
+        reference: the same network with its old norms and trained weights. Norms are matched by their names, so a
+            network that has the same names in another order cannot be told from the right one.
+        inputs: a batch (a tensor, a dict of keyword arguments, Detectron2's list of dicts), or an iterable of batches,
+            each as :func:`~gng_d2.bind_norms` takes it. Several batches count as one, and what is live in the forward
+            passes of all of them is in memory at the same time. Images of different sizes belong in different
+            batches, because padding would be counted.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: the networks are not the same but for their norms, or cannot be run with ``inputs``. The affines
+            are then what they were.
+
+    Examples::
+        >>> reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> model = nn.Sequential(reference[0], GroupNorm(2, 8))
+        >>> images = torch.randn(4, 3, 9, 9)
+        >>> mean = calibrate_norms(model, reference, images)(images).mean()
+        >>> torch.allclose(mean, reference.eval()(images).mean(), atol=1e-6)
+        True
+    """
+    is_list_of_dicts = isinstance(inputs, list) and len(inputs) > 0 and isinstance(inputs[0], dict)
+    alone = isinstance(inputs, (Tensor, dict)) or is_list_of_dicts
+    return calibrate(model, reference, [inputs] if alone else inputs)
+
+
+def calibrate(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Any], without: Collection[str] = ()
+) -> nn.Module:
+    """:func:`calibrate_norms` on ``batches``, as if ``reference`` had no norms with the names ``without``."""
+    model, reference = (getattr(m, "_orig_mod", m) for m in (model, reference))  # not what torch.compile made of it
+    pairs = {pair.name: pair for pair in _pairs(model, reference, without)}
+    batches = list(batches)
+    if not batches:
+        raise InputError("calibrate_norms: inputs has no batch")
+    try:
+        _sweep(pairs, model, reference, batches)
+    except BaseException:
+        for pair in pairs.values():
+            pair.undo()
+        raise
+    standardized = _standardized(model) - _standardized(reference)
+    _report(model, pairs, sorted(pairs.keys() & standardized))
+    return model
+
+
+def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
+    """``convert(model)``, calibrated. All that may fail happens to a copy, and the reference is ``model`` itself."""
+    calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
+    for norm, its_copy in zip(convert(model).modules(), calibrated.modules()):
+        if isinstance(norm, nn.GroupNorm):
+            norm.calibration_error = its_copy.calibration_error
+            if norm.affine:
+                _write(norm, its_copy.weight, its_copy.bias)
+    return model
+
+
+@torch.no_grad()
+def _write(norm, weight, bias):
+    norm.weight.copy_(weight)
+    norm.bias.copy_(bias)
+
+
+def _pairs(model, reference, without):
+    """The group norms of ``model`` with their counterparts."""
+    modules = dict(model.named_modules())
+    norms = {name: norm for name, norm in modules.items() if isinstance(norm, nn.GroupNorm)}
+    references = {name: m for name, m in reference.named_modules() if num_channels(m) and name not in without}
+    lacking = [name for name in references if num_channels(modules.get(name, nn.Identity())) is None]
+    if lacking or not norms.keys() & references.keys():
+        raise InputError(
+            f"calibrate_norms: model and reference are not the same network with other norms. Norms of the reference "
+            f"that the model lacks: {_three(lacking or references)}. Group norms of the model: {_three(norms)}"
+        )
+    pairs = [_Pair(name, norm, references[name]) for name, norm in norms.items() if name in references]
+    wrong = [pair for pair in pairs if pair.norm.num_channels != num_channels(pair.reference)]
+    if wrong:
+        raise InputError(
+            f"calibrate_norms: norms have other widths in the model "
+            f"({_three(f'{pair.name}: {pair.norm.num_channels}' for pair in wrong)}) than in the reference "
+            f"({_three(f'{pair.name}: {num_channels(pair.reference)}' for pair in wrong)})"
+        )
+    for pair in pairs:
+        if pair.norm is pair.reference:
+            raise InputError(f"calibrate_norms: model and reference share the norm {pair.name}. Copy the model first")
+        if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
+            raise pair.norm.unbound_error()
+    return pairs
+
+
+def _three(names):
+    names = list(names)
+    return ", ".join(names[:3]) + f", ... ({len(names)} in all)" * (len(names) > 3) or "none"
+
+
+def _sweep(pairs, model, reference, batches):
+    """Run all batches. A norm that takes part several times gets its affine at the end, and what comes after it was
+    computed with another, so all run again until no such affine changes."""
+    for _ in range(2 + len(pairs)):
+        for pair in pairs.values():
+            pair.begin()
+        with ExitStack() as stack:
+            for network in (model, reference):
+                stack.enter_context(unchanged(network))
+                network.eval()
+            for name, pair in pairs.items():
+                for hook in (stop_before(name, pair.norm), stop_after(name, pair.reference)):
+                    stack.callback(hook.remove)
+            passes = [(Pass(model, batch), Pass(reference, batch)) for batch in batches]
+            run_in_step(passes, lambda name, here: pairs[name].take(here))
+        if not any([pair.settle() for pair in pairs.values() if pair.is_repeated]):
+            break
+
+
+class _Pair:
+    """A group norm, and the norm whose place it takes."""
+
+    def __init__(self, name: str, norm: nn.GroupNorm, reference: nn.Module):
+        self.name, self.norm, self.reference = name, norm, reference
+        self.is_repeated = False  # whether a pass, or passes of their own, come to it several times
+        self.dead = 0  # channels without signal
+        self.error: float | None = None
+        self._sums: Tensor | None = None  # of this sweep
+        self._smallest = SMALLEST_DEVIATION
+        self._before = None if norm.weight is None else (norm.weight.detach().clone(), norm.bias.detach().clone())
+
+    def begin(self) -> None:
+        self._sums = None
+
+    def take(self, passes: list[tuple[Pass, Pass]]) -> None:
+        """These passes have reached the norm; those of the model stopped with its input."""
+        self.is_repeated = self.is_repeated or self._sums is not None
+        for model, reference in passes:
+            input, output = model.tensor, reference.tensor
+            if input.shape != output.shape:
+                raise InputError(
+                    f"calibrate_norms: {self.name} gives {tuple(output.shape)} in the reference and takes "
+                    f"{tuple(input.shape)} in the model. Both must be the same network"
+                )
+            normalized = F.group_norm(input.double(), self.norm.num_groups, eps=self.norm.eps)
+            sums = _sums(normalized, output.to(input.device, torch.float64))
+            self._sums = sums if self._sums is None else self._sums + sums
+            self._smallest = max(SMALLEST_DEVIATION, torch.finfo(input.dtype).eps)
+        if not self._sums.isfinite().all():
+            raise InputError(f"calibrate_norms: the input or output of {self.name} has NaN or infinite numbers")
+        if not self.is_repeated:
+            self.settle()
+
+    def why_left(self) -> str | None:
+        if self._sums is None:
+            return "were not reached by inputs"
+        if self._before is None:
+            return "have no affine"
+        return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self._sums[0, 0] < FEWEST_NUMBERS else None
+
+    def settle(self) -> bool:
+        """Write the affine that follows from the sums; whether it is another than before."""
+        norm, changed = self.norm, False
+        if self._before is None:
+            weight, bias = torch.ones_like(self._sums[0]), torch.zeros_like(self._sums[0])
+        else:
+            before = norm.weight.detach().clone(), norm.bias.detach().clone()
+            if self.why_left() is None:
+                _write(norm, *self._affine())
+            weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
+            changed = not all(torch.allclose(a.double(), b, 1e-4, 1e-4) for a, b in zip(before, (weight, bias)))
+        self.error = _relative_error(self._sums, weight, bias)
+        return changed
+
+    def _affine(self):
+        (_, x, y), (x_std, y_std) = _means(self._sums), _deviations(self._sums)
+        gamma = getattr(self.reference, "weight", None)
+        gamma = torch.ones_like(x) if gamma is None else gamma.detach().to(x)
+        is_dead = x_std < self._smallest
+        self.dead = int((is_dead & (gamma != 0)).sum())
+        limit = LARGEST_WEIGHT * gamma.abs().max()
+        weight = torch.where(is_dead, 0, gamma.sign() * (y_std / x_std.clamp(min=self._smallest)).clamp(max=limit))
+        return weight, y - weight * x
+
+    def undo(self) -> None:
+        if self._before is not None:
+            _write(self.norm, *self._before)
+
+
+def _sums(x, y):
+    """For each channel of (N, C, ...): the number of its values, and the sums of x, y, x^2, y^2 and x y."""
+    x, y = (t.reshape(*t.shape[:2], -1).transpose(0, 1).flatten(1) for t in (x, y))
+    number = torch.full_like(x[:, 0], x.shape[1])
+    return torch.stack([number, x.sum(1), y.sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)])
+
+
+def _means(sums):
+    return sums[:3] / sums[0]
+
+
+def _deviations(sums):
+    return (sums[3:5] / sums[0] - _means(sums)[1:] ** 2).clamp(min=0).sqrt()
+
+
+def _relative_error(sums, weight, bias):
+    """Of weight x + bias, from y: root of the mean square, in deviations of y."""
+    number, x, y, xx, yy, xy = sums
+    squares = weight**2 * xx + yy + number * bias**2 + 2 * (weight * bias * x - weight * xy - bias * y)
+    spread = (number * _deviations(sums)[1] ** 2).sum()
+    return (squares.sum().clamp(min=0) / spread).sqrt().item() if spread > 0 else 0.0
+
+
+def _standardized(model):
+    """Names of the norms that follow a convolution with standardized weights."""
+    return {name for name, _, _, layer in named_norms(model) if isinstance(layer, WSConv2d)}
+
+
+def _report(model, pairs, standardized):
+    """Keep the errors, and say in one line what was not calibrated."""
+    listed: dict[str, list[str]] = {}
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.calibration_error = pairs[name].error if name in pairs else None
+            why = pairs[name].why_left() if name in pairs else "have no counterpart in the reference"
+            if why:
+                listed.setdefault(why, []).append(name)
+    dead = [f"{pair.name} ({pair.dead})" for pair in pairs.values() if pair.dead]
+    if dead:
+        listed["have channels without signal, whose weight is 0"] = dead
+    if standardized:
+        listed["follow a standardized convolution, which computes something else than the reference's"] = standardized
+    errors = {name: pair.error for name, pair in pairs.items() if pair.why_left() is None}
+    said = [f"{len(errors)} norms are calibrated"]
+    if errors:
+        last = list(errors)[-1]
+        said[0] += (
+            f", relative error {min(errors.values()):.2f} to {max(errors.values()):.2f}, {errors[last]:.2f} in {last}"
+        )
+    said += [f"{len(names)} {why} ({_three(names)})" for why, names in listed.items()]
+    _log.log(logging.WARNING if listed or not errors else logging.INFO, "calibrate_norms: %s", "; ".join(said))

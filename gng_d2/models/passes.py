@@ -1,0 +1,135 @@
+"""Forward passes that run side by side: each stops at every norm until the others have come there."""
+
+from collections.abc import Callable, Sequence
+from threading import Semaphore, Thread, current_thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gng_d2.errors import InputError
+from gng_d2.layers.producers import calls_with
+
+__all__ = ["Pass", "run_in_step", "stop_after", "stop_before"]
+
+
+class Pass(Thread):
+    """A forward pass of ``model`` in a thread that never runs while another does: a coroutine through any code.
+
+    It has no gradients and no autocast, and stops where :meth:`stop` is called until :meth:`go_on` is.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any):
+        super().__init__(daemon=True)
+        self.at: str | None = None  # where it stopped; None: it ended
+        self.tensor: Tensor | None = None  # that it stopped with
+        self.error: BaseException | None = None
+        self._model, self._inputs = model, inputs
+        self._may_go, self._has_stopped = Semaphore(0), Semaphore(0)
+        self._is_cancelled = self._has_begun = False
+
+    def run(self):
+        self._may_go.acquire()
+        try:
+            if not self._is_cancelled:
+                self._forward()
+        except BaseException as error:
+            self.error = error
+        self.at = self.tensor = None
+        self._has_stopped.release()
+
+    @torch.no_grad()
+    def _forward(self):
+        first = next(self._model.parameters(), torch.empty(0))
+        inputs = tree_map(lambda x: x.to(first.device, copy=True) if isinstance(x, Tensor) else x, self._inputs)
+        failed = None
+        with torch.cuda.device_of(first):
+            for args, kwargs in calls_with(inputs):
+                try:
+                    self._model(*args, **kwargs)
+                    return
+                except Exception as error:  # of any kind: it is the user's code
+                    failed = failed or error
+                    if self._has_begun:
+                        break
+        if isinstance(failed, InputError):
+            raise failed
+        raise InputError(
+            f"inputs: {type(self._model).__name__} cannot be run with them in eval mode: "
+            f"{type(failed).__name__}: {failed}"
+        ) from failed
+
+    def stop(self, at: str, tensor: Tensor) -> None:
+        self.at, self.tensor, self._has_begun = at, tensor, True
+        self._has_stopped.release()
+        self._may_go.acquire()
+        if self._is_cancelled:
+            raise _CancelledPass
+
+    def go_on(self) -> None:
+        """Run to the next stop, or to the end."""
+        self.at = self.tensor = None
+        self._may_go.release()
+        self._has_stopped.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self._may_go.release()
+        self.join()
+
+
+class _CancelledPass(BaseException):
+    """Nobody waits for this pass any more."""
+
+
+def stop_before(name: str, norm: nn.Module):
+    """A hook by which passes stop at ``norm`` with its input."""
+    return norm.register_forward_pre_hook(
+        lambda _, args, kwargs: _stop(name, *args, *kwargs.values()), with_kwargs=True
+    )
+
+
+def stop_after(name: str, norm: nn.Module):
+    """A hook by which passes stop at ``norm`` with its output, before the dropout and activation of timm's norms."""
+    if "drop" in norm._modules:
+        return norm.drop.register_forward_pre_hook(lambda _, args: _stop(name, *args))
+    return norm.register_forward_hook(lambda _, args, output: _stop(name, output))
+
+
+def _stop(name, tensor):
+    if isinstance(current_thread(), Pass):
+        current_thread().stop(name, tensor)
+
+
+def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list[tuple[Pass, Pass]]], None]) -> None:
+    """Run the two passes of each pair from stop to stop. Once all have stopped, those that stand at the same place go
+    on after ``at_stop(place, pairs)``; the others wait for their turn.
+
+    Raises:
+        InputError: the passes of a pair stop at different places, or cannot be run.
+    """
+    passes = [one for pair in pairs for one in pair]
+    try:
+        for one in passes:
+            one.start()
+            one.go_on()
+        while any(one.at for one in passes):
+            for model, reference in pairs:
+                if model.at != reference.at:
+                    raise InputError(
+                        f"inputs: with them the model comes to {model.at or 'its end'} where the reference comes to "
+                        f"{reference.at or 'its end'}. Both must be the same network"
+                    )
+            place = next(model.at for model, _ in pairs if model.at)
+            here = [pair for pair in pairs if pair[0].at == place]
+            at_stop(place, here)
+            for pair in here:
+                for one in pair:
+                    one.go_on()
+    finally:
+        for one in passes:
+            if one.is_alive():
+                one.cancel()

@@ -1,0 +1,268 @@
+"""A job whose backbone has group norms starts from batch-norm weights."""
+
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import quick_models
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from gng_d2 import calibrate_norms
+from gng_d2.errors import InputError
+from gng_d2.job.calibrate import calibrate_backbone
+from gng_d2.job.config import load_config
+from gng_d2.job.engine import Trainer
+from study.comparison import Comparison
+
+CONFIG = "configs/quick/pfpn_pgn.yaml"
+RATE_NEAR_0 = [*quick_models.TRAINING, "SOLVER.BASE_LR", "1e-9", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "1"]
+RATE_NEAR_0 += ["DATASETS.TEST", "()", "SOLVER.WEIGHT_DECAY", "0.0", "SOLVER.WEIGHT_DECAY_NORM", "0.0"]
+
+
+def randomize(model):
+    """Batch norms with statistics and affines of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1), nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight, 1, 0.3), nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, shapes):
+    """A checkpoint of the quick model with batch norm in its backbone."""
+    torch.manual_seed(0)
+    model = randomize(build_model(config(None, "MODEL.RESNETS.NORM", "BN")))
+    path = tmp_path_factory.mktemp("weights") / "bn.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def config(weights, *overrides, output="."):
+    return load_config(
+        CONFIG, [*RATE_NEAR_0, "MODEL.WEIGHTS", str(weights or ""), "OUTPUT_DIR", str(output), *overrides]
+    )
+
+
+def trainer(weights, *overrides, output=".", resume=False):
+    made = Trainer(config(weights, *overrides, output=output))
+    made.resume_or_load(resume=resume)
+    return made
+
+
+def first_images(number):
+    records = sorted(DatasetCatalog.get("gng_shapes_train_separated"), key=lambda record: int(record["image_id"]))
+    mapper = DatasetMapper(config(None), is_train=False)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config(None).MODEL.PIXEL_MEAN, config(None).MODEL.PIXEL_STD))
+    return [((mapper(record)["image"] - mean) / std)[None] for record in records[:number]]
+
+
+def group_norms(model):
+    return {name: m for name, m in model.backbone.bottom_up.named_modules() if isinstance(m, nn.GroupNorm)}
+
+
+def test_the_backbone_is_calibrated_on_the_first_images(weights, tmp_path, caplog):
+    freeze = ["MODEL.BACKBONE.FREEZE_AT", "2", "MODEL.RESNETS.NORM", "GN1"]
+    made = trainer(weights, *freeze, output=tmp_path)
+    before, state = copy.deepcopy(made.model), torch.get_rng_state()
+    parameters = [(p, p.requires_grad) for p in made.model.parameters()]
+    with caplog.at_level(logging.INFO):
+        calibrate_backbone(made, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [(p, p.requires_grad) for p in made.model.parameters()] == parameters and made.model.training
+    reference = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
+    reference.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    wanted = calibrate_norms(
+        copy.deepcopy(before.backbone.bottom_up), reference.backbone.bottom_up, first_images(5)
+    ).state_dict()
+    for name, value in made.model.backbone.bottom_up.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
+        assert torch.equal(value, before.backbone.bottom_up.state_dict()[name]) != (".norm." in name)
+    others = {n: p for n, p in before.named_parameters() if "bottom_up" not in n}
+    assert all(torch.equal(p, dict(made.model.named_parameters())[name]) for name, p in others.items())
+    frozen = made.model.backbone.bottom_up.stem.conv1.norm
+    assert not frozen.weight.requires_grad and frozen.calibration_error is not None
+    assert f"{len(group_norms(made.model))} norms are calibrated" in caplog.text
+
+
+def test_only_norms_that_the_file_has_are_calibrated(weights, tmp_path, caplog):
+    state = torch.load(weights, weights_only=True)["model"]
+    for name in [n for n in state if ".res5." in n and ("1.conv2" in n or n.endswith("0.conv1.weight"))]:
+        del state[name]
+    torch.save({"model": state}, tmp_path / "part.pth")
+    made = trainer(tmp_path / "part.pth", "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    calibrate_backbone(made, 2)
+    fresh = [n for n, norm in group_norms(made.model).items() if norm.calibration_error is None]
+    assert fresh == ["res5.0.conv1.norm", "res5.1.conv2.norm"]  # its convolution is missing; it is missing itself
+    assert "2 have no counterpart in the reference (res5.0.conv1.norm, res5.1.conv2.norm)" in caplog.text
+    assert (made.model.backbone.bottom_up.res5[1].conv2.norm.weight == 1).all()
+
+
+def caffe2(path):
+    """As MSRA/R-50.pkl is: Caffe2's names, statistics folded into a scale and a bias. Of an R-18's stem."""
+    draw = np.random.default_rng(0)
+    content = {"conv1_w": draw.normal(size=(64, 3, 7, 7)).astype(np.float32) / 12}
+    content["res_conv1_bn_s"] = draw.normal(size=64).astype(np.float32)
+    content["res_conv1_bn_b"] = draw.normal(size=64).astype(np.float32)
+    path.write_bytes(pickle.dumps(content))
+    return content
+
+
+def test_folded_statistics_are_mean_0_and_variance_1(tmp_path, shapes):
+    content = caffe2(tmp_path / "R.pkl")
+    made = trainer(tmp_path / "R.pkl", "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    calibrate_backbone(made, 3)
+    stem, images = made.model.backbone.bottom_up.stem.conv1, first_images(3)
+    with torch.no_grad():
+        ours = torch.cat([stem(image).flatten(2) for image in images], 2)
+        theirs = [
+            nn.functional.conv2d(image, torch.tensor(content["conv1_w"]), stride=2, padding=3) for image in images
+        ]
+    scale, bias = (torch.tensor(content[f"res_conv1_bn_{key}"])[:, None] for key in "sb")
+    theirs = torch.cat([x.flatten(2) for x in theirs], 2) * scale + bias
+    capped = stem.norm.weight.abs() > 9.99 * scale.abs().max()
+    torch.testing.assert_close(ours.mean(2)[0], theirs.mean(2)[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.std(2)[0][~capped], theirs.std(2)[0][~capped], rtol=1e-3, atol=1e-3)
+    assert [n for n, m in group_norms(made.model).items() if m.calibration_error is not None] == ["stem.conv1.norm"]
+
+
+def test_standardized_convolutions_are_plain_in_the_reference(weights, tmp_path, caplog):
+    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1+WS", output=tmp_path)
+    calibrate_backbone(made, 2)
+    assert type(made.model.backbone.bottom_up.stem.conv1).__name__ == "WSConv2d"
+    errors = [norm.calibration_error for norm in group_norms(made.model).values()]
+    assert errors[0] > 0.05
+    assert "standardized" in caplog.text
+
+
+def test_a_run_that_goes_on_is_not_calibrated_again(weights, tmp_path, caplog):
+    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path, resume=True)  # there is no checkpoint
+    calibrate_backbone(made, 2)
+    first = {n: norm.weight.clone() for n, norm in group_norms(made.model).items()}
+    assert all((weight != 1).any() for weight in first.values())
+    made.checkpointer.save("model_0000000", iteration=0)
+    again = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path, resume=True)
+    calibrate_backbone(again, 5)
+    assert all(torch.equal(first[n], norm.weight) for n, norm in group_norms(again.model).items())
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_a_backbone_without_group_norms_is_left(norm, weights, tmp_path):
+    made = trainer(weights, "MODEL.RESNETS.NORM", norm, output=tmp_path)
+    before = copy.deepcopy(made.model.state_dict())
+    calibrate_backbone(made, 2)
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+
+
+def test_weights_without_batch_norms_are_refused(tmp_path, shapes):
+    torch.save({"model": build_model(config(None)).state_dict()}, tmp_path / "gn.pth")
+    made = trainer(tmp_path / "gn.pth", output=tmp_path)
+    with pytest.raises(InputError, match=r"--calibrate-norms: MODEL\.WEIGHTS '.*gn\.pth' holds no batch norms"):
+        calibrate_backbone(made, 2)
+    with pytest.raises(InputError, match=r"--calibrate-norms: MODEL\.WEIGHTS '' holds no batch norms"):
+        calibrate_backbone(trainer("", output=tmp_path), 2)
+
+
+def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, caplog, monkeypatch):
+    caffe2(tmp_path / "MSRA-R-50.pkl")
+    for stride in (True, False):
+        caplog.clear()
+        words = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
+        words += ["MODEL.RESNETS.STRIDE_IN_1X1", str(stride), "MODEL.RESNETS.NORM", "GN1"]
+        calibrate_backbone(trainer(tmp_path / "MSRA-R-50.pkl", *words, output=tmp_path), 1)
+        assert ("STRIDE_IN_1X1 True, and the config has False" in caplog.text) != stride
+
+
+def train_net(script, weights, output, *words, flags=("--calibrate-norms", "3")):
+    command = [sys.executable, "-W", "ignore", str(script), "--dist-url", "auto", "--config-file", CONFIG, *flags]
+    command += [
+        *RATE_NEAR_0,
+        "MODEL.WEIGHTS",
+        str(weights),
+        "MODEL.RESNETS.NORM",
+        "GN1",
+        "OUTPUT_DIR",
+        str(output),
+        *words,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+OWN = """
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+import gng_d2
+from gng_d2.job.calibrate import calibrate_backbone
+
+class Trainer(DefaultTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        from gng_d2.job.data.loader import build_train_loader
+        return build_train_loader(cfg)
+
+args = default_argument_parser().parse_args()
+cfg = get_cfg()
+cfg.merge_from_file(args.config_file)
+cfg.merge_from_list(args.opts + ["MODEL.DEVICE", "cpu"])
+default_setup(cfg, args)
+from gng_d2.job.data import embedded
+trainer = Trainer(cfg)
+trainer.resume_or_load(resume=args.resume)
+calibrate_backbone(trainer, 3)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_jobs_of_one_process_of_two_and_of_ones_own_agree(weights, tmp_path):
+    """The learning rate is next to 0, so that what is saved is what the first step saw."""
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    one = train_net("tools/train_net.py", weights, tmp_path / "one")
+    two = train_net(
+        "tools/train_net.py", weights, tmp_path / "two", flags=("--calibrate-norms", "3", "--num-gpus", "2")
+    )
+    mine = train_net(own, weights, tmp_path / "own", flags=())
+    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    calibrate_backbone(made, 3)
+    names = [name for name in one if "bottom_up" in name and ".norm." in name]
+    assert len(names) == 40
+    for name in names:
+        for other in (two, mine, made.model.state_dict()):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_comparison_passes_the_flag_on_and_knows_it(weights, tmp_path):
+    words = [
+        CONFIG,
+        ["GN1", "FrozenBN"],
+        [0],
+        str(tmp_path),
+        ["MODEL.RESNETS.NORM"],
+        [*RATE_NEAR_0, "MODEL.WEIGHTS", str(weights)],
+    ]
+    with_it, without = Comparison(*words, calibrate_norms=3), Comparison(*words)
+    command = with_it.command(with_it.runs[0])
+    assert command[command.index("--calibrate-norms") + 1] == "3"
+    assert "--calibrate-norms" not in without.command(without.runs[0])
+    without.claim_output()
+    with pytest.raises(InputError, match="calibrate_norms: None there, 3 here"):
+        with_it.claim_output()
+
+
+def test_frozen_norms_of_the_reference_are_detectron2s(weights, tmp_path):
+    """What this file takes for granted of Detectron2."""
+    made = FrozenBatchNorm2d(3)
+    assert torch.equal(made.running_mean, torch.zeros(3)) and made.eps == 1e-5

@@ -1,0 +1,425 @@
+import copy
+import os
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from gng_d2 import GroupNorm, PracticalGroupNorm, calibrate_norms, convert_norms, norm_table
+from gng_d2.errors import InputError
+
+# trained on ImageNet, under torchvision's names: beside the checkout, where there is one
+WEIGHTS = os.environ.get("MOBILENET_V2_WEIGHTS", "../shared/data/weights/mobilenet_v2_imagenet.pth")
+
+
+def network(norm=nn.BatchNorm2d):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        norm(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2),
+        norm(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 4, 1),
+        norm(4),
+    )
+
+
+def trained():
+    """Batch norms with statistics and an affine of their own."""
+    model = network()
+    for _ in range(20):
+        model(3 * torch.randn(8, 3, 12, 12) + 1)
+    for norm in norms(model):
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return model.eval()
+
+
+def norms(model, kind=(nn.BatchNorm2d, nn.GroupNorm)):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def images(number=8, size=12):
+    return 3 * torch.randn(number, 3, size, size) + 1
+
+
+def moments(x):
+    x = x.double()
+    return x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+
+
+def brute_force(model, reference, inputs):
+    """The affine of each group norm, one after another, from whole runs of the parts before it."""
+    result = []
+    model, reference = copy.deepcopy(model).double().eval(), copy.deepcopy(reference).double().eval()
+    for i, norm in enumerate(model):
+        if isinstance(norm, nn.GroupNorm):
+            normalized = F.group_norm(model[:i](inputs.double()), norm.num_groups, eps=norm.eps)
+            (mean, std), (wanted_mean, wanted_std) = moments(normalized), moments(reference[: i + 1](inputs.double()))
+            weight = wanted_std / std * reference[i].weight.sign()
+            with torch.no_grad():
+                norm.weight.copy_(weight), norm.bias.copy_(wanted_mean - weight * mean)
+            result += [norm.weight, norm.bias]
+    return result
+
+
+def affines(model):
+    return [p for norm in norms(model, nn.GroupNorm) for p in (norm.weight, norm.bias)]
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("norm", ["GN1", "GN/2", "PGN"])
+def test_each_affine_is_that_of_a_loop_over_the_norms(norm):
+    reference, inputs = trained(), images()
+    model = convert_norms(copy.deepcopy(reference), norm)
+    assert calibrate_norms(model, reference, inputs) is model
+    assert_close(affines(model), brute_force(model, reference, inputs))
+    for i in (1, 4, 7):
+        for a, b in zip(moments(model[: i + 1](inputs)), moments(reference[: i + 1](inputs))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_several_batches_count_as_one():
+    reference, inputs = trained(), images()
+    one, several, twice = (convert_norms(copy.deepcopy(reference), "GN/4") for _ in range(3))
+    calibrate_norms(one, reference, inputs)
+    calibrate_norms(several, reference, inputs.split(1))
+    assert_close(affines(one), affines(several), 1e-5)
+    calibrate_norms(twice, reference, (batch for batch in inputs.split([1, 5, 2])))
+    assert_close(affines(one), affines(twice), 1e-5)
+    calibrate_norms(twice, reference, inputs)  # norms after a norm saw what it puts out, so once is enough
+    assert_close(affines(one), affines(twice), 1e-5)
+
+
+def test_images_of_several_sizes_count_by_their_positions():
+    reference, sizes = trained(), [images(1, size) for size in (9, 12, 17)]
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    calibrate_norms(model, reference, sizes)
+    for i in (1, 4, 7):
+        ours, theirs = (torch.cat([m[: i + 1](x).flatten(2) for x in sizes], 2)[..., None] for m in (model, reference))
+        for a, b in zip(moments(ours), moments(theirs)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_error_is_the_distance_of_the_outputs_in_deviations(caplog):
+    reference, inputs = trained(), images()
+    model = convert_norms(copy.deepcopy(reference), "GN/2")
+    calibrate_norms(model, reference, inputs.split(4))
+    for i in (1, 4, 7):
+        ours, theirs = (m[: i + 1](inputs).detach().double() for m in (model, reference))
+        spread = theirs - theirs.mean((0, 2, 3), keepdim=True)
+        assert model[i].calibration_error == pytest.approx((ours - theirs).norm() / spread.norm(), rel=1e-4)
+    rows = norm_table(model)
+    assert [row.calibration_error for row in rows] == [model[i].calibration_error for i in (1, 4, 7)]
+    assert "calibration_error" in str(rows) and "calibration_error" not in str(norm_table(reference))
+
+
+def test_both_networks_are_else_what_they_were():
+    reference = trained().train()
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    model[1].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(reference.state_dict()), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    calibrate_norms(model, reference, images(4))
+    torch.set_rng_state(torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), reference.state_dict().values()))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[1][name]) != (name.split(".")[0] in "1 4 7")
+    assert [m.training for m in model.modules()] == modes and reference.training
+    assert not model[1].weight.requires_grad and model[4].weight.requires_grad
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *reference.modules()))
+
+
+def test_autocast_and_inference_mode_change_nothing():
+    reference, inputs = trained(), images()
+    plain, cast = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
+    calibrate_norms(plain, reference, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate_norms(cast, reference, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(affines(plain), affines(cast)))
+
+
+def test_a_half_model_is_calibrated_from_its_own_numbers():
+    reference, inputs = trained(), images()
+    model = convert_norms(copy.deepcopy(reference), "GN1").bfloat16()
+    calibrate_norms(model, copy.deepcopy(reference).bfloat16(), inputs.bfloat16())
+    assert model[1].weight.dtype == torch.bfloat16
+    assert_close(
+        [model[1].weight, model[1].bias],
+        brute_force(convert_norms(copy.deepcopy(reference), "GN1"), reference, inputs)[:2],
+        5e-2,
+    )
+
+
+# channels
+
+
+def test_a_channel_without_signal_takes_weight_0_and_the_mean(caplog):
+    reference, inputs = trained(), images(1, 24)
+    with torch.no_grad():
+        reference[0].weight[2] *= 1e-6
+        reference[0].bias[2] = 0.1
+        reference[1].running_mean[2], reference[1].running_var[2] = 0.1, 1e-12
+        reference[1].eps = 1e-14
+        reference[1].weight[5] = 0
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    model[1].eps = 1e-5
+    calibrate_norms(model, reference, inputs)
+    assert model[1].weight[2] == 0 and model[1].weight[5] == 0 and (model[1].weight == 0).sum() == 2
+    torch.testing.assert_close(model[1].bias[2], reference[:2](inputs)[:, 2].mean(), rtol=1e-3, atol=1e-3)
+    assert model[1].bias[5].item() == pytest.approx(reference[1].bias[5].item(), abs=1e-5)
+    assert "1 have channels without signal, whose weight is 0 (1 (1))" in caplog.text
+
+
+def test_a_weight_is_at_most_ten_times_the_largest():
+    reference, inputs = trained(), images()
+    with torch.no_grad():
+        reference[0].weight[2] *= 0.01
+        reference[0].bias.zero_()
+        reference[1].running_mean.zero_()
+        reference[1].running_var[2] *= 1e-4
+        reference[1].eps = 1e-9
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    calibrate_norms(model, reference, inputs)
+    assert model[1].weight.abs().max().item() == pytest.approx(10 * reference[1].weight.abs().max().item())
+    assert model[1].weight.abs().argmax() == 2
+
+
+def test_a_norm_that_saw_too_few_numbers_is_left_and_named(caplog):
+    reference = trained()
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    calibrate_norms(model, reference, images(1, 6))  # 2 x 2 positions after the second convolution
+    assert model[1].weight.unique().numel() == 8
+    assert (model[4].weight == 1).all() and (model[7].bias == 0).all()
+    assert "2 saw fewer than 16 numbers in a channel (4, 7)" in caplog.text
+
+
+# norms and networks of other kinds
+
+
+def test_norms_without_counterpart_or_affine_keep_what_they_have(caplog):
+    reference, inputs = trained(), images()
+    reference[7] = nn.Identity()
+    model = copy.deepcopy(reference)
+    model[1], model[4], model[7] = GroupNorm(1, 8), GroupNorm(1, 12, affine=False), nn.GroupNorm(2, 4)
+    calibrate_norms(model, reference, inputs)
+    assert (model[1].weight != 1).all() and (model[7].weight == 1).all()
+    assert model[7].calibration_error is None and model[4].calibration_error > 0
+    assert "1 have no counterpart in the reference (7)" in caplog.text and "1 have no affine (4)" in caplog.text
+
+
+class Shared(nn.Module):
+    """A head on several levels, as RetinaNet's."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm_a, self.norm_b = norm(8), norm(8)
+
+    def forward(self, x):
+        return [self.norm_b(self.b(F.relu(self.norm_a(self.a(level))))) for level in (x, 2 * x + 1)]
+
+
+def test_a_norm_that_is_called_several_times_takes_the_moments_of_all_calls():
+    reference = Shared(nn.BatchNorm2d)
+    for _ in range(20):
+        reference(images())
+    inputs, model = images(), Shared(lambda width: GroupNorm(2, width))
+    model.load_state_dict(reference.state_dict(), strict=False)
+    calibrate_norms(model, reference, inputs.split(4))
+    seen = {}
+    for network in (model, reference.eval()):
+        for name in ("norm_a", "norm_b"):
+            module, calls = network.get_submodule(name), []
+            hook = module.register_forward_hook(lambda _, args, output: calls.append(output.detach()))
+            network(inputs)
+            hook.remove()
+            seen.setdefault(name, []).append(moments(torch.cat(calls)))
+    for ours, theirs in seen.values():
+        assert_close(ours, theirs, 1e-3)
+
+
+def test_batches_may_take_different_paths():
+    class Skips(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 1), norm(4), norm(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(self.norm(x) if x.shape[2] > 10 else x)
+
+    reference, model = Skips(nn.BatchNorm2d), Skips(lambda width: GroupNorm(2, width))
+    model.load_state_dict(reference.state_dict(), strict=False)
+    batches = [images(2, 8), images(2, 12), images(2, 9)]
+    calibrate_norms(model, reference, batches)
+    ours, theirs = (torch.cat([m.eval()(x).flatten(2) for x in batches], 2)[..., None] for m in (model, reference))
+    assert_close(moments(ours), moments(theirs), 1e-3)
+
+
+def test_timms_norms_are_matched_before_their_activation():
+    reference, inputs = timm.create_model("efficientnet_b0", num_classes=4), torch.randn(4, 3, 64, 64)
+    model = convert_norms(copy.deepcopy(reference), "GN1", inputs)
+    calibrate_norms(model, reference, inputs)
+    outputs = []
+    for network in (model, reference.eval()):
+        network.bn1.drop.register_forward_pre_hook(lambda _, args: outputs.append(args[0].detach()))
+        network.eval()(inputs)
+    assert (outputs[0] < 0).any()
+    for a, b in zip(moments(outputs[0]), moments(outputs[1])):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_detectron2s_inputs_are_a_batch():
+    class Model(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), norm(8)
+
+        def forward(self, inputs):
+            return self.norm(self.conv(torch.stack([one["image"] for one in inputs])))
+
+    reference, model = Model(nn.BatchNorm2d), Model(lambda width: GroupNorm(2, width))
+    calibrate_norms(model, reference, [{"image": image} for image in images(4)])
+    assert (model.norm.weight != 1).all()
+
+
+# what cannot be calibrated
+
+
+def test_other_names_and_widths_list_three_of_each():
+    reference, model = trained(), convert_norms(trained(), "GN1")
+    with pytest.raises(InputError, match=r"lacks: 0\.1, 0\.4, 0\.7\. Group norms of the model: 1, 4, 7"):
+        calibrate_norms(model, nn.Sequential(reference), images())
+    other = copy.deepcopy(model)
+    other[3], other[4], other[6] = nn.Conv2d(8, 6, 3, stride=2), GroupNorm(2, 6), nn.Conv2d(6, 4, 1)
+    with pytest.raises(InputError, match=r"other widths in the model \(4: 6\) than in the reference \(4: 12\)"):
+        calibrate_norms(other, reference, images())
+    with pytest.raises(InputError, match="share the norm"):
+        calibrate_norms(model, model, images())
+    model._modules["1"] = PracticalGroupNorm(8)  # not registered, so it meets no layer
+    with pytest.raises(InputError, match="never met a weight layer"):
+        calibrate_norms(model, reference, images())
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("no more memory")
+
+
+@pytest.mark.parametrize(
+    "inputs, message", [(images(4), "no more memory"), ([], "no batch"), (torch.full((4, 3, 9, 9), torch.nan), "NaN")]
+)
+def test_after_an_error_all_is_as_it_was(inputs, message):
+    reference = trained()
+    reference.append(Breaks())
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        calibrate_norms(model, reference, inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *reference.modules()))
+    kind = type(reference[1])
+    with pytest.raises(InputError, match=message):
+        convert_norms(reference, "GN1", calibrate=inputs)
+    assert type(reference[1]) is kind and reference[1].running_mean is not None
+
+
+def test_networks_that_run_otherwise_are_refused():
+    reference = trained()
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    model[3].stride = (1, 1)
+    with pytest.raises(InputError, match=r"4 gives \(8, 12, 5, 5\) in the reference and takes \(8, 12, 10, 10\)"):
+        calibrate_norms(model, reference, images())
+    swapped = nn.Sequential()
+    for i in (0, 1, 6):
+        swapped.add_module(str(i), copy.deepcopy(reference[i]))
+
+
+# conversion and calibration in one
+
+
+def test_convert_norms_calibrates_against_what_the_model_was(caplog):
+    reference, inputs = trained(), images()
+    model = copy.deepcopy(reference)
+    parameters = list(model.parameters())
+    assert convert_norms(model, "PGN", inputs, calibrate=inputs.split(2)) is model
+    wanted = calibrate_norms(convert_norms(copy.deepcopy(reference), "PGN", inputs), reference, inputs)
+    assert_close(affines(model), affines(wanted))
+    assert [a is b for a, b in zip(model.parameters(), parameters)] == [True] * len(parameters)
+    assert model[7].calibration_error == pytest.approx(wanted[7].calibration_error)
+
+
+# real networks
+
+
+def agreement(model, reference, inputs):
+    """How often the class with the highest score is the same."""
+    return (model.eval()(inputs).argmax(1) == reference.eval()(inputs).argmax(1)).float().mean().item()
+
+
+@pytest.mark.slow
+def test_a_network_trained_here_survives():
+    side = torch.linspace(-1, 1, 12)
+
+    def batch(number):
+        """A bright stripe on noise, in one of four directions."""
+        labels = torch.randint(4, (number,))
+        angles = labels * torch.pi / 4
+        place = side * angles.cos()[:, None, None] + side[:, None] * angles.sin()[:, None, None]
+        stripe = (4 * place + 6 * torch.rand(number, 1, 1)).sin()
+        return stripe[:, None] * torch.tensor([1, 0.5, 2])[:, None, None] + torch.randn(number, 3, 12, 12) / 2, labels
+
+    reference = nn.Sequential(network(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    reference(batch(2)[0])
+    optimizer = torch.optim.SGD(reference.parameters(), 0.05, momentum=0.9)
+    for _ in range(150):
+        inputs, labels = batch(32)
+        optimizer.zero_grad()
+        F.cross_entropy(reference(inputs), labels).backward()
+        optimizer.step()
+    inputs, labels = batch(512)
+    assert (reference.eval()(inputs).argmax(1) == labels).float().mean() > 0.9
+    fresh = convert_norms(copy.deepcopy(reference), "GN1")
+    calibrated = convert_norms(copy.deepcopy(reference), "GN1", calibrate=batch(64)[0])
+    assert agreement(calibrated, reference, inputs) > 0.85 > agreement(fresh, reference, inputs) + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists(WEIGHTS), reason=f"{WEIGHTS} is not there")
+def test_mobilenet_with_imagenet_weights_survives():
+    reference = torchvision.models.mobilenet_v2()
+    reference.load_state_dict(torch.load(WEIGHTS, weights_only=True), strict=False)
+    reference.eval()
+    inputs = F.interpolate(torch.randn(16, 3, 12, 12), size=96, mode="bicubic")
+    model = convert_norms(copy.deepcopy(reference), "GN1", inputs[:1], calibrate=inputs.split(4))
+    names = [name for name, module in reference.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(names) == 52
+    calls = {name: [] for name in names}
+    for network in (model, reference):
+        for name in names:
+            network.get_submodule(name).register_forward_hook(
+                lambda _, args, output, name=name: calls[name].append(output.detach().double())
+            )
+        network.eval()(inputs)
+    count = 0
+    for name, (ours, theirs) in calls.items():
+        weight, largest = model.get_submodule(name).weight.abs(), reference.get_submodule(name).weight.abs().max()
+        alive = (weight > 0) & (weight < 9.99 * largest)
+        count += int(alive.sum())
+        for a, b in zip(moments(ours), moments(theirs)):
+            torch.testing.assert_close(a[alive], b[alive], rtol=1e-2, atol=1e-2)
+    assert count > 0.9 * sum(norm.num_features for norm in norms(reference))
+    ours, theirs = calls["features.18.1"]
+    fresh = convert_norms(copy.deepcopy(reference), "GN1", inputs[:1]).eval()
+    lost = fresh.features[18][1](fresh.features[18][0](fresh.features[:18](inputs)))
+    assert (ours - theirs).norm() < 0.5 * (lost - theirs).norm()

@@ -1,0 +1,154 @@
+"""A network that was trained with batch norm, and real images to see what is left of it: MobileNetV2, Caltech-101."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+from torchvision.models import mobilenet_v2
+from torchvision.transforms import functional as T
+
+from gng_d2.errors import InputError
+from gng_d2.job.weight_files import read_weight_file
+
+__all__ = [
+    "Split",
+    "add_data",
+    "features",
+    "interval",
+    "linear_head",
+    "load_mobilenet",
+    "mean_with_interval",
+    "normalized",
+    "right",
+    "split",
+]
+
+TRAIN, TEST = 20, 10  # images a class
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, size, size) in uint8 and their labels."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+def load_mobilenet(path: str) -> nn.Module:
+    """torchvision's MobileNetV2 with the weights in ``path``, in eval mode; its classifier is what follows them.
+
+    Raises:
+        InputError: they are not there, or of another network.
+    """
+    model = mobilenet_v2()
+    model.classifier = nn.Identity()
+    weights = {name: value for name, value in read_weight_file(path).items() if not name.startswith("classifier.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"--weights {path}: {error}") from None
+    return model.eval()
+
+
+def split(root: str, size: int, seed: int) -> Split:
+    """20 images a class to train with and 10 to test, drawn by ``seed``: the central square, ``size`` pixels wide.
+
+    Raises:
+        InputError: ``root`` has no folders of classes, or a class has fewer images.
+    """
+    try:
+        images = ImageFolder(root)
+    except OSError as error:
+        raise InputError(f"--data {root}: {error}") from error
+    labels, draw = np.array(images.targets), np.random.default_rng(seed)
+    drawn = [draw.permutation(np.flatnonzero(labels == label))[: TRAIN + TEST] for label in range(len(images.classes))]
+    fewest = min(drawn, key=len)
+    if len(fewest) < TRAIN + TEST:
+        raise InputError(f"--data {root}: a class has {len(fewest)} images, and {TRAIN + TEST} are needed")
+    train, test = (np.concatenate([d[part] for d in drawn]) for part in (slice(TRAIN), slice(TRAIN, None)))
+    return Split(
+        *(
+            tensor
+            for places in (train, test)
+            for tensor in (
+                torch.stack([_image(images.samples[i][0], size) for i in places]),
+                torch.tensor(labels[places]),
+            )
+        )
+    )
+
+
+def _image(path, size):
+    image = T.center_crop(T.resize(Image.open(path).convert("RGB"), size * 8 // 7), size)
+    return T.pil_to_tensor(image)
+
+
+def normalized(images: Tensor) -> Tensor:
+    return T.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    return torch.cat([model(normalized(batch)) for batch in images.split(32)])
+
+
+def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linear:
+    """Logistic regression on features that are divided by their mean deviation."""
+    scale = inputs.std(0).mean()
+    head = nn.Linear(inputs.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(head(inputs / scale), labels) + decay / 2 * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        head.weight /= scale
+    return head
+
+
+@torch.no_grad()
+def right(head: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    """How many of the inputs ``head`` labels rightly, in %."""
+    return 100 * (head(inputs).argmax(1) == labels).float().mean().item()
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean over seeds, by Student's t; None for a single one."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
+    """For instance "67.2 ± 1.3"; a dash where there are no values."""
+    if not values or None in values:
+        return "-"
+    half, mean = interval(values), f"{np.mean(values):{sign}.1f}"
+    return mean if half is None else f"{mean} ± {half:.1f}"
+
+
+def add_data(parser) -> None:
+    """Give ``parser`` the flags for the images and the weights."""
+    parser.add_argument("--data", required=True, metavar="ROOT", help="Caltech-101, a folder of images for each class")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="FILE.pth",
+        help="MobileNetV2 with ImageNet weights under torchvision's names, such as its mobilenet_v2-b0353104.pth",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")

@@ -1,0 +1,185 @@
+"""What is left of a trained network when its batch norms become group norms, before any training.
+
+MobileNetV2 with ImageNet weights; a linear head is trained on its features of Caltech-101, 20 images a class, and
+tested on 10 others. Then every norm is replaced and nothing trained: the old head is tested as it is (its columns:
+"old head"), and so is a new linear head on the features that are left ("new head"). The new norms' affine is fresh
+(weight 1, bias 0), kept (batch norm's own), or calibrated on unlabelled images of the training half
+(calibrate_norms). A seed draws the images of both halves. Can be stopped at any time: with --resume the rows in
+--json are kept.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+from command_line import add_outputs
+from gng_d2 import calibrate_norms, convert_norms
+from gng_d2.job.files import prepare_outputs, save_figure
+
+from .pretrained import (
+    add_data,
+    features,
+    interval,
+    linear_head,
+    load_mobilenet,
+    mean_with_interval,
+    normalized,
+    right,
+    split,
+)
+from .rows import machine, markdown, read_rows, write_rows
+
+__all__ = ["RetentionRow", "replaced", "table", "plot"]
+
+IF_STOPPED = "with --resume the same command goes on with the rows that are missing"
+
+BATCH_NORM = "BN"
+AFFINES = ("fresh", "kept", "calibrated")
+IMAGES = 64
+
+
+@dataclass(frozen=True)
+class RetentionRow:
+    """One network whose norms were replaced."""
+
+    norm: str
+    affine: str
+    images: int  # that it was calibrated on
+    seed: int
+    image_size: int
+    old_head: float  # images that are labelled rightly, in %
+    new_head: float | None
+    last_error: float | None  # of the last norm after calibration
+    machine: str
+
+
+def replaced(reference: nn.Module, norm: str, affine: str, inputs) -> nn.Module:
+    """A copy of ``reference`` with norms of that name."""
+    model = convert_norms(copy.deepcopy(reference), norm, inputs[:1])
+    if affine == "calibrated":
+        calibrate_norms(model, reference, inputs)
+    elif affine == "kept":
+        model.load_state_dict(reference.state_dict(), strict=False)
+    return model
+
+
+def _cases(args) -> Iterator[tuple[str, str, int]]:
+    """(norm, affine, images) of the rows of a seed."""
+    yield BATCH_NORM, "trained", 0
+    yield from (
+        (norm, affine, IMAGES * (affine == "calibrated")) for affine in reversed(AFFINES) for norm in args.norms
+    )
+    yield from ((norm, "calibrated", images) for images in args.images if images != IMAGES for norm in args.norms)
+
+
+def _measure(args, seed, done) -> Iterator[RetentionRow]:
+    cases = [case for case in _cases(args) if (*case, seed) not in done]
+    if not cases:
+        return
+    reference = load_mobilenet(args.weights)
+    images = split(args.data, args.image_size, seed)
+    order = np.random.default_rng(seed).permutation(len(images.train))  # unlabelled: any classes
+    head = linear_head(features(reference, images.train), images.train_labels)
+    for norm, affine, count in cases:
+        model, last = reference, None
+        if norm != BATCH_NORM:
+            model = replaced(reference, norm, affine, normalized(images.train[order[: max(count, 1)]]))
+            last = [m.calibration_error for m in model.modules() if getattr(m, "calibration_error", None) is not None]
+        found, new_head = features(model, images.test), None
+        if norm != BATCH_NORM and count in (0, IMAGES):
+            new_head = right(linear_head(features(model, images.train), images.train_labels), found, images.test_labels)
+        yield RetentionRow(
+            norm=norm,
+            affine=affine,
+            images=count,
+            seed=seed,
+            image_size=args.image_size,
+            old_head=right(head, found, images.test_labels),
+            new_head=new_head,
+            last_error=last[-1] if last else None,
+            machine=machine(),
+        )
+
+
+def table(rows: list[RetentionRow]) -> str:
+    """A line for each norm, then what the number of images does."""
+    norms = [norm for norm in dict.fromkeys(row.norm for row in rows) if norm != BATCH_NORM]
+
+    def cell(norm, affine, head="old_head", images=None):
+        chosen = [r for r in rows if (r.norm, r.affine) == (norm, affine) and images in (None, r.images)]
+        return mean_with_interval([getattr(row, head) for row in chosen])
+
+    of_heads = [(affine, head) for head in ("old_head", "new_head") for affine in AFFINES]
+    counts = sorted({row.images for row in rows if row.affine == "calibrated"})
+    first = [[n, *(cell(n, a, head, IMAGES if a == "calibrated" else None) for a, head in of_heads)] for n in norms]
+    parts = [
+        markdown(first, ["norm", *(f"{affine}, {head.replace('_', ' ')}" for affine, head in of_heads)]),
+        f"Test images of Caltech-101 that are labelled rightly, in %, ± the 95 % interval of the mean over "
+        f"{len({row.seed for row in rows})} seeds. With batch norm {cell(BATCH_NORM, 'trained')}.",
+    ]
+    if len(counts) > 1:
+        lines = [[norm, *(cell(norm, "calibrated", images=count) for count in counts)] for norm in norms]
+        parts.append(markdown(lines, ["calibrated, old head", *(f"{count} images" for count in counts)]))
+    return "\n\n".join(parts)
+
+
+def plot(rows: list[RetentionRow], path: str) -> None:
+    """Draw what is left for each norm, with the old head and a new one, the mean over the seeds."""
+    norms = [norm for norm in dict.fromkeys(row.norm for row in rows) if norm != BATCH_NORM]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, head in zip(figure.subplots(1, 2, sharey=True), ("old_head", "new_head")):
+        for affine, color in zip(AFFINES, ("0.7", "C1", "C0")):
+            count = IMAGES * (affine == "calibrated")
+            runs = [
+                [getattr(r, head) for r in rows if (r.norm, r.affine, r.images) == (n, affine, count)] for n in norms
+            ]
+            means = [np.mean(values) if values else np.nan for values in runs]
+            halves = [(interval(values) or 0) if values else 0 for values in runs]
+            axes.errorbar(norms, means, halves, fmt="o:", color=color, label=affine, capsize=3)
+        axes.axhline(np.mean([row.old_head for row in rows if row.norm == BATCH_NORM]), color="k", label="batch norm")
+        axes.set_title(head.replace("_", " "), fontsize=10)
+        axes.grid(color="0.9")
+    figure.axes[0].set_ylabel("Caltech-101, % right")
+    figure.axes[0].legend(fontsize=8)
+    save_figure(figure, path, dpi=100)
+
+
+def add_arguments(parser) -> None:
+    add_outputs(parser, json="write a row for each network", plot="draw what is left for each norm")
+    add_data(parser)
+    parser.add_argument(
+        "--norms",
+        nargs="+",
+        default=["GN1", "GN/64", "GN/32", "GN/16", "PGN", "GN/1"],
+        metavar="NORM",
+        help="names that convert_norms takes; default: GN1 GN/64 GN/32 GN/16 PGN GN/1",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help=f"calibrate on so many images too, and test the old head; default: {IMAGES} alone",
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows in --json")
+
+
+def main(args) -> None:
+    prepare_outputs(args.json, args.plot)
+    keep = args.resume and args.json and os.path.exists(args.json)
+    rows = read_rows(args.json, RetentionRow) if keep else []
+    for seed in args.seeds:
+        done = {(row.norm, row.affine, row.images, row.seed) for row in rows}
+        for row in _measure(args, seed, done):
+            rows.append(row)
+            if args.json:
+                write_rows(args.json, rows)
+    if args.plot:
+        plot(rows, args.plot)
+    print(table(rows))
