@@ -28,7 +28,7 @@ def parse_args():
         "output", metavar="OUT.pkl", help="the file to write, with --norm OUT.pth; it is replaced if it exists"
     )
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
-    parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm: GN1, GN/<c>, PGN, ...")
+    parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm, for instance GN1")
     parser.add_argument("--calibrate", nargs="+", metavar="IMAGE", help="fit the norms of --norm on these images")
     parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of their shorter side; default: 224")
     for option, default in (("mean", [123.675, 116.28, 103.53]), ("std", [58.395, 57.12, 57.375])):

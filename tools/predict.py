@@ -72,10 +72,7 @@ def main():
     check_test_classes(cfg, settings)
     results = CocoResults(args.json, metadata) if args.json else None
     check_inputs_stay(args.output, results, names)
-    try:
-        prepare_folder(args.output)
-    except OSError as error:
-        raise InputError(f"--output: cannot write to {args.output!r}: {error.strerror}") from error
+    prepare_folder(args.output, f"--output {args.output}")
     prepare_outputs(args.json)
     model = load_model(build(cfg), args.weights)
     if args.threshold is not None:

@@ -120,7 +120,7 @@ def get_norm(norm, out_channels, detectron2_get_norm):
         raise unknown_norm(norm) from None
 
 
-_original: list[Callable] = []  # Detectron2's get_norm, once it is extended
+_extended: list[Callable] = []  # Detectron2's get_norm, once it is extended
 
 
 def extend_get_norm() -> None:
@@ -139,15 +139,16 @@ def extend_get_norm() -> None:
             f"detectron2.layers.get_norm was replaced by {function.__module__}, so gng_d2 cannot add its norms to it. "
             f"Import gng_d2 before {function.__module__}"
         )
-    original = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-    function.gng_d2_original = original
-    _original.append(original)
+    function.gng_d2_original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    _extended.append(function)
 
     def extended(norm, out_channels):
         # It runs with the globals of the module of the function whose code it becomes. That function is not asked for
         # by its name, which another package may have given to one of its own since.
-        from gng_d2.layers.norm_names import _original, get_norm
+        from gng_d2.layers.norm_names import _extended, get_norm
 
-        return get_norm(norm, out_channels, *_original)
+        return get_norm(norm, out_channels, _extended[0].gng_d2_original)
 
     function.__code__ = extended.__code__

@@ -383,7 +383,7 @@ def test_tool(folder, monkeypatch, capsys):
     run_tool(monkeypatch, folder / "in.pth", folder / "out.pkl", "--depth", 18)
     said = capsys.readouterr().out
     for text in (
-        "ResNet-18 with BatchNorm, 100 tensors",
+        "ResNet-18 with BatchNorm, from 100 tensors",
         "the classifier: fc.weight, fc.bias",
         " and 16 more",
         "bn1.num_batches_tracked",

@@ -273,7 +273,7 @@ def test_without_a_dataset_classes_are_called_by_number(run, shapes, tmp_path):
 def test_an_output_that_cannot_be_written_is_named(run, shapes, tmp_path, limited_file_size):
     with limited_file_size(1000):
         status, _, _ = run(validation(shapes)[0])
-    assert status == f"error: --output: cannot write to '{tmp_path / 'out'}': File too large"
+    assert status == f"error: cannot write --output {tmp_path / 'out'}: File too large"
 
 
 def test_inputs_that_cannot_be_used_at_all(run, shapes, tmp_path):
