@@ -40,7 +40,7 @@ def find_producers(
     Raises:
         InputError: the model cannot be run with them.
     """
-    model = getattr(model, "_orig_mod", model)  # not what torch.compile made of it
+    model = model._modules.get("_orig_mod", model)  # not what torch.compile made of it
     device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
     with torch.inference_mode(False):
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
@@ -192,8 +192,6 @@ def _has_numbers(tensor):
 
 def _written(func, args, kwargs):
     """The arguments that ``func`` changes."""
-    if not func._schema.is_mutable:
-        return []
     written = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

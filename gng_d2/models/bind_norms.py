@@ -39,8 +39,8 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
             do, where the model takes the images alone.
 
     Raises:
-        InputError: the model cannot be run with them, a norm follows several layers with different input channels, or a
-            layer cannot be standardized. No norm is bound then.
+        InputError: the model cannot be run with them, a norm follows several layers that would give it different
+            groups, or a layer cannot be standardized. No norm is bound then.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))

@@ -176,6 +176,8 @@ class _Change:
     def __post_init__(self):
         self.is_fresh = not isinstance(self.old, nn.GroupNorm)
         self.had_ws = getattr(self.old, "weight_standardization", False)
+        known = isinstance(self.old, GroupNorm) and self.old.in_channels is not None
+        self.was_seen = bool(self.found.shapes) or (known and not self.old.follows_registration)
 
     def numbers_in_a_group(self):
         groups = self.new.num_groups or self.groups
@@ -234,6 +236,7 @@ class _Change:
                 unstandardize(layer)
         if self.found.producers is not None:
             bind_to_producers(norm, self.found.producers)
+            norm.follows_registration = not self.was_seen
 
 
 def _begin_anew(weight, bias):

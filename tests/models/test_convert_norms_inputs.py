@@ -44,6 +44,14 @@ def test_what_was_found_by_running_is_not_forgotten():
     assert convert_norms(convert_norms(model, "GN4")).norm.num_groups == brute_force_groups(64, 16)
 
 
+def test_what_rests_on_the_order_of_registration_is_known():
+    assert convert_norms(TwoInputs()).norm.follows_registration
+    model = convert_norms(TwoInputs(), "PGN", IMAGE)
+    assert not model.norm.follows_registration
+    assert not convert_norms(model, "GN4").norm.follows_registration
+    assert not convert_norms(model, "PGN").norm.follows_registration
+
+
 def test_inputs_in_inference_mode():
     model = TwoInputs()
     with torch.inference_mode():
