@@ -129,7 +129,7 @@ ours = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "
 assert all(file.startswith(installed) for file in ours), ours
 from detectron2.engine import default_argument_parser
 from gng_d2.job.engine import run_job
-from gng_d2.job.lazy_config import load_any_config
+from gng_d2.job.config import load_any_config
 from gng_d2.job.model_zoo import get_config_file
 config = get_config_file("quick/pfpn_pgn.yaml")
 assert load_any_config(get_config_file("pfpn_pgn.py")).model.sem_seg_head.norm == "PGN"

@@ -46,8 +46,9 @@ def _why_not(cfg, error):
         unknown = [f"{key}: " for key, value in norm_keys(cfg) if str(error).startswith(f"unknown norm {value!r}")]
         return "".join(unknown[:1]) + str(error)
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyError) and re.match("No object named .* registry!$", str(error.args[0])):
-        reason = f"{error.args[0]} Your own is registered by a module of yours: --import FILE.py runs it first"
+    unregistered = re.search("No object named .* registry!", str(error))
+    if unregistered:
+        reason = f"{unregistered[0]} Your own is registered by a module of yours: --import FILE.py runs it first"
     return f"the model of this config cannot be built: {reason}"
 
 

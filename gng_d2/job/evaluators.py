@@ -4,7 +4,6 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -48,31 +47,27 @@ def _coco(cfg, name, folder):
     return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
 
-class Evaluation(NamedTuple):
-    """How the datasets of one ``evaluator_type`` of Detectron2's metadata are evaluated."""
-
-    evaluators: list[Callable]  # from a config, a dataset's name and a folder
-    needs: set[str] = set()  # of a model's output; COCO's and LVIS' evaluators leave out what is not there
-    package: str = "torch"  # that it needs beside Detectron2's own, and what pip calls it
-    distribution: str = "torch"
-
-
-_LABELS = "cityscapesscripts"
-_EVALUATIONS = {
-    "coco": Evaluation([_coco]),
-    "coco_panoptic_seg": Evaluation(
+# by the `evaluator_type` of Detectron2's metadata: what makes the evaluators; what they need of a model's output, as
+# COCO's and LVIS' leave out what is not there; the package in which they compute
+_EVALUATIONS: dict[str, tuple[list[Callable], set[str], str]] = {
+    "coco": ([_coco], set(), "pycocotools"),
+    "coco_panoptic_seg": (
         [_semantic, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)],
         {"sem_seg", "panoptic_seg"},
-        *("panopticapi", "panopticapi-lite"),
+        "panopticapi",
     ),
-    "sem_seg": Evaluation([_semantic], {"sem_seg"}),
-    "lvis": Evaluation([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], set(), "lvis", "lvis"),
-    "pascal_voc": Evaluation([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], {"instances"}),
-    "cityscapes_instance": Evaluation(
-        [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)], {"instances"}, _LABELS, _LABELS
+    "sem_seg": ([_semantic], {"sem_seg"}, "pycocotools"),
+    "lvis": ([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], set(), "lvis"),
+    "pascal_voc": ([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], {"instances"}, "pycocotools"),
+    "cityscapes_instance": (
+        [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
+        {"instances"},
+        "cityscapesscripts",
     ),
-    "cityscapes_sem_seg": Evaluation(
-        [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)], {"sem_seg"}, _LABELS, _LABELS
+    "cityscapes_sem_seg": (
+        [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
+        {"sem_seg"},
+        "cityscapesscripts",
     ),
 }
 # what models put into their output. Another project's class, a subclass too, is not compared
@@ -96,9 +91,10 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluators:
     if kind not in _EVALUATIONS:
         known = ", ".join(_EVALUATIONS)
         raise InputError(f"DATASETS.TEST: {name!r} has evaluator_type {kind!r}; known: {known}")
-    evaluators, _, package, distribution = _EVALUATIONS[kind]
+    evaluators, _, package = _EVALUATIONS[kind]
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {distribution}")
+        pip = {"panopticapi": "panopticapi-lite"}.get(package, package)
+        raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {pip}")
     with naming_datasets("DATASETS.TEST", [name]):
         return DatasetEvaluators([make(cfg, name, folder) for make in evaluators])
 
@@ -120,7 +116,7 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
         build_evaluator(cfg, name, folder)
-        needed = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type].needs
+        needed = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
         if given is not None and needed - given:
             raise InputError(
                 f"DATASETS.TEST: the evaluation of {name!r} needs the {' and '.join(sorted(needed))} of a model, and a "

@@ -19,14 +19,7 @@ from gng_d2.errors import InputError, abbreviated
 from .files import atomic_open, prepare_outputs
 from .weight_files import read_weight_file
 
-__all__ = [
-    "DEPTHS",
-    "Conversion",
-    "convert_file",
-    "convert_resnet",
-    "write_weights",
-    "config_keys",
-]
+__all__ = ["DEPTHS", "Conversion", "config_keys", "convert_file", "convert_resnet", "write_weights"]
 
 # blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

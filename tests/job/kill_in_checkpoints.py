@@ -1,6 +1,6 @@
 """Kill a small training job inside its checkpoint writes, resume it, and compare with a run that was never killed.
 
-    python tests/kill_in_checkpoints.py FOLDER
+    python tests/job/kill_in_checkpoints.py FOLDER
 
 A run is a fork of this process, so that nothing is imported twice. It saves 7 checkpoints, the last two after the
 same step. It is killed, in the n-th, after a part of the file was written, or where last_checkpoint was opened.

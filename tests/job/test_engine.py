@@ -341,7 +341,7 @@ def test_a_run_with_no_step_left_has_its_final_checkpoint(final, tiny, tmp_path)
 KILL_IN_WRITE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/job")
 import kill_in_checkpoints as tiny
 from gng_d2.job.engine import Trainer, then_leave_group
 tiny.register_dataset(Path(sys.argv[1]))
