@@ -1,7 +1,7 @@
 """Group normalization for Detectron2 whose number of groups follows from each layer's shape.
 
-Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes ``PGN``,
-``GN<k>``, ``GN/<c>``, and each with ``+WS``.
+Importing it is all that a Detectron2 program needs: every ``NORM`` key then takes the names of
+:mod:`gng_d2.layers.norm_names`, such as ``PGN`` and ``PGN+WS``.
 """
 
 from importlib import import_module

@@ -176,6 +176,15 @@ def test_links_lead_somewhere():
             assert (path.parent / target).exists(), f"{path}: {target}"
 
 
+def test_contributing_lists_every_place_that_names_the_norms():
+    """A place knows a name if it has the pattern of one, GN/<c>, or one such norm of a fixed list of all kinds."""
+    line = re.search(r"\*\*A norm name\*\*.*?\n- \*\*", Path("CONTRIBUTING.md").read_text(), re.DOTALL).group()
+    files = [path for folder in ("gng_d2", "tools") for path in Path(folder).rglob("*.py")]
+    files += [Path("README.md"), *Path("docs").glob("*.md")]
+    shows_all = [str(path) for path in files if re.search(r"GN/<c>|`PGN`, `GN`.*`GN16`", path.read_text())]
+    assert len(shows_all) > 4 and not [path for path in shows_all if f"`{path}`" not in line]
+
+
 def test_numbers_of_the_survey():
     summary, *rows = json.loads(Path("docs/convert_timm.json").read_text())
     rows = [row for row in rows if row.get("norms")]

@@ -14,7 +14,9 @@ def parse_args():
     parser = tool_parser(__doc__)
     add_config_file(parser)
     parser.add_argument(
-        "--ours", action="store_true", help="only norms of ours: PGN, GN, GN<k>, GN/<c>, each with +WS too; no FrozenBN"
+        "--ours",
+        action="store_true",
+        help="only the group norms that gng_d2 makes from a norm's name, with or without +WS",
     )
     add_outputs(
         parser,

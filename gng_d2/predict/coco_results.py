@@ -21,12 +21,13 @@ __all__ = ["CocoResults", "class_metadata", "image_ids"]
 
 
 def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Metadata, list[dict]]:
-    """The classes of the dataset to test on, and its records, if they are asked for and its files are there.
+    """The metadata of the dataset to test on, which names the classes, and the dataset's records.
 
-    Without a dataset classes are called by their numbers.
+    There are no records if ``with_records`` is False or the dataset's files are missing. Where the config has no
+    dataset, the classes are named by their numbers.
 
     Raises:
-        InputError: the dataset is not registered, or the names of its classes stand in a file that is not there.
+        InputError: the dataset is not registered, or the file that names its classes cannot be read.
     """
     name, key = settings.dataset, settings.dataset_key
     if name is None:
@@ -34,7 +35,7 @@ def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Me
     mend = f"{key}{' ()' if key.isupper() else '=[]'} calls the classes by their numbers"
     if name not in DatasetCatalog:
         raise InputError(
-            f"{key}: no dataset named {name!r} is registered, which would say what the classes are. "
+            f"{key}: no dataset named {name!r} is registered, so the names of the classes are not known. "
             f"--import takes the module that registers it; {mend}"
         )
     metadata = MetadataCatalog.get(name)
@@ -46,11 +47,11 @@ def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Me
     except (OSError, AssertionError) as error:
         if not named:
             raise InputError(
-                f"{key}: the files of {name!r}, which say what the classes are, cannot be read: {error}. {mend}"
+                f"{key}: the files of {name!r}, which name the classes, cannot be read: {error}. {mend}"
             ) from error
         logging.getLogger(__name__).warning(
-            f"the files of dataset {name!r} cannot be read ({error}), so images are numbered, and so are the "
-            f"categories, unless the dataset's registration names their ids"
+            f"the files of dataset {name!r} cannot be read ({error}). So images get numbers as ids, and so do "
+            f"categories if the dataset's registration does not name their ids"
         )
         return metadata, []
 
@@ -67,8 +68,8 @@ def _numbered(num_classes):
 
 
 def image_ids(paths: Sequence[str], records: Sequence[dict]) -> list[int | str]:
-    """An id for each image: that of the dataset's ``records`` where the path, or the file name alone, is the same;
-    else a number that no record has."""
+    """An id for each image: the one in the dataset's ``records`` if one of them has the same path, or is the only one
+    with the same file name; else a number that no record has."""
     by_path = {os.path.realpath(record["file_name"]): record.get("image_id") for record in records}
     by_name = {}
     for path, image_id in by_path.items():
@@ -86,12 +87,12 @@ def image_ids(paths: Sequence[str], records: Sequence[dict]) -> list[int | str]:
 class CocoResults:
     """Collects predictions, and writes them for ``path`` = "out.json":
 
-    - ``out.json``: COCO results, a list for :meth:`pycocotools.coco.COCO.loadRes`: boxes, scores and masks of the
-      instances; of a model that segments semantically only, a mask for each class, as COCO's stuff has them
-    - ``out_images.json``: the images with their ids, and the categories, as a COCO dataset without annotations
-    - ``out_panoptic.json`` and the folder ``out_panoptic`` of PNG files, if the model is a panoptic one
+    - ``out.json``: a list for :meth:`pycocotools.coco.COCO.loadRes`, with the boxes, scores and masks of the instances.
+      If the model is a semantic one, it has a mask for each class, as COCO's stuff annotations do.
+    - ``out_images.json``: the images with their ids, and the categories, as a COCO dataset without annotations.
+    - ``out_panoptic.json`` and the folder ``out_panoptic`` of PNG files, if the model is a panoptic one.
 
-    Category ids are those of the dataset's JSON; for a dataset without them, the model's own class numbers.
+    Category ids are those of the dataset's JSON, or the model's class numbers if the dataset has no such ids.
     """
 
     def __init__(self, path: str, metadata: Metadata):
@@ -102,7 +103,7 @@ class CocoResults:
         self._stuff = _dataset_ids(metadata, "stuff")
 
     def add(self, image_id: int | str, name: str, picture: str, output: dict) -> None:
-        """Take the output for an image, which is listed as ``name``; its panoptic PNG file is called ``picture``."""
+        """Add the output for the image that is listed as ``name`` and whose panoptic PNG file is ``picture``."""
         if "panoptic_seg" in output:
             self.panoptic.append(self._add_panoptic(image_id, picture, *output["panoptic_seg"]))
         if "instances" in output:
@@ -133,7 +134,7 @@ class CocoResults:
 
     def _add_panoptic(self, image_id, picture, segments, info):
         segments = segments.numpy()
-        if info is None:  # segments are class * label_divisor + number, -1 is nothing
+        if info is None:  # as in Panoptic-DeepLab: a segment is class * label_divisor + number, and -1 is void
             segments, info = segments + 1, _decoded(segments, self.metadata)
         areas = dict(zip(*(values.tolist() for values in np.unique(segments, return_counts=True))))
         rgb = np.stack([segments % 256, segments // 256 % 256, segments // 256**2], axis=-1).astype(np.uint8)
@@ -148,12 +149,12 @@ class CocoResults:
                 "iscrowd": 0,
             }
             for segment in info
-            if segment["id"] in areas  # panopticapi refuses one without a pixel
+            if segment["id"] in areas  # panopticapi refuses segments without a pixel
         ]
         return {"image_id": image_id, "file_name": picture, "segments_info": segments_info}
 
     def write(self) -> list[str]:
-        """Write the files, with what has been added so far, and return their names."""
+        """Write what has been added so far, and return the names of the files."""
         base = self.path.removesuffix(".json")
         listing = {"info": {}, "images": self.images, "annotations": [], "categories": self._categories()}
         contents = {self.path: self.results, f"{base}_images.json": listing}
@@ -175,7 +176,7 @@ class CocoResults:
 
 
 def _dataset_ids(metadata, kind) -> dict[int, int]:
-    """From the model's class numbers to category ids, for ``kind`` thing or stuff."""
+    """Category ids by the model's class numbers, for the ``kind`` thing or stuff."""
     ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id")
     if ids is None:
         return {i: i for i in range(len(metadata.get(f"{kind}_classes") or ()))}

@@ -1,13 +1,12 @@
 """Pictures: what a model predicts, its groups along the depth, its losses."""
 
-import json
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
+from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
@@ -23,13 +22,14 @@ __all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
 def draw_output(
     image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
 ) -> np.ndarray:
-    """Draw what Detectron2's model returned for an image: the panoptic segmentation if it made one, else the
-    semantic one and the instances.
+    """Draw what a Detectron2 model returned for an image: the panoptic segmentation if there is one, else the semantic
+    segmentation and the instances.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         scale: the picture's size over the image's.
-        threshold: instances of a lower score are not drawn. (A panoptic segmentation has its own, in its model.)
+        threshold: instances with a lower score are not drawn. A panoptic segmentation is drawn whole, because its model
+            has left out some of its instances already.
 
     Returns:
         An RGB picture.
@@ -48,22 +48,25 @@ def draw_output(
 
 
 def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -> None:
-    """Write a picture with a row for each of the first ``count`` images of DATASETS.TEST: the image, its
-    ground truth, and what ``model`` predicts."""
+    """Write a picture with a row for each of the first ``count`` images of DATASETS.TEST: the image, its ground truth,
+    and what ``model`` predicts."""
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     mapper = DatasetMapper(cfg, is_train=False)
     records = DatasetCatalog.get(name)[:count]
+    panoptic = _panoptic_records(metadata)
     figure = Figure(figsize=(12, 4 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), 3, squeeze=False)
     model.eval()
     for row, record in zip(axes, records):
         image = read_image(record["file_name"], "RGB")
+        scale = max(1.0, 512 / min(image.shape[:2]))
+        truth = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
         with torch.no_grad():
             output = model([mapper(record)])[0]
         row[0].imshow(image)
-        row[1].imshow(_draw_truth(image, record, metadata))
-        row[2].imshow(draw_output(image, output, metadata, _scale(image)))
+        row[1].imshow(truth.draw_dataset_dict(panoptic.get(record.get("image_id"), record)).get_image())
+        row[2].imshow(draw_output(image, output, metadata, scale))
     for title, top in zip(("image", "ground truth", "prediction"), axes[0]):
         top.set_title(title)
     for panel in axes.flat:
@@ -71,39 +74,19 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
     save_figure(figure, path, dpi=80)
 
 
-def _scale(image):
-    return max(1.0, 512 / min(image.shape[:2]))
-
-
-def _draw_truth(image, record, metadata):
-    visualizer = Visualizer(image, metadata, _scale(image), ColorMode.SEGMENTATION)
-    truth = _panoptic_truth(record, metadata)
-    if truth is None:
-        return visualizer.draw_dataset_dict(record).get_image()
-    return visualizer.draw_panoptic_seg(*truth).get_image()
-
-
-def _panoptic_truth(record, metadata) -> tuple | None:
-    """(segment ids, segments info) with contiguous categories; None for a dataset that is not panoptic."""
-    if metadata.get("panoptic_json") is None:
-        return None
-    with open(metadata.panoptic_json) as file:
-        annotations = json.load(file)["annotations"]
-    annotation = next(a for a in annotations if a["image_id"] == record["image_id"])
-    rgb = read_image(os.path.join(metadata.panoptic_root, annotation["file_name"]), "RGB").astype(np.int64)
-    info = []
-    for segment in annotation["segments_info"]:
-        things = metadata.thing_dataset_id_to_contiguous_id
-        isthing = segment["category_id"] in things
-        category = (things if isthing else metadata.stuff_dataset_id_to_contiguous_id)[segment["category_id"]]
-        info.append({"id": segment["id"], "isthing": isthing, "category_id": category})
-    return torch.as_tensor(rgb @ [1, 256, 256**2]), info
+def _panoptic_records(metadata) -> dict:
+    """By image id, the records with the panoptic ground truth, which those to evaluate on lack; {} if there is none."""
+    json_file = metadata.get("panoptic_json")
+    if json_file is None:
+        return {}
+    records = load_coco_panoptic_json(json_file, metadata.image_root, metadata.panoptic_root, metadata.as_dict())
+    return {record["image_id"]: record for record in records}
 
 
 def plot_groups(rows: Sequence[NormRow], path: str) -> None:
-    """Draw two panels along the depth of a model, for rows of :func:`gng_d2.models.norm_table.norm_table`: its group
-    counts beside its channels, and, of the norms that have groups, K as it would be under GN (32 groups), GN1 and
-    PGN."""
+    """Draw two panels along the depth of a model, from the rows of :func:`gng_d2.models.norm_table.norm_table`: the
+    group counts beside the channels; and for the norms that have groups the ratio K that GN (32 groups), GN1 and PGN
+    would give."""
     rows = [row for row in rows if row.n_in is not None]
     depth = range(len(rows))
     figure = Figure(figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained")
@@ -138,7 +121,7 @@ def plot_groups(rows: Sequence[NormRow], path: str) -> None:
 
 
 def plot_losses(metrics_json: str, path: str) -> None:
-    """Draw the loss curves of a run, from the metrics.json that Detectron2 writes."""
+    """Draw the loss curves of a run from the metrics.json that Detectron2 writes."""
     records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

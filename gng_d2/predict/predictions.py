@@ -95,11 +95,18 @@ def read_image(path: str, format: str) -> np.ndarray:
 
 
 def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
-    """An image in the config's format as the input of a Detectron2 model, resized as in its evaluation."""
-    augmented = T.AugInput(image)
-    T.AugmentationList(settings.augmentations)(augmented)
-    resized = augmented.image.astype("float32").transpose(2, 0, 1)
+    """An image in the config's format as the input of a Detectron2 model, resized as in its evaluation.
+
+    Raises:
+        InputError: one side of the resized image would have no pixels.
+    """
     height, width = image.shape[:2]
+    augmented = T.AugInput(image)
+    try:
+        T.AugmentationList(settings.augmentations)(augmented)
+    except ValueError as error:
+        raise InputError(f"{width} x {height} pixels cannot be resized as the config says: {error}") from error
+    resized = augmented.image.astype("float32").transpose(2, 0, 1)
     return {"image": torch.as_tensor(resized.copy()), "height": height, "width": width}
 
 
@@ -119,8 +126,11 @@ def predict(
         except UnidentifiedImageError:
             yield Prediction(path, error="is no image, or of a format that PIL does not know")
             continue
+        except InputError as error:
+            yield Prediction(path, error=str(error))
+            continue
         except Exception as error:  # broken files raise errors of many kinds
-            yield Prediction(path, error=f"cannot be read and resized: {_one_line(error)}")
+            yield Prediction(path, error=f"cannot be read as an image: {_one_line(error)}")
             continue
         group = waiting.setdefault(inputs["image"].shape, [])
         group.append((path, detection_utils.convert_image_to_rgb(image, settings.image_format), inputs))

@@ -1,4 +1,4 @@
-"""How a config, YAML or lazy, says that images are read, and what its model's classes are."""
+"""What a config, YAML or lazy, says about the images and the classes of its model."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from gng_d2.job.data import checks
 
 __all__ = ["PredictionSettings", "check_test_classes", "prediction_settings"]
 
-# where lazy configs of Detectron2 say how many classes their model has
+# where Detectron2's lazy configs have the number of a model's classes
 _NUM_CLASSES = {
     "model.roi_heads.num_classes": "thing_classes",
     "model.num_classes": "thing_classes",
@@ -22,17 +22,21 @@ _NUM_CLASSES = {
 
 
 class PredictionSettings(NamedTuple):
-    """How a config says that images are read and what its model's classes are."""
+    """How images are read and resized for a model, and what its classes are."""
 
-    dataset: str | None  # the first to test on, whose metadata names the classes
-    dataset_key: str  # where the config says so
-    num_classes: dict[str, int]  # of the model: "thing_classes" and "stuff_classes"
-    image_format: str  # of PIL, or BGR
-    augmentations: list[T.Augmentation]  # of an image to test on, which resize it
+    dataset: str | None  # the first dataset to test on, whose metadata names the classes
+    dataset_key: str  # the key of the config that names the dataset
+    num_classes: dict[str, int]  # the model's number of "thing_classes" and "stuff_classes"
+    image_format: str  # a mode of PIL, or BGR
+    augmentations: list[T.Augmentation]  # they resize an image for evaluation
 
 
 def prediction_settings(cfg: Config) -> PredictionSettings:
-    """Raises: InputError: a lazy config has no dataloader.test.mapper that says how images are read."""
+    """The settings in ``cfg``.
+
+    Raises:
+        InputError: a lazy config has no dataloader.test.mapper that says how images are read.
+    """
     if isinstance(cfg, CfgNode):
         num_classes = {"thing_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES}
         num_classes["stuff_classes"] = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
@@ -59,7 +63,11 @@ def _lazy_learned(cfg):
 
 
 def check_test_classes(cfg: Config, settings: PredictionSettings) -> None:
-    """Raises: InputError: the dataset to test on has more classes than the model, or others; names key and numbers."""
+    """Compare the model's number of classes with that of the dataset to test on.
+
+    Raises:
+        InputError: the dataset has more classes than the model; names the key and both numbers.
+    """
     if isinstance(cfg, CfgNode):
         checks.check_classes(cfg, eval_only=True)
     elif settings.dataset is not None:
