@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make the semantic maps that Detectron2's panoptic datasets need, from COCO's panoptic PNGs.
+"""Make the semantic maps that Detectron2's panoptic datasets need from panoptic PNGs in COCO's format.
 
     tools/prepare_coco_panoptic.py
     tools/prepare_coco_panoptic.py --json my/panoptic.json --panoptic-root my/panoptic --output my/semantic
 
-Without arguments: COCO 2017 train and val in $DETECTRON2_DATASETS/coco (default: ./datasets/coco), from
-panoptic_train2017 and annotations/panoptic_train2017.json to panoptic_stuff_train2017, and so for val2017.
-Started again, it goes on where it was.
+Without arguments it makes those of COCO 2017 in $DETECTRON2_DATASETS/coco (default: ./datasets/coco): from
+panoptic_train2017 and annotations/panoptic_train2017.json to panoptic_stuff_train2017, and the same for val2017.
+If it is stopped, the same command goes on where it was.
 """
 
 from command_line import run_tool, tool_parser
@@ -16,7 +16,7 @@ def parse_args():
     parser = tool_parser(__doc__)
     parser.add_argument("--json", metavar="FILE", help="panoptic JSON of another dataset, in COCO's format")
     parser.add_argument("--panoptic-root", metavar="DIR", help="folder of its panoptic PNGs")
-    parser.add_argument("--output", metavar="DIR", help="folder for its semantic maps, for sem_seg_root in Detectron2")
+    parser.add_argument("--output", metavar="DIR", help="folder for its semantic maps, Detectron2's sem_seg_root")
     args = parser.parse_args()
     if len({args.json is None, args.panoptic_root is None, args.output is None}) > 1:
         parser.error("--json, --panoptic-root and --output go together")
@@ -29,7 +29,7 @@ def main():
     from gng_d2.job.data.embedded import datasets_root
     from gng_d2.job.data.semantic import make_semantic_maps
 
-    if args.json:
+    if args.json is not None:
         datasets = [(args.json, args.panoptic_root, args.output)]
     else:
         splits = [split_files(datasets_root() / "coco", split) for split in ("train2017", "val2017")]

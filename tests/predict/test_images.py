@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from PIL import Image
+from PIL import Image, ImageCms
 
 from command_line import run_tool
 from gng_d2.errors import InputError
@@ -19,6 +19,7 @@ from gng_d2.predict.settings import PredictionSettings
 ROWS, COLUMNS = np.mgrid[:24, :32]
 SMOOTH = np.stack([8 * COLUMNS, 10 * ROWS, 255 - 8 * COLUMNS], axis=-1).astype(np.uint8)
 RGB = Image.fromarray(SMOOTH)
+PROFILES = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 DEEP = (SMOOTH[..., 0].astype(np.uint16) << 8) + 77
 
 
@@ -53,9 +54,8 @@ def test_pixels_without_a_range_are_refused(values, what, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "LAB", "YCbCr"])
 def test_other_kinds_are_read_as_detectron2_reads_them(mode, tmp_path):
-    image = RGB.convert(mode) if mode != "LAB" else Image.fromarray(SMOOTH, "LAB")
     path = str(tmp_path / {"CMYK": "a.jpg", "LAB": "a.tif", "YCbCr": "a.jpg"}.get(mode, "a.png"))
-    image.save(path)
+    (ImageCms.profileToProfile(RGB, *PROFILES, outputMode="LAB") if mode == "LAB" else RGB.convert(mode)).save(path)
     assert (read_image(path, "BGR") == detection_utils.read_image(path, "BGR")).all()
     if mode in ("RGBA", "P", "CMYK", "YCbCr"):  # the colours stay, but for a palette and JPEG
         assert np.abs(read_image(path, "RGB").astype(int) - SMOOTH).mean() < 20

@@ -118,6 +118,22 @@ dataloader = dict(test=dict(dataset=dict(names=[]), mapper=mapper))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [[], ["+train.device=cpu"]])
+def test_a_lazy_config_is_exported(device, tmp_path, monkeypatch, capsys):
+    (tmp_path / "lazy.py").write_text(LAZY)
+    model = build_model(load_config("configs/quick/pfpn_pgn.yaml", WORDS)).eval()
+    weights = saved(tmp_path / "a.pth", model.state_dict())
+    argv = ["export.py", "--config-file", tmp_path / "lazy.py", "--weights", weights, "--format", "torchscript"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (*argv, "--output", tmp_path / "a.pt", *device)])
+    run_tool(export.main)
+    assert "BGR from 0 to 255, resized as the config says (here to 64 x 64)" in capsys.readouterr().out
+    image = torch.rand(3, 70, 90) * 255
+    with torch.no_grad():
+        expected = model([{"image": image}])[0]["sem_seg"]
+    torch.testing.assert_close(torch.jit.load(tmp_path / "a.pt")(image)[0], expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["yaml", "py"])
 @pytest.mark.parametrize("tool", [predict, export], ids=["predict", "export"])
 def test_both_tools_refuse_them(tool, kind, shapes, tmp_path, monkeypatch):

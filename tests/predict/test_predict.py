@@ -270,6 +270,12 @@ def test_without_a_dataset_classes_are_called_by_number(run, shapes, tmp_path):
     assert "'mine_val' is registered" in status and "--import" in status
 
 
+def test_an_output_that_cannot_be_written_is_named(run, shapes, tmp_path, limited_file_size):
+    with limited_file_size(1000):
+        status, _, _ = run(validation(shapes)[0])
+    assert status == f"error: --output: cannot write to '{tmp_path / 'out'}': File too large"
+
+
 def test_inputs_that_cannot_be_used_at_all(run, shapes, tmp_path):
     assert run("nothing.jpg")[0] == "error: --input nothing.jpg: not found"
     assert "MODEL.DEVICE was taken as an --input" in run("a.jpg", "MODEL.DEVICE", "cpu")[0]

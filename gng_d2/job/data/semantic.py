@@ -56,9 +56,13 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
     Raises:
         InputError: what is missing, unknown or not readable, with its file.
     """
+    if os.path.realpath(panoptic_root) == os.path.realpath(sem_seg_root):
+        raise InputError(
+            f"{sem_seg_root} has the panoptic PNGs. The semantic maps have the same names: name another folder"
+        )
     tasks = _tasks(panoptic_json, panoptic_root, sem_seg_root)
     prepare_outputs(os.path.join(sem_seg_root, "map.png"))
-    tasks = [task for task in tasks if not _is_whole(task[2])]
+    tasks = [task for task in tasks if not _is_whole(task[-1])]
     if not tasks:
         return 0
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_leave_interrupts_to_the_parent) as pool:
@@ -74,40 +78,45 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
 
 
 def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
-    """(panoptic PNG, value of each segment id, semantic PNG) of each annotation."""
+    """(panoptic PNG, its image's (height, width) or None, value of each segment id, semantic PNG), by annotation."""
     try:
         with open(panoptic_json) as file:
             content = json.load(file)
         values = semantic_values(content["categories"])
-        annotations = [(a["file_name"], a["segments_info"]) for a in content["annotations"]]
-        segments = [{s["id"]: s["category_id"] for s in info} for _, info in annotations]
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content.get("images", ())}
+        annotations = [(a["file_name"], sizes.get(a["image_id"])) for a in content["annotations"]]
+        segments = [{s["id"]: s["category_id"] for s in a["segments_info"]} for a in content["annotations"]]
     except OSError as error:
-        raise InputError(f"panoptic JSON {panoptic_json}: {error.strerror}") from error
+        raise InputError(f"panoptic JSON {panoptic_json} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{panoptic_json} is no panoptic JSON in COCO's format ({type(error).__name__}: {error})"
         ) from error
     tasks = []
-    for (name, _), of_segment in zip(annotations, segments):
+    for (name, size), of_segment in zip(annotations, segments):
+        if os.path.isabs(name) or os.path.normpath(name).startswith(os.pardir):
+            raise InputError(f"{panoptic_json}: the file_name {name} leads out of the folder of the panoptic PNGs")
         unknown = set(of_segment.values()) - values.keys()
         if unknown:
             raise InputError(f"{panoptic_json}: category ids {sorted(unknown)} of {name} are not among its categories")
         source = os.path.join(panoptic_root, name)
         target = os.path.join(sem_seg_root, name)
-        tasks.append((source, {segment: values[category] for segment, category in of_segment.items()}, target))
-    missing = [source for source, _, _ in tasks if not os.path.isfile(source)]
+        tasks.append((source, size, {segment: values[category] for segment, category in of_segment.items()}, target))
+    missing = [source for source, *_ in tasks if not os.path.isfile(source)]
     if missing:
         raise InputError(f"{len(missing)} of {len(tasks)} panoptic PNGs are not there, for instance {missing[0]}")
     return tasks
 
 
 def _write_map(task):
-    source, values, target = task
+    source, size, values, target = task
     try:
         with Image.open(source) as image:
             rgb = np.asarray(image.convert("RGB"), dtype=np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"panoptic PNG {source} cannot be read: {error}") from error
+    if size not in (None, rgb.shape[:2]):
+        raise InputError(f"panoptic PNG {source} is {rgb.shape[1]} x {rgb.shape[0]}, its image {size[1]} x {size[0]}")
     try:
         semantic = semantic_map(rgb @ [1, 256, 256**2], values)
     except InputError as error:

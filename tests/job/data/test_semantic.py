@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prepare_coco_panoptic
 from gng_d2.errors import InputError
 from gng_d2.job.data.semantic import make_semantic_maps, semantic_map, semantic_values
 
@@ -119,6 +120,47 @@ def test_what_is_unknown_is_named(tmp_path):
         semantic_map(IDS, {7: 3, 256: 1})
     with pytest.raises(InputError, match="254"):
         semantic_values([{"id": i, "isthing": 0} for i in range(255)])
+
+
+def changed(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def test_a_png_of_another_size_than_its_image_is_named(tmp_path):
+    dataset = write(tmp_path)
+    changed(tmp_path / "panoptic.json", images=[{"id": i, "height": 3, "width": 3} for i in range(2)])
+    assert make_semantic_maps(*dataset) == 2
+    changed(tmp_path / "panoptic.json", images=[{"id": i, "height": 3, "width": 4} for i in range(2)])
+    with pytest.raises(InputError, match=r"a.png is 3 x 3, its image 4 x 3"):
+        make_semantic_maps(*dataset[:2], str(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png"])
+def test_no_map_is_written_outside_of_its_folder(name, tmp_path):
+    dataset = write(tmp_path, names=["a.png"])
+    changed(tmp_path / "panoptic.json", annotations=[{"image_id": 0, "file_name": name, "segments_info": []}])
+    with pytest.raises(InputError, match="leads out of the folder"):
+        make_semantic_maps(*dataset)
+
+
+def test_maps_and_panoptic_pngs_are_not_in_one_folder(tmp_path):
+    dataset = write(tmp_path)
+    with pytest.raises(InputError, match="has the panoptic PNGs"):
+        make_semantic_maps(dataset[0], dataset[1], dataset[1] + "/")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"a\xff.png")
+    make_semantic_maps(*write(tmp_path, names=[name]))
+    np.testing.assert_array_equal(maps(tmp_path)[name], MAP)
+
+
+def test_an_empty_name_of_a_json_is_not_coco(monkeypatch):
+    words = ["--json", "", "--panoptic-root", "a", "--output", "b"]
+    monkeypatch.setattr(sys, "argv", ["prepare_coco_panoptic.py", *words])
+    with pytest.raises(InputError, match="^panoptic JSON  cannot be read"):
+        prepare_coco_panoptic.main()
 
 
 @pytest.mark.slow
