@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train a small Panoptic FPN with PGN on the CPU, from nothing to pictures, in minutes.
+"""Train a small Panoptic FPN with PGN on the CPU, in minutes.
 
-Draws the embedded dataset, evaluates the untrained model, trains it, evaluates it again, and draws its
-predictions beside the ground truth, its loss curve and its groups.
+The tool draws a dataset, evaluates the untrained model, trains it and evaluates it again. Then it draws the
+predictions beside the ground truth, the loss curves and the groups of the norms.
 """
 
 import os
@@ -15,7 +15,9 @@ CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 def parse_args():
     parser = tool_parser(__doc__)
-    parser.add_argument("--config-file", default=CONFIG, metavar="FILE", help="a panoptic config; default: quick PGN")
+    parser.add_argument(
+        "--config-file", default=CONFIG, metavar="FILE", help="a panoptic config; default: configs/quick/pfpn_pgn.yaml"
+    )
     add_overrides(parser)
     return parser.parse_args()
 

@@ -6,13 +6,14 @@
 
 --json OUT.json writes
     OUT.json                          instances (boxes, scores, classes, masks) as COCO results, for pycocotools'
-                                      COCO("OUT_images.json").loadRes("OUT.json"); of a semantic model a mask a class
-    OUT_images.json                   the images with their sizes and ids, and the categories. An image of the config's
-                                      test dataset has its id there, others are numbered
-    OUT_panoptic.json, OUT_panoptic/  of a panoptic model: what panopticapi reads
+                                      COCO("OUT_images.json").loadRes("OUT.json"); from a semantic model a mask for
+                                      each class
+    OUT_images.json                   the images with their sizes and ids, and the categories. Images of the config's
+                                      test dataset keep their ids, others are numbered
+    OUT_panoptic.json, OUT_panoptic/  from a panoptic model: what panopticapi reads
 
 A file that cannot be read as an image is named and skipped; the exit status is then 1. Images are turned as their
-EXIF orientation says, as in Detectron2, and pictures and results are in that frame.
+EXIF orientation says, and pictures and results are turned with them.
 For videos and webcams: demo/demo.py of Detectron2, with `import gng_d2` in it.
 """
 
@@ -31,7 +32,7 @@ def parse_args():
         required=True,
         nargs="+",
         metavar="IMG|FOLDER|GLOB",
-        help="images; a folder: the files in it; 'FOLDER/**/*': in its subfolders too. Another option must follow",
+        help="images; a folder means its files, 'FOLDER/**/*' those in its subfolders too. Another option must follow",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
     parser.add_argument("--json", metavar="OUT.json", help="write the results in COCO's formats")
@@ -39,9 +40,9 @@ def parse_args():
         "--threshold",
         type=float,
         metavar="T",
-        help="leave out instances with a lower score. Default: the config's for --json, and 0.5 for pictures",
+        help="leave out instances with a lower score. Default: the config's in --json, and 0.5 in pictures",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images (of one size) run together")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="run N images of one size together")
     add_import(parser)
     add_trust(parser)
     add_overrides(parser, lazy=True)
@@ -86,7 +87,7 @@ def main():
         skipped = write_predictions(
             args, settings, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
         )
-    finally:  # whatever ends it
+    finally:  # what was predicted before an error or Ctrl-C is written
         if results:
             print("results:", *results.write(), sep="\n  ")
     if skipped or without:
@@ -128,7 +129,7 @@ def check_inputs_stay(output, results, names):
 
 
 def write_predictions(args, settings, model, metadata, names, ids, results):
-    """Write a picture for each image, and collect ``results`` if they are asked for. Returns how many were skipped."""
+    """Write a picture for each image, add to ``results`` unless they are None, and return how many were skipped."""
     from tqdm import tqdm
 
     from gng_d2.predict.pictures import draw_output
