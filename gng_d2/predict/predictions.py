@@ -165,13 +165,11 @@ def save_png(picture: np.ndarray, path: str) -> None:
 
 
 def _on_cpu(output):
-    moved = dict(output)
-    if "panoptic_seg" in moved:
-        segments, info = moved["panoptic_seg"]
+    moved = {name: value.to("cpu") for name, value in output.items() if name in ("instances", "sem_seg")}
+    if "panoptic_seg" in output:
+        segments, info = output["panoptic_seg"]
         moved["panoptic_seg"] = segments.cpu(), info
-    for key in {"instances", "sem_seg"} & set(moved):
-        moved[key] = moved[key].to("cpu")
-    return moved
+    return output | moved
 
 
 def _one_line(error):
