@@ -91,14 +91,14 @@ VECTORIZED static moments_t moments_of_piece(const float *x, int64_t n) {
   return (moments_t){shift + correction / n, m2 + other_m2 - correction * correction / n};
 }
 
-/* With `kept`, what passes the activation is written to `passed`. */
+/* What passes the activation is written to `passed` where there is `kept`, and of SILU, which takes long to compute. */
 INLINE sums_t sums_of(float *restrict passed, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
                       const float *restrict kept, int activation) {
   float sum_dy = 0, sum_dy_x = 0;
 #pragma omp simd reduction(+ : sum_dy, sum_dy_x)
   for (int64_t i = 0; i < n; i++) {
     float before = passed_back(dy[i], x[i], map, kept ? kept + i : NULL, activation);
-    if (kept) passed[i] = before;
+    if (kept || activation == SILU) passed[i] = before;
     sum_dy += before;
     sum_dy_x += before * (x[i] - map.mean);
   }
@@ -124,7 +124,8 @@ VECTORIZED static void normalize(float *y, const float *x, int64_t n, map_t map,
   SPECIALIZED(normalized, residual, activation, y, x, n, map);
 }
 
-INLINE void differentiated(float *restrict dx, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
+/* dx may be dy. */
+INLINE void differentiated(float *dx, const float *dy, const float *x, int64_t n, map_t map,
                            float x_factor, float constant, const float *kept, int activation) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
@@ -190,6 +191,7 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
                                            int64_t channels, int64_t positions, int64_t groups, int64_t piece,
                                            int64_t activation, int threads) {
   int64_t per_group = channels / groups;
+  float *passed = kept ? dresidual : activation == SILU ? dx : NULL;
   sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
@@ -198,7 +200,7 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       sums_t sums = {0, 0};
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        sums_t more = sums_of_piece(kept ? dresidual + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
+        sums_t more = sums_of_piece(passed ? passed + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
                                     kept ? kept + i : NULL, activation);
         sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
       }
@@ -220,14 +222,14 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
       }
       group_sums[group] = sums;
     }
-    const float *gradient = kept ? dresidual : dy; /* which passed the activation already */
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
       int64_t group = row / per_group, i = row * positions;
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       double share = -rstd[group] / (double)(per_group * positions);
       float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
-      differentiate(dx + i, gradient + i, x + i, positions, map, x_factor, constant, kept ? NO_ACTIVATION : activation);
+      differentiate(dx + i, (passed ? passed : dy) + i, x + i, positions, map, x_factor, constant,
+                    passed ? NO_ACTIVATION : activation);
     }
   }
 }

@@ -190,6 +190,23 @@ def test_some_inputs_take_a_gradient(road, activation, wanted):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_batched_gradients(road, activation):
+    x, num_groups, weight, bias, residual, dy = draw(random.Random(1), road[1], torch.float32)
+    leaves = [t.requires_grad_() for t in (x, residual)]
+    ours, theirs = (
+        torch.autograd.grad(
+            f(x, num_groups, weight, bias, 1e-5, activation, residual),
+            leaves,
+            torch.stack([dy, -dy]),
+            is_grads_batched=True,
+        )
+        for f in (group_norm, unfused)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_residual_of_a_relu_may_change_before_the_backward_pass(road):
     """Its output is kept instead, which the next layer keeps as well."""
     x, num_groups, weight, bias, residual, dy = draw(random.Random(1), road[1], torch.float32)
