@@ -9,9 +9,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
 
 /* A cluster may build this on one machine and run it on another. */
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -21,8 +18,6 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LARGE = 5 << 20 }; /* elements: with its input, more than caches hold */
-enum { BLOCK = 1024 };    /* elements that are computed in the first cache before they are written past it */
 enum { NO_ACTIVATION, RELU, SILU };
 
 /* f(..., kept, activation), compiled for each activation, with and without `kept`: no loop asks which it is. */
@@ -67,7 +62,13 @@ INLINE float passed_back(float dy, float x, map_t map, const float *kept, int ac
   if (activation == NO_ACTIVATION) return dy;
   float t = kept && activation == RELU ? 0 : (x - map.mean) * map.scale + map.shift;
   if (kept) t += *kept;
-  if (activation == RELU) return t <= 0 ? 0 : dy;
+  if (activation == RELU) { /* t <= 0 ? 0 : dy, which would be compiled to a load of dy that waits for t */
+    int32_t sign, bits;
+    memcpy(&sign, &t, sizeof t), memcpy(&bits, &dy, sizeof dy);
+    bits &= ~((sign | (int32_t)((uint32_t)sign - 1)) >> 31);
+    memcpy(&dy, &bits, sizeof dy);
+    return dy;
+  }
   float sigmoid = 1 / (1 + exponential(-t));
   return dy * (sigmoid * (1 + t * (1 - sigmoid)));
 }
@@ -90,14 +91,14 @@ VECTORIZED static moments_t moments_of_piece(const float *x, int64_t n) {
   return (moments_t){shift + correction / n, m2 + other_m2 - correction * correction / n};
 }
 
-/* With `kept`, what passes the activation is written to `passed`. */
+/* What passes the activation is written to `passed` where there is `kept`, and of SILU, which takes long to compute. */
 INLINE sums_t sums_of(float *restrict passed, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
                       const float *restrict kept, int activation) {
   float sum_dy = 0, sum_dy_x = 0;
 #pragma omp simd reduction(+ : sum_dy, sum_dy_x)
   for (int64_t i = 0; i < n; i++) {
     float before = passed_back(dy[i], x[i], map, kept ? kept + i : NULL, activation);
-    if (kept) passed[i] = before;
+    if (kept || activation == SILU) passed[i] = before;
     sum_dy += before;
     sum_dy_x += before * (x[i] - map.mean);
   }
@@ -123,7 +124,8 @@ VECTORIZED static void normalize(float *y, const float *x, int64_t n, map_t map,
   SPECIALIZED(normalized, residual, activation, y, x, n, map);
 }
 
-INLINE void differentiated(float *restrict dx, const float *restrict dy, const float *restrict x, int64_t n, map_t map,
+/* dx may be dy. */
+INLINE void differentiated(float *dx, const float *dy, const float *x, int64_t n, map_t map,
                            float x_factor, float constant, const float *kept, int activation) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
@@ -133,28 +135,6 @@ INLINE void differentiated(float *restrict dx, const float *restrict dy, const f
 VECTORIZED static void differentiate(float *dx, const float *dy, const float *x, int64_t n, map_t map, float x_factor,
                                      float constant, int activation) {
   SPECIALIZED(differentiated, (const float *)NULL, activation, dx, dy, x, n, map, x_factor, constant);
-}
-
-/* How many of `n` elements to compute at once: all, or a block that ends with a cache line where they are streamed. */
-static int64_t block_of(const float *y, int64_t n, int past_caches) {
-  int64_t to_line = -(uintptr_t)y / sizeof(float) % 16;
-  return past_caches ? smaller(n, to_line ? to_line : BLOCK) : n;
-}
-
-/* A copy that does not read what it overwrites, as an ordinary write does, and leaves the caches as they are. */
-static void stream(float *restrict y, const float *restrict x, int64_t n) {
-  int64_t i = 0;
-#ifdef __SSE__
-  if ((uintptr_t)y % 64 == 0) /* whole cache lines: a part of one would be slow */
-    for (; i < n / 16 * 16; i += 4) _mm_stream_ps(y + i, _mm_loadu_ps(x + i));
-#endif
-  for (; i < n; i++) y[i] = x[i];
-}
-
-static void finish_stream(void) {
-#ifdef __SSE__
-  _mm_sfence();
-#endif
 }
 
 static moments_t merge(const moments_t *piece_moments, int64_t pieces, int64_t size, int64_t piece) {
@@ -181,10 +161,8 @@ void gng_d2_group_norm_activation(const float *x, const float *weight, const flo
                                   int64_t positions, int64_t groups, int64_t piece, int64_t activation, double eps,
                                   int threads) {
   int64_t per_group = channels / groups, size = per_group * positions, pieces = (size + piece - 1) / piece;
-  int past_caches = images * channels * positions > LARGE;
 #pragma omp parallel num_threads(threads)
   {
-    float block[BLOCK];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < images * groups * pieces; i++) {
       int64_t start = i % pieces * piece;
@@ -199,13 +177,9 @@ void gng_d2_group_norm_activation(const float *x, const float *weight, const flo
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
-      for (int64_t n, i = row * positions, end = i + positions; i < end; i += n) {
-        n = block_of(y + i, end - i, past_caches);
-        normalize(past_caches ? block : y + i, x + i, n, map, residual ? residual + i : NULL, activation);
-        if (past_caches) stream(y + i, block, n);
-      }
+      int64_t i = row * positions;
+      normalize(y + i, x + i, positions, map, residual ? residual + i : NULL, activation);
     }
-    finish_stream();
   }
 }
 
@@ -217,17 +191,16 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
                                            int64_t channels, int64_t positions, int64_t groups, int64_t piece,
                                            int64_t activation, int threads) {
   int64_t per_group = channels / groups;
-  int past_caches = images * channels * positions > LARGE;
+  float *passed = kept ? dresidual : activation == SILU ? dx : NULL;
   sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
-    float block[BLOCK];
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       sums_t sums = {0, 0};
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        sums_t more = sums_of_piece(kept ? dresidual + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
+        sums_t more = sums_of_piece(passed ? passed + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
                                     kept ? kept + i : NULL, activation);
         sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
       }
@@ -249,21 +222,15 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
       }
       group_sums[group] = sums;
     }
-    const float *gradient = kept ? dresidual : dy; /* which passed the activation already */
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
-      int64_t group = row / per_group;
+      int64_t group = row / per_group, i = row * positions;
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       double share = -rstd[group] / (double)(per_group * positions);
       float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
-      for (int64_t n, i = row * positions, end = i + positions; i < end; i += n) {
-        n = block_of(dx + i, end - i, past_caches);
-        differentiate(past_caches ? block : dx + i, gradient + i, x + i, n, map, x_factor, constant,
-                      kept ? NO_ACTIVATION : activation);
-        if (past_caches) stream(dx + i, block, n);
-      }
+      differentiate(dx + i, (passed ? passed : dy) + i, x + i, positions, map, x_factor, constant,
+                    passed ? NO_ACTIVATION : activation);
     }
-    finish_stream();
   }
 }
 

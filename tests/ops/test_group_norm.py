@@ -280,8 +280,9 @@ H100 = SimpleNamespace(multi_processor_count=132)
 
 
 @needs_torch(2, 13, "torch.compile on fake tensors of a GPU that is not there")
-def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
-    """On fake tensors, which need no GPU."""
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_compiles_on_cuda_without_a_graph_break(monkeypatch, activation):
+    """On fake tensors, which need no GPU. The activation is left to the compiler."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr(triton_kernels, "works", lambda device: True)
     targets = []
@@ -292,8 +293,11 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
 
     with FakeTensorMode():
         leaves = [fake(2, 64, 200, 304, requires_grad=True), *(fake(64, requires_grad=True) for _ in range(2))]
-        y = torch.compile(lambda x, w, b: group_norm(x.relu(), 1, w, b).square(), backend=keep, fullgraph=True)(*leaves)
+        y = torch.compile(lambda x, w, b: group_norm(x.sin(), 1, w, b, 1e-5, activation), backend=keep, fullgraph=True)(
+            *leaves
+        )
         assert y.requires_grad and y.shape == leaves[0].shape
+    assert any("relu" in target for target in targets) == (activation == "relu")
     assert "gng_d2.group_norm.default" in targets and "gng_d2.group_norm_backward.default" in targets, targets
 
 
@@ -313,6 +317,7 @@ def test_choice_on_cuda(monkeypatch):
         assert ours(fake(2, 64, 200, 304), 64)
         assert not ours(fake(2, 256, 200, 304), 128)
         assert not ours(fake(512, 256, 7, 7), 1)
+        assert op_module._backend(fake(512, 256, 7, 7), 1, None, None, 1e-5, "relu") is triton_kernels
         assert not ours(fake(1, 64, 13, 19), 1)
         assert ours(fake(512, 256, 7, 7).contiguous(memory_format=torch.channels_last), 1)
         assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1)
@@ -321,6 +326,7 @@ def test_choice_on_cuda(monkeypatch):
             autocast.setattr(torch, "is_autocast_enabled", lambda device: True)
             assert ours(fake(512, 256, 7, 7, dtype=torch.float16), 1, torch.float16)
             assert not ours(fake(512, 256, 7, 7), 1)
+        assert op_module._backend(fake(512, 256, 7, 7), 1, None, None, 1e-5, "relu") is triton_kernels
         assert not ours(fake(2, 256, 200, 304, dtype=torch.float64), 1, torch.float64)
         assert not ours(fake(0, 256, 200, 304), 1)
         # what PyTorch refuses is left to it

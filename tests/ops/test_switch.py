@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from needs import KERNELS, needs_torch
+from needs import KERNELS, RECOMPUTE, needs_torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
+import gng_d2
 from gng_d2.errors import InputError
 from gng_d2.ops import backends, cpu_kernels, group_norm, set_kernels_enabled, standardize_weight
 
@@ -124,3 +126,22 @@ def test_environment_variable(value, expected):
     )
     assert run.stdout.strip() == expected, run.stderr
     assert expected or "GNG_D2_KERNELS is '0': set it to off " in run.stderr
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("state", ["off", "cpu", "cuda"])
+def test_what_recompute_norms_runs_again_finds_the_state_of_its_first_run(state):
+    seen = []
+
+    class Norm(gng_d2.GroupNorm):
+        def forward(self, x):
+            seen.append(backends.enabled_kernels())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Norm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    gng_d2.recompute_norms(model)
+    with set_kernels_enabled(state):
+        loss = model(torch.randn(1, 3, 8, 8)).sum()
+    ran = len(seen)
+    loss.backward()
+    assert len(seen) > ran and {*seen} == {state}
