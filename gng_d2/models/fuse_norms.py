@@ -56,9 +56,10 @@ _FUNCTIONS = {
     "F.max_pool2d": partial(F.max_pool2d, kernel_size=3, stride=2, padding=1),
     "torch.flatten": partial(torch.flatten, start_dim=1),
 }
-_KINDS_OF_HOOKS = "forward", "forward_pre", "backward", "backward_pre"
-_HOOKS_OF_ALL_MODULES = [getattr(torch_module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOKS]
-_ACTIVATIONS = {"relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_), "silu": (nn.SiLU, F.silu)}
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_HOOKS_OF_ALL_MODULES = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+_ACTIVATIONS = dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_), "relu")
+_ACTIVATIONS |= dict.fromkeys((nn.SiLU, F.silu), "silu")
 
 
 def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
@@ -214,14 +215,16 @@ def _groups(steps, is_hooked):
 def _flat(steps, is_hooked):
     """The steps that do something; a convolution of Detectron2's as its own ones, where an activation may follow it."""
     for step in steps:
-        if isinstance(step, nn.Module) and not is_hooked(step):
-            if type(step) is nn.Identity:
-                continue
-            if original_class(step).forward is Conv2d.forward and step.activation is None:
-                yield from filter(None, _steps_of_convolution(step))
-                continue
-        if step is not None:
+        if step is None or (type(step) is nn.Identity and not is_hooked(step)):
+            continue
+        if _is_convolution(step) and step.activation is None and not is_hooked(step):
+            yield from filter(None, _steps_of_convolution(step))
+        else:
             yield step
+
+
+def _is_convolution(step):
+    return isinstance(step, nn.Conv2d) and original_class(step).forward is Conv2d.forward
 
 
 def _is_group_norm(step):
@@ -231,7 +234,7 @@ def _is_group_norm(step):
 
 def _activation(step):
     kind = type(step) if isinstance(step, nn.Module) else step
-    return next((name for name, kinds in _ACTIVATIONS.items() if any(kind is k for k in kinds)), None)
+    return _ACTIVATIONS.get(kind) if kind.__hash__ else None
 
 
 def _is_hooked(step):
@@ -239,9 +242,8 @@ def _is_hooked(step):
     if not isinstance(step, nn.Module):
         return False
     own = vars(step)
-    hooks = any(own[f"_{kind}_hooks"] for kind in _KINDS_OF_HOOKS)
     changed = "forward" in own or own.get("_compiled_call_impl") is not None
-    return hooks or changed or any(way.order > _Fused.order for way in ways_of(step))
+    return changed or any(map(own.get, _HOOKS)) or any(way.order > _Fused.order for way in ways_of(step))
 
 
 def _run(groups, x):
