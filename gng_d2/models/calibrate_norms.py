@@ -131,6 +131,8 @@ def _pairs(model, reference, without):
             f"({_three(f'{pair.name}: {pair.norm.num_channels}' for pair in wrong)}) than in the reference "
             f"({_three(f'{pair.name}: {num_channels(pair.reference)}' for pair in wrong)})"
         )
+    if any(p.is_meta for network in (model, reference) for p in network.parameters()):
+        raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
     for pair in pairs:
         if pair.norm is pair.reference:
             raise InputError(f"calibrate_norms: model and reference share the norm {pair.name}. Copy the model first")
@@ -274,7 +276,7 @@ def _report(model, pairs, standardized):
     if dead:
         listed["have channels without signal, whose weight is 0"] = dead
     if standardized:
-        listed["follow a standardized convolution, which computes something else than the reference's"] = standardized
+        listed["follow a standardized convolution, after which little of the reference is left"] = standardized
     errors = {name: pair.error for name, pair in pairs.items() if pair.why_left() is None}
     said = [f"{len(errors)} norms are calibrated"]
     if errors:
