@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -98,12 +98,25 @@ def calibrate(
 def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
     """``convert(model)``, calibrated. All that may fail happens to a copy, and the reference is ``model`` itself."""
     calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
-    for norm, its_copy in zip(convert(model).modules(), calibrated.modules()):
+    with _once():
+        convert(model)
+    for norm, its_copy in zip(model.modules(), calibrated.modules()):
         if isinstance(norm, nn.GroupNorm):
             norm.calibration_error = its_copy.calibration_error
             if norm.affine:
                 _write(norm, its_copy.weight, its_copy.bias)
     return model
+
+
+@contextmanager
+def _once():
+    """What the conversion of the copy has logged is not logged again."""
+    log = logging.getLogger(__package__ + ".convert_norms")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 @torch.no_grad()

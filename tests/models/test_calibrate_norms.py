@@ -370,6 +370,7 @@ def test_convert_norms_calibrates_against_what_the_model_was(caplog):
     model = copy.deepcopy(reference)
     parameters = list(model.parameters())
     assert convert_norms(model, "PGN", inputs, calibrate=inputs.split(2)) is model
+    assert caplog.text.count("3 norms are PGN now") == 1
     wanted = calibrate_norms(convert_norms(copy.deepcopy(reference), "PGN", inputs), reference, inputs)
     assert_close(affines(model), affines(wanted))
     assert [a is b for a, b in zip(model.parameters(), parameters)] == [True] * len(parameters)
