@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -98,12 +98,25 @@ def calibrate(
 def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
     """``convert(model)``, calibrated. All that may fail happens to a copy, and the reference is ``model`` itself."""
     calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
-    for norm, its_copy in zip(convert(model).modules(), calibrated.modules()):
+    with _once():
+        convert(model)
+    for norm, its_copy in zip(model.modules(), calibrated.modules()):
         if isinstance(norm, nn.GroupNorm):
             norm.calibration_error = its_copy.calibration_error
             if norm.affine:
                 _write(norm, its_copy.weight, its_copy.bias)
     return model
+
+
+@contextmanager
+def _once():
+    """What the conversion of the copy has logged is not logged again."""
+    log = logging.getLogger(__package__ + ".convert_norms")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 @torch.no_grad()
@@ -131,6 +144,8 @@ def _pairs(model, reference, without):
             f"({_three(f'{pair.name}: {pair.norm.num_channels}' for pair in wrong)}) than in the reference "
             f"({_three(f'{pair.name}: {num_channels(pair.reference)}' for pair in wrong)})"
         )
+    if any(p.is_meta for network in (model, reference) for p in network.parameters()):
+        raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
     for pair in pairs:
         if pair.norm is pair.reference:
             raise InputError(f"calibrate_norms: model and reference share the norm {pair.name}. Copy the model first")
@@ -274,7 +289,7 @@ def _report(model, pairs, standardized):
     if dead:
         listed["have channels without signal, whose weight is 0"] = dead
     if standardized:
-        listed["follow a standardized convolution, which computes something else than the reference's"] = standardized
+        listed["follow a standardized convolution, after which little of the reference is left"] = standardized
     errors = {name: pair.error for name, pair in pairs.items() if pair.why_left() is None}
     said = [f"{len(errors)} norms are calibrated"]
     if errors:

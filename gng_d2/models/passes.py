@@ -13,6 +13,9 @@ from gng_d2.layers.producers import calls_with
 
 __all__ = ["Pass", "run_in_step", "stop_after", "stop_before"]
 
+# PyTorch gives each thread that computes on the CPU threads of its own, which it keeps: of all passes at most so many
+MOST_THREADS = 256
+
 
 class Pass(Thread):
     """A forward pass of ``model`` in a thread that never runs while another does: a coroutine through any code.
@@ -25,12 +28,14 @@ class Pass(Thread):
         self.at: str | None = None  # where it stopped; None: it ended
         self.tensor: Tensor | None = None  # that it stopped with
         self.error: BaseException | None = None
+        self.num_threads = 1
         self._model, self._inputs = model, inputs
         self._may_go, self._has_stopped = Semaphore(0), Semaphore(0)
         self._is_cancelled = self._has_begun = False
 
     def run(self):
         self._may_go.acquire()
+        torch.set_num_threads(self.num_threads)
         try:
             if not self._is_cancelled:
                 self._forward()
@@ -112,8 +117,10 @@ def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list
         InputError: the passes of a pair stop at different places, or cannot be run.
     """
     passes = [one for pair in pairs for one in pair]
+    num_threads = torch.get_num_threads()
     try:
         for one in passes:
+            one.num_threads = max(1, min(num_threads, MOST_THREADS // len(passes)))
             one.start()
             one.go_on()
         while any(one.at for one in passes):
@@ -133,3 +140,4 @@ def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list
         for one in passes:
             if one.is_alive():
                 one.cancel()
+        torch.set_num_threads(num_threads)  # which is of threads to come, too

@@ -217,7 +217,6 @@ cfg = get_cfg()
 cfg.merge_from_file(args.config_file)
 cfg.merge_from_list(args.opts + ["MODEL.DEVICE", "cpu"])
 default_setup(cfg, args)
-from gng_d2.job.data import embedded
 trainer = Trainer(cfg)
 trainer.resume_or_load(resume=args.resume)
 calibrate_backbone(trainer, 3)

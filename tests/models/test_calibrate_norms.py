@@ -293,6 +293,21 @@ def test_detectron2s_inputs_are_a_batch():
     assert (model.norm.weight != 1).all()
 
 
+def test_passes_share_few_threads(monkeypatch):
+    """Each thread that computes has threads of its own, which it keeps."""
+    reference, seen = trained(), []
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    monkeypatch.setattr("gng_d2.models.passes.MOST_THREADS", 48)
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        calibrate_norms(model, reference, images().split(1))
+        assert seen == [3] * 8 and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 # what cannot be calibrated
 
 
@@ -306,6 +321,8 @@ def test_other_names_and_widths_list_three_of_each():
         calibrate_norms(other, reference, images())
     with pytest.raises(InputError, match="share the norm"):
         calibrate_norms(model, model, images())
+    with pytest.raises(InputError, match="meta device"):
+        calibrate_norms(copy.deepcopy(model).to("meta"), reference, images())
     model._modules["1"] = PracticalGroupNorm(8)  # not registered, so it meets no layer
     with pytest.raises(InputError, match="never met a weight layer"):
         calibrate_norms(model, reference, images())
@@ -353,6 +370,7 @@ def test_convert_norms_calibrates_against_what_the_model_was(caplog):
     model = copy.deepcopy(reference)
     parameters = list(model.parameters())
     assert convert_norms(model, "PGN", inputs, calibrate=inputs.split(2)) is model
+    assert caplog.text.count("3 norms are PGN now") == 1
     wanted = calibrate_norms(convert_norms(copy.deepcopy(reference), "PGN", inputs), reference, inputs)
     assert_close(affines(model), affines(wanted))
     assert [a is b for a, b in zip(model.parameters(), parameters)] == [True] * len(parameters)

@@ -1,10 +1,13 @@
 """configs/study: the layers under test are those of the paper's tables, and the real datasets are read as they are."""
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from torchvision.models import mobilenet_v2
 
-from gng_d2.job.build import build_on_meta
+from gng_d2.job.build import build, build_on_meta
+from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.imports import import_modules
 from gng_d2.models.norm_table import norm_table
@@ -94,3 +97,29 @@ def test_a_bed_names_registered_datasets_of_its_classes(registered, bed):
         else:
             assert len(metadata.stuff_classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
             assert metadata.ignore_label == cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+
+
+@pytest.mark.parametrize("bed", ["faster_rcnn_mobilenet_bccd", "semantic_fpn_mobilenet_camvid"])
+def test_mobilenet_takes_torchvisions_weights_in_its_backbone_and_varies_there_alone(bed, tmp_path):
+    import_modules(["configs/study/mobilenet_v2_fpn.py"])
+    theirs = mobilenet_v2()
+    torch.save(theirs.state_dict(), tmp_path / "mobilenet.pth")
+    model = build(load_config(f"configs/study/{bed}.yaml", ["MODEL.RESNETS.NORM", "FrozenBN"]), "cpu")
+    checkpointer = Checkpointer(model)
+    checkpointer.resume_or_load(f"{tmp_path}/mobilenet.pth?matching_heuristics=True", resume=False)
+    ours = model.backbone.bottom_up.eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = ours(images)
+        for name, block in (("res2", 3), ("res3", 6), ("res4", 13), ("res5", 17)):
+            expected = theirs.eval().features[: block + 1](images)
+            torch.testing.assert_close(outputs[name], expected, rtol=1e-4, atol=1e-4)
+            shape = ours.output_shape()[name]
+            assert expected.shape == (1, shape.channels, 64 // shape.stride, 64 // shape.stride)
+    assert len(checkpointer.from_batch_norms) == 51
+    tables = [
+        norm_table(build_on_meta(load_config(f"configs/study/{bed}.yaml", ["MODEL.RESNETS.NORM", norm])))
+        for norm in ("GN1", "PGN")
+    ]
+    differ = [a.name for a, b in zip(*tables) if a.norm != b.norm]
+    assert len(differ) == 51 and all("bottom_up" in name for name in differ)

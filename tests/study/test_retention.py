@@ -143,24 +143,24 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
 
     def train(run, reference, data):
         trained.append(run)
-        return finetune._row(run, 100 - abs(run.lr - 0.02), 1.0)
+        return finetune._row(run, 100 - 1000 * abs(run.lr - 0.001), 1.0)
 
     words = ["finetune", "--data", root, "--weights", weights, "--image-size", "64", "--seeds", "0", "--norms", "GN1"]
     words += ["--epochs", "1", "--output", tmp_path / "runs", "--json", tmp_path / "rows.json"]
     with monkeypatch.context() as context:
         context.setattr(finetune, "train", train)
         reproduce(*words)
-        assert [(run.seed, run.lr) for run in trained[:5]] == [(100, rate) for rate in finetune.RATES]
-        assert [(run.norm, run.affine, round(run.lr, 6)) for run in trained[5:]] == [
-            ("FrozenBN", "trained", 0.02),
-            ("GN1", "calibrated", 0.02),
-            ("GN1", "fresh", 0.02),
-            ("GN1", "fresh", 0.06),
-            ("GN1", "fresh", 0.2),
-            ("BN", "trained", 0.02),
+        assert [(run.seed, run.lr) for run in trained[:4]] == [(100, rate) for rate in finetune.RATES]
+        assert [(run.norm, run.affine, round(run.lr, 6)) for run in trained[4:]] == [
+            ("FrozenBN", "trained", 0.001),
+            ("GN1", "calibrated", 0.001),
+            ("GN1", "fresh", 0.001),
+            ("GN1", "fresh", 0.003),
+            ("GN1", "fresh", 0.01),
+            ("BN", "trained", 0.001),
         ]
         reproduce(*words)
-    assert len(trained) == 11 == len(json.loads((tmp_path / "rows.json").read_text()))
+    assert len(trained) == 10 == len(json.loads((tmp_path / "rows.json").read_text()))
 
 
 @pytest.mark.slow

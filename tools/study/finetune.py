@@ -34,7 +34,7 @@ __all__ = ["FinetuneRun", "FinetuneRow", "train", "table"]
 IF_STOPPED = "the same command goes on with the runs that are not finished"
 
 FROZEN, BATCH_NORM = "FrozenBN", "BN"
-RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
+RATES = (0.0001, 0.0003, 0.001, 0.003)
 SEARCH_SEED = 100
 MICRO_BATCH = 2  # of BN
 
