@@ -109,7 +109,8 @@ def lacks(command):
 
 
 # long measurements: only that their command line is right
-MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "norm-cost", "step-cost", "memory")
+MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "collapse")
+MEASUREMENTS += ("norm-cost", "step-cost", "memory")
 
 
 @pytest.mark.slow
