@@ -122,8 +122,8 @@ def lacks(command):
 
 
 # long measurements: only that their command line is right
-MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "norm-cost", "step-cost", "memory")
-MEASUREMENTS += ("retention", "finetune")
+MEASUREMENTS = ("table1", "table2", "sweep", "gradients", "table3", "table4", "collapse", "retention", "finetune")
+MEASUREMENTS += ("norm-cost", "step-cost", "memory")
 
 
 @pytest.mark.slow
