@@ -50,7 +50,7 @@ def own(module: nn.Module, name: str) -> Any:
     if not isinstance(value, property):
         return value
     try:
-        return value.fget(module)  # the weight of a parametrized layer
+        return value.__get__(module)  # the weight of a parametrized layer
     except Exception:  # of any kind: it is the user's code
         return None
 
@@ -85,7 +85,7 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 def describe(layer: nn.Module) -> str:
     """For instance "Conv2d(256, 128)"."""
-    return f"{type(layer).__name__}({', '.join(map(str, layer_sizes(layer)))})"
+    return f"{type(layer).__name__}({', '.join(map(str, layer_sizes(layer) or ()))})"
 
 
 def num_groups(norm: nn.Module) -> int | None:

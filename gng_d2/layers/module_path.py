@@ -44,4 +44,4 @@ def owner_of(parameter: Tensor, modules: list[nn.Module]) -> nn.Module | None:
 
 def live_modules() -> list[nn.Module]:
     is_module = cache(lambda kind: issubclass(kind, nn.Module))
-    return [thing for thing in gc.get_objects() if is_module(type(thing))]
+    return [thing for thing in gc.get_objects() if is_module(type(thing))]  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ class _Watch(TorchDispatchMode):
         if storage is None or storage.cdata not in self._known:
             return Origin(None, shape, shape)
         _, whole, views = self._known[storage.cdata]
-        return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
+        return views.get(_place(tensor)) or origin("slice", [whole], shape, None) or Origin(None, shape, shape)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

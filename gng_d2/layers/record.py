@@ -11,6 +11,7 @@ distributed checkpoint, it is the record of the model itself, which then fits wh
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -70,7 +71,7 @@ def _valid(record):
 _RECORD = "the layer of a checkpoint's record"
 
 
-def take_record(norm: nn.Module, state_dict: Mapping, prefix: str, local_metadata: Mapping, load: list) -> None:
+def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Mapping, load: list) -> None:
     """Compare ``norm`` with the record of the weights that it loads; a PGN without groups takes those of the record.
 
     For its ``_load_from_state_dict``. What many norms of a load have in common is logged once, for the first of them.

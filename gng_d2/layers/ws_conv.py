@@ -27,7 +27,7 @@ if HAS_DETECTRON2:
     from detectron2.layers import Conv2d
 else:
 
-    class Conv2d(nn.Conv2d):
+    class Conv2d(nn.Conv2d):  # type: ignore[no-redef]
         """What of Detectron2's ``Conv2d`` is needed where it is not installed."""
 
         def __init__(self, *args, norm=None, activation=None, **kwargs):

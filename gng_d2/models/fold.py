@@ -39,7 +39,7 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
             name = name or type(layer).__name__
             raise InputError(f"{name}: its weight standardization cannot be folded, because {obstacle}")
     layers = [layer for _, layer in named if not _is_folded(layer)]
-    sharing = {}
+    sharing: dict[int, list[WSConv2d]] = {}
     for layer in layers:
         sharing.setdefault(id(layer.weight), []).append(layer)
     for group in sharing.values():

@@ -46,8 +46,9 @@ def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]
         registered[norm].append(layer)
     for norm, place in found.items():
         layers = registered[norm]
-        if layers and None not in layers and len({layer_shape(layer) for layer in layers}) == 1:
-            place.producers = [Producer(type(layer).__name__, *layer_shape(layer), layer) for layer in layers]
+        sizes = {layer and layer_shape(layer) for layer in layers}
+        if len(sizes) == 1 and (n_in_and_n_out := sizes.pop()):
+            place.producers = [Producer(type(layer).__name__, *n_in_and_n_out, layer) for layer in layers]
         elif isinstance(norm, GroupNorm) and norm.in_channels is not None:
             op = (norm.weight_layer or "Layer").partition("(")[0]
             none = norm.weight_layer == NO_LAYER
