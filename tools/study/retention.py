@@ -115,12 +115,14 @@ def table(rows: list[RetentionRow]) -> str:
         return mean_with_interval([getattr(row, head) for row in chosen])
 
     of_heads = [(affine, head) for head in ("old_head", "new_head") for affine in AFFINES]
+    seeds = len({row.seed for row in rows})
+    over = f", ± the 95 % interval of the mean over {seeds} seeds" if seeds > 1 else ", with one seed"
     counts = sorted({row.images for row in rows if row.affine == "calibrated"})
     first = [[n, *(cell(n, a, head, IMAGES if a == "calibrated" else None) for a, head in of_heads)] for n in norms]
     parts = [
         markdown(first, ["norm", *(f"{affine}, {head.replace('_', ' ')}" for affine, head in of_heads)]),
-        f"Test images of Caltech-101 that are labelled rightly, in %, ± the 95 % interval of the mean over "
-        f"{len({row.seed for row in rows})} seeds. With batch norm {cell(BATCH_NORM, 'trained')}.",
+        f"Test images of Caltech-101 that are labelled rightly, in %{over}. "
+        f"With batch norm {cell(BATCH_NORM, 'trained')}.",
     ]
     if len(counts) > 1:
         lines = [[norm, *(cell(norm, "calibrated", images=count) for count in counts)] for norm in norms]
