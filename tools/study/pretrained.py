@@ -102,28 +102,34 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linear:
-    """Logistic regression on features that are divided by their mean deviation."""
-    scale = inputs.std(0).mean()
-    head = nn.Linear(inputs.shape[1], int(labels.max()) + 1)
+    """Logistic regression on features that are centred and divided by their mean deviation, which the head undoes.
+
+    In float64: what is left of a lost network are features whose mean is thousands of times their deviation.
+    """
+    inputs = inputs.double()
+    mean, scale = inputs.mean(0), inputs.std(0).mean()
+    centred = (inputs - mean) / scale
+    head = nn.Linear(inputs.shape[1], int(labels.max()) + 1, dtype=torch.float64)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(head(inputs / scale), labels) + decay / 2 * head.weight.square().sum()
+        value = F.cross_entropy(head(centred), labels) + decay / 2 * head.weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     with torch.no_grad():
         head.weight /= scale
+        head.bias -= head.weight @ mean
     return head
 
 
 @torch.no_grad()
-def right(head: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+def right(head: nn.Linear, inputs: Tensor, labels: Tensor) -> float:
     """How many of the inputs ``head`` labels rightly, in %."""
-    return 100 * (head(inputs).argmax(1) == labels).float().mean().item()
+    return 100 * (head(inputs.to(head.weight.dtype)).argmax(1) == labels).double().mean().item()
 
 
 def interval(values: Sequence[float]) -> float | None:
