@@ -15,6 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import load_config
+from gng_d2.models.norm_table import norm_table
+from study.report import ComparisonRow, difference_interval
+from study.rows import read_rows
+
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 ROOT = Path.cwd()
 
@@ -227,23 +233,23 @@ def test_numbers_of_choosing_g():
     ahead = f"PGN is {-bccd['PGN']:.1f} AP behind, `GN/16` {bccd['GN/16']:.1f} ahead and G = 1 {bccd['GN1']:.1f}"
     assert ahead in page
     assert max(camvid["PGN"], bccd["PGN"]) < 0, "nothing measured here on real images has PGN ahead"
-    readme = " ".join(Path("README.md").read_text().split())
-    assert f"{-camvid['PGN']:.1f} mIoU on CamVid, {-bccd['PGN']:.1f} AP on BCCD" in readme
-    both = f"{camvid['GN/1']:.1f} mIoU ahead on the first and {-bccd['GN/1']:.1f} AP behind on the second"
-    assert both in readme
 
 
 def test_numbers_of_the_readme():
-    readme = " ".join(Path("README.md").read_text().split())
+    text = Path("README.md").read_text()
+    readme = " ".join(text.split())
+    assert len(text.splitlines()) <= 100
     demo = json.loads(Path("docs/demo.json").read_text())
     for when in ("before", "after"):
         assert " | ".join(f"{demo[when][key]:.1f}" for key in ("PQ", "PQ_th", "PQ_st")) in readme
-
-    def difference(name, metric):
-        return next(row["difference"] for row in measured(name) if (row["norm"], row["metric"]) == ("PGN", metric))
-
-    assert f"PGN is {-difference('quick_faster_rcnn', 'AP'):.1f} AP behind G = 32" in readme
-    assert f"{difference('quick_pfpn', 'PQ'):.1f} PQ ahead" in readme
+    beds = [
+        {row.norm: row for row in read_rows(f"docs/results/{name}.json", ComparisonRow) if row.metric == metric}
+        for name, metric in (("camvid_semantic_fpn", "mIoU"), ("bccd_faster_rcnn", "AP"))
+    ]
+    for norm in ("GN/1", "GN/16", "PGN", "GN1"):
+        cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(b[norm].difference, *difference_interval(b[norm])) for b in beds]
+        assert f"| `{norm}` | {' | '.join(cells)} |" in readme
+    assert max(bed["PGN"].difference for bed in beds) < 0, "PGN is ahead of GN on neither"
     ratios = {
         name: geometric_mean(
             row["ratio_to_native_gn32"]
@@ -260,5 +266,14 @@ def test_numbers_of_the_readme():
         if (row["model"], row["norm"]) == ("faster_rcnn", "PGN+WS")
     }
     assert f"peaks at {peaks[True]:.2f} times FrozenBN's memory, and without at {peaks[False]:.2f} times" in readme
-    survey = json.loads(Path("docs/convert_timm.json").read_text())[0]
-    assert f"In timm {survey['norms']} norms were converted" in readme
+
+
+def test_the_norm_table_of_the_readme():
+    """Its rows are those that norm_table prints for the config that it names."""
+    (shown,) = re.findall(r"^```text\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
+    table = {row.name: row for row in norm_table(build_on_meta(load_config("configs/quick/pfpn_gn.yaml")))}
+    for line in shown.splitlines()[1:]:
+        name, *cells = line.split()
+        row = table[name]
+        found = [row.norm, row.n_in, row.n_out, row.num_groups, row.n_out // row.num_groups]
+        assert cells == [*map(str, found)]

@@ -39,15 +39,19 @@ class CalibratedNormRow(NormRow):
 
 
 class NormTable(list[NormRow]):
-    """Rows of :func:`norm_table`. It prints as a table."""
+    """Rows of :func:`norm_table`. It prints as a table, which also has the channels in each group."""
 
     _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
 
     def __str__(self):
         calibrated = any(isinstance(row, CalibratedNormRow) for row in self)
         names = [field.name for field in fields(CalibratedNormRow if calibrated else NormRow)]
+        lines = [[getattr(row, name, None) for name in names] for row in self]
+        at = names.index("num_groups") + 1
+        for row, line in zip(self, lines):
+            line.insert(at, row.n_out // row.num_groups if row.n_out and row.num_groups else None)
         headers = [self._HEADERS.get(name, name) for name in names]
-        return tabulate([[getattr(row, name, None) for name in names] for row in self], headers, missingval="-")
+        return tabulate(lines, [*headers[:at], "channels/group", *headers[at:]], missingval="-")
 
 
 def norm_table(model: nn.Module) -> NormTable:

@@ -171,9 +171,20 @@ def test_a_model_that_takes_no_image_keeps_its_open_norms_and_says_so(caplog):
 
 def test_the_table_prints_as_one():
     lines = str(rows("MODEL.RESNETS.NORM", "PGN")).splitlines()
-    assert lines[0].split() == ["name", "norm", "layer", "n_in", "n_out", "groups", "ideal", "K", "WS"]
+    assert lines[0].split() == [
+        "name",
+        "norm",
+        "layer",
+        "n_in",
+        "n_out",
+        "groups",
+        "channels/group",
+        "ideal",
+        "K",
+        "WS",
+    ]
     stem = next(line.split() for line in lines if line.startswith("backbone.bottom_up.stem.conv1.norm"))
-    assert stem[1:] == ["PGN", "backbone.bottom_up.stem.conv1", "3", "64", "1", "-15.25", "22.6667", "False"]
+    assert stem[1:] == ["PGN", "backbone.bottom_up.stem.conv1", "3", "64", "1", "64", "-15.25", "22.6667", "False"]
 
 
 def test_a_norm_that_cannot_follow_its_layer_has_its_path_in_the_message():
