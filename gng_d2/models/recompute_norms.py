@@ -59,8 +59,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
     Raises:
         InputError: ``model`` has no such module, or PyTorch is older than 2.5. In training: a block changes its input
-            or its buffers in place, its weights changed before the backward pass, or its output is another one when it
-            is computed again.
+            or its buffers in place, its weights or buffers changed before the backward pass, or its output is another
+            one when it is computed again.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
@@ -238,16 +238,16 @@ class _Run:
     def _first(self):
         (args, kwargs), inputs = self._arguments, self._inputs
         self._arguments = self._inputs = None  # the checkpoint holds them, and may keep them elsewhere
-        buffers = list(self._module.buffers())
-        versions = versions_of(inputs), versions_of(buffers)
+        own = [tensor for tensor in self._before.tensors() if not isinstance(tensor, nn.Parameter)]
+        versions = versions_of(inputs), versions_of(own)
         with self._watch:
             output = self._method(*args, **kwargs)
         self._watch = None
         if versions_of(inputs) != versions[0]:
             raise self._changes("input in place", "Have its first layer not do so (inplace=False), or leave it out")
-        if versions_of(buffers) != versions[1]:
-            raise self._changes("buffers", "Leave it out")
-        self._weights = versions_of(self._module.parameters())
+        if versions_of(own) != versions[1]:
+            raise self._changes("buffers or other tensors of its own in place", "Leave it out")
+        self._versions = versions_of(self._before.tensors())
         self._sums = sums_of(output) if self._is_checked else None
         return output
 
@@ -258,10 +258,11 @@ class _Run:
         )
 
     def _again(self, args, kwargs):
-        if versions_of(self._module.parameters()) != self._weights:
+        if versions_of(self._before.tensors()) != self._versions:
             raise InputError(
-                f"{module_path(self._module)}: its weights changed before the backward pass, in which it is computed "
-                f"again with them. Call backward() before optimizer.step()"
+                f"{module_path(self._module)}: its weights changed before the backward pass, or its buffers, and it is "
+                f"computed again with them. Call backward() before optimizer.step() and what else changes them, or "
+                f"leave it out: recompute_norms(that_module, enable=False)"
             )
         output = self._method(*args, **kwargs)
         if self._is_checked and differ(self._sums, sums := sums_of(output)):

@@ -30,6 +30,11 @@ class State:
         self._containers = [(container, copy(container)) for container in _containers(module, arguments)]
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
+    def tensors(self) -> list[Tensor]:
+        """Those among the attributes and in the lists and dicts, whose values it does not keep."""
+        found = (before.values() if isinstance(before, dict) else before for _, before in self._containers)
+        return [value for values in found for value in values if isinstance(value, Tensor)]
+
     def restore(self) -> None:
         for container, before in self._containers:
             if isinstance(container, list):

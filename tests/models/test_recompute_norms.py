@@ -404,6 +404,23 @@ def test_an_optimizer_that_steps_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list"])
+def test_a_tensor_of_a_block_that_changes_before_the_backward_pass_is_an_error(kind):
+    """Also in runs whose outputs are not compared. The addition keeps nothing, so that PyTorch alone allows it."""
+    block = Block(lambda block, x: x + (block.seen[0] if kind == "list" else block.steps))
+    if kind == "attribute":
+        del block.steps
+        block.steps = torch.zeros(())
+    block.seen = [torch.zeros(())]
+    model, x = recompute_norms(nn.ModuleDict({"stem": block})), images()
+    for _ in range(4):
+        model["stem"](x).mean().backward()
+    loss = model["stem"](x).mean()
+    (block.seen[0] if kind == "list" else block.steps).add_(5)
+    with pytest.raises(InputError, match="^stem: its weights changed before the backward pass, or its buffers"):
+        loss.backward()
+
+
 # memory
 
 
@@ -507,6 +524,10 @@ class Counting(nn.Module):
 def test_a_module_that_changes_its_buffers_is_an_error():
     model = recompute_norms(Counting())
     with pytest.raises(InputError, match="RecomputedCounting: running it changes its buffers"):
+        model(images())
+    del model.calls
+    model.calls = torch.zeros(())
+    with pytest.raises(InputError, match="RecomputedCounting: running it changes its buffers or other tensors"):
         model(images())
 
 
