@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ from PIL import Image
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.models.norm_table import norm_table
+from study.pretrained import mean_with_interval
 from study.report import ComparisonRow, difference_interval
+from study.retention import RetentionRow
 from study.rows import read_rows
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
@@ -266,6 +268,20 @@ def test_numbers_of_the_readme():
         if (row["model"], row["norm"]) == ("faster_rcnn", "PGN+WS")
     }
     assert f"peaks at {peaks[True]:.2f} times FrozenBN's memory, and without at {peaks[False]:.2f} times" in readme
+
+
+def test_what_is_left_of_pretrained_weights():
+    readme = Path("README.md").read_text()
+    rows = read_rows("docs/results/retention_caltech101.json", RetentionRow)
+
+    def values(norm, affine, head):
+        return [getattr(row, head) for row in rows if (row.norm, row.affine) == (norm, affine)]
+
+    for norm in ("GN1", "GN/64", "GN/16", "PGN"):
+        cells = [mean_with_interval(values(norm, "calibrated", head)) for head in ("old_head", "new_head")]
+        assert f"| `{norm}` | {cells[0]} | {cells[1]} |" in readme
+    batch_norm, kept = fmean(values("BN", "trained", "old_head")), fmean(values("GN1", "kept", "old_head"))
+    assert f"{batch_norm:.1f} % right with batch norm, and {kept:.1f} % under `GN1` that" in readme
 
 
 def test_the_norm_table_of_the_readme():

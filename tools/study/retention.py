@@ -119,10 +119,11 @@ def table(rows: list[RetentionRow]) -> str:
     over = f", ± the 95 % interval of the mean over {seeds} seeds" if seeds > 1 else ", with one seed"
     counts = sorted({row.images for row in rows if row.affine == "calibrated"})
     first = [[n, *(cell(n, a, head, IMAGES if a == "calibrated" else None) for a, head in of_heads)] for n in norms]
+    open_cells = " A dash is not measured." * any("-" in line for line in first)
     parts = [
         markdown(first, ["norm", *(f"{affine}, {head.replace('_', ' ')}" for affine, head in of_heads)]),
         f"Test images of Caltech-101 that are labelled rightly, in %{over}. "
-        f"With batch norm {cell(BATCH_NORM, 'trained')}.",
+        f"With batch norm {cell(BATCH_NORM, 'trained')}.{open_cells}",
     ]
     if len(counts) > 1:
         lines = [[norm, *(cell(norm, "calibrated", images=count) for count in counts)] for norm in norms]
