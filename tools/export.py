@@ -36,11 +36,11 @@ def main():
     import torch
 
     from gng_d2.job.build import build
+    from gng_d2.job.checkpoint import load_model
     from gng_d2.job.config import check_weight_file, load_any_config
     from gng_d2.job.files import atomic_open, prepare_outputs
     from gng_d2.job.imports import import_modules
     from gng_d2.predict import export
-    from gng_d2.predict.model import load_model
     from gng_d2.predict.predictions import model_input
     from gng_d2.predict.settings import prediction_settings
 
@@ -77,8 +77,8 @@ def example_images(image_format, path, one_size):
     from PIL import Image
 
     from gng_d2.errors import InputError
+    from gng_d2.job.data.images import read_image
     from gng_d2.job.data.shapes import draw_scene
-    from gng_d2.predict.predictions import read_image
 
     if path is None:
         scene = draw_scene(np.random.default_rng(0)).image

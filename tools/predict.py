@@ -53,12 +53,12 @@ def main():
     args = parse_args()
     from gng_d2.errors import InputError
     from gng_d2.job.build import build
+    from gng_d2.job.checkpoint import load_model
     from gng_d2.job.config import check_weight_file, load_any_config
     from gng_d2.job.files import prepare_folder, prepare_outputs
     from gng_d2.job.imports import import_modules
     from gng_d2.predict.coco_results import CocoResults, class_metadata, image_ids
-    from gng_d2.predict.model import load_model, set_threshold
-    from gng_d2.predict.predictions import output_names
+    from gng_d2.predict.predictions import output_names, set_threshold
     from gng_d2.predict.settings import check_test_classes, prediction_settings
 
     check_numbers(args)

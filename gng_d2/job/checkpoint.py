@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, which knows the groups that its weights were trained with and what is damaged."""
+"""Checkpoints as Detectron2 writes and reads them, with a record of each norm's groups and checks for damage."""
 
 import glob
 import logging
@@ -10,34 +10,38 @@ from contextlib import suppress
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import Tensor, nn
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels, num_groups
 from gng_d2.layers.record import describe_record, fits, put_records, records_of
+from gng_d2.models.fold import fold_weight_standardization
 
+from .build import bind_remaining_norms
 from .files import atomic_open
 from .weight_files import read_weight_file, save_weight_file
 
-__all__ = ["Checkpointer", "check_norms"]
+__all__ = ["Checkpointer", "check_norms", "load_model"]
 
 
 class Checkpointer(DetectionCheckpointer):
-    """:class:`detectron2.checkpoint.DetectionCheckpointer` that lets no damaged or unfit weights pass.
+    """:class:`detectron2.checkpoint.DetectionCheckpointer` that refuses damaged weights and weights of other norms.
 
-    - What it writes appears when it is whole. What it reads is compared with its checksums, and runs no code
-      (:mod:`gng_d2.job.weight_files`). Any Detectron2 loads it.
-    - GroupNorm weights fit any number of groups. So the state_dict records each norm's groups, and whether its
-      convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model where they differ is an
-      :class:`InputError`; at the start of fine-tuning it is one warning.
-    - BatchNorm weights that arrive in a GroupNorm (same names, same shapes, other meaning) are one warning.
-    - A run resumes from the newest whole checkpoint where the one that ``last_checkpoint`` names is not.
+    - A file appears under its name once it is whole, and any Detectron2 loads it. Reading a file compares its checksums
+      and runs no code (:mod:`gng_d2.job.weight_files`).
+    - GroupNorm weights fit any number of groups. So a checkpoint records each norm's groups, and whether its
+      convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model with other norms is an
+      :class:`InputError`, and one warning where fine-tuning starts from it.
+    - If a GroupNorm takes the weights of a BatchNorm (same names, same shapes, other meaning), there is one warning.
+    - If the file that ``last_checkpoint`` names is damaged, a run resumes from the newest checkpoint that is whole.
     """
 
     missing_keys: Set[str] = frozenset()  # of the model, which the weights that were loaded last lack
     from_batch_norms: Sequence[str] = ()  # norms of the model that took the weights of batch norms
     _fine_tuning = False
+    _whole = False  # whether the weights have to be those of this model, all of them
     _reading = ""
 
     def save(self, name, **kwargs):
@@ -66,7 +70,7 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def resume_or_load(self, path, *, resume=True):
-        """Go on from :meth:`find_checkpoint`. Without ``resume``, or where there is none, load the weights ``path``."""
+        """Go on from :meth:`find_checkpoint`. Without ``resume`` or a checkpoint, load the weights ``path``."""
         if resume:
             self._remove_partial_files()
         if resume and self.has_checkpoint():
@@ -87,24 +91,18 @@ class Checkpointer(DetectionCheckpointer):
             return self.save_dir
 
     def find_checkpoint(self) -> tuple[str, dict]:
-        """The checkpoint to resume from, and what it holds: the one that ``last_checkpoint`` names, or, with a
-        warning, the newest whole one.
+        """The path and the content of the checkpoint to resume from: the one that ``last_checkpoint`` names, or, if it
+        is damaged, the newest whole one. A warning then says so.
 
         Raises:
             InputError: no checkpoint is whole; says what is wrong with the one that is named.
         """
-        named, last = self.get_checkpoint_file(), os.path.join(self.save_dir, "last_checkpoint")
-        if not named:
-            trouble = f"{last} is not there"
-        elif os.path.isdir(named):
-            trouble = f"{last} names no file"
-        elif not os.path.isfile(named):
-            trouble = f"{last} names {named!r}, which is not there"
-        else:
-            try:
-                return named, self.read(named, to_resume=True)
-            except InputError as error:
-                trouble = str(error)
+        last = os.path.join(self.save_dir, "last_checkpoint")
+        named = self.get_checkpoint_file() or last
+        try:
+            return named, self.read(named, to_resume=True)
+        except InputError as error:
+            trouble = f"{last} names no whole checkpoint: {error}"
         newest = self._newest_whole()
         if newest is None:
             raise InputError(f"--resume: {trouble}, and no other checkpoint of {self.save_dir} is whole")
@@ -122,16 +120,17 @@ class Checkpointer(DetectionCheckpointer):
         return newest
 
     def _remove_partial_files(self):
-        """What a run leaves that is killed while it writes a checkpoint."""
+        """Such a file is left by a run that was killed while it wrote a checkpoint."""
         if self.save_dir and self.save_to_disk:
             for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
                 os.remove(path)
 
     def read(self, path: str, to_resume: bool = False) -> dict:
-        """What the local file ``path`` holds, under ``model`` its weights.
+        """The content of the local file ``path``; its weights are under the key ``model``.
 
         Raises:
-            InputError: it is damaged, wants to run code, is no checkpoint, or is none ``to_resume`` from.
+            InputError: the file is damaged, would run code or is no checkpoint; or it is ``to_resume`` from, and holds
+                weights alone.
         """
         filename, _, query = path.partition("?")
         self._reading = filename
@@ -191,6 +190,16 @@ class Checkpointer(DetectionCheckpointer):
         self._warn_of_batch_norms()
         return incompatible
 
+    def _log_incompatible_keys(self, incompatible):
+        if self._whole:
+            trouble = _what_does_not_fit(self.model, incompatible)
+            if trouble:
+                raise InputError(
+                    f"{self._reading} {trouble}. Use the config that the weights were trained with (the config.yaml "
+                    f"beside them)"
+                )
+        super()._log_incompatible_keys(incompatible)
+
     def _warn_of_batch_norms(self):
         modules = dict(self.model.named_modules())
         taken = [(name, modules[name]) for name in self.from_batch_norms]
@@ -221,6 +230,59 @@ def _check_kinds(model, weights, path):
             )
 
 
+def load_model(model: nn.Module, weights: str) -> nn.Module:
+    """Load the file ``weights`` into ``model`` for inference: in eval mode, without gradients, with weight
+    standardization folded.
+
+    Raises:
+        InputError: the file lacks a weight of the model or has it in another shape, it is of a model with more layers,
+            or a weight is not finite.
+    """
+    if not weights:
+        raise InputError("no file of weights is given: the model would predict with weights that nobody trained")
+    checkpointer = Checkpointer(bind_remaining_norms(model).eval())
+    checkpointer._whole = True
+    checkpointer.load(weights)
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{weights}: weights are not finite: {abbreviated(broken)}. The training may have diverged")
+    return fold_weight_standardization(model).requires_grad_(False)
+
+
+def _what_does_not_fit(model, incompatible):
+    """Why the weights are not those of ``model``; None if they are."""
+    misshapen = [
+        f"{name} ({theirs} there, {ours} in the model)" for name, theirs, ours in incompatible.incorrect_shapes
+    ]
+    if misshapen:
+        return f"has weights of other shapes: {abbreviated(misshapen)}"
+    # without the second name of a layer that the model has under two
+    missing = _filter_reused_missing_keys(model, incompatible.missing_keys)
+    missing = [name for name in incompatible.missing_keys if name in missing]  # in the order of the model
+    if missing:
+        return f"lacks {len(missing)} of the model's {len(model.state_dict())} weights: {abbreviated(missing)}"
+    unknown = [key for key in incompatible.unexpected_keys if _belongs_to_another_layer(model, key)]
+    if unknown:
+        return f"is of another model, with layers that this one lacks: {abbreviated(unknown)}"
+    return None
+
+
+def _belongs_to_another_layer(model, key):
+    """Whether a part that ``model`` has would compute something else with the weight ``key``, which it lacks.
+
+    A whole part that the model lacks, such as a mask head, changes nothing in the other parts.
+    """
+    module = model
+    for part in key.split("."):
+        if module._modules.get(part) is None:
+            break
+        module = module._modules[part]
+    if module is model or part == "num_batches_tracked" or getattr(module, part, None) is not None:
+        return False
+    own = {**module._parameters, **module._buffers}
+    return bool(own) or isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
 def _as_detectron2s(filename, content):
     """The content of a .pkl of Caffe2 or a .pyth of pycls as a checkpoint of Detectron2, by the rules of its own
     checkpointer."""
@@ -246,11 +308,12 @@ def _recorded_state_dict(model):
 
 
 def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
-    """Compare the norms of ``model`` with those that the checkpoint in ``path`` was trained with, where it says.
+    """Compare the norms of ``model`` with the record in the checkpoint at ``path``, if it has one.
+
+    Parts that ``model`` lacks as a whole (a mask head, say) and norms that have not met their layers are not compared.
 
     Raises:
-        InputError: a norm of one is not in the other, or is otherwise there. Norms of parts that ``model``
-            lacks as a whole (a mask head, say) do not count, nor does a norm that will take its groups from the record.
+        InputError: only one of the two has a norm, or it has other groups there, or is standardized in one only.
     """
     there = {name.removeprefix("module."): record for name, record in records_of(checkpoint["model"]).items()}
     if not there:
@@ -259,14 +322,17 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
     with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in checkpoint["model"]}
     names = [name for name in here if name in there or (name not in with_weights and modules[name].state_dict())]
     names += [name for name in there if name not in here and name.rpartition(".")[0] in modules]
+
+    def same(name):
+        if name not in there or name not in here:
+            return False
+        unbound = isinstance(modules[name], GroupNorm) and not modules[name].num_groups
+        return unbound or fits(there[name], here[name])
+
     differ = [
         f"{name}: {describe_record(there.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
         for name in names
-        if name not in there
-        or name not in here
-        or not (
-            fits(there[name], here[name]) or (isinstance(modules[name], GroupNorm) and not modules[name].num_groups)
-        )
+        if not same(name)
     ]
     if differ:
         lines = "\n  ".join(differ[:10])

@@ -50,16 +50,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(find_config_file(config_file))
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"config file {config_file}: {error.filename or error} does not exist") from error
-    except RecursionError as error:
-        raise InputError(f"config file {config_file}: its _BASE_ leads back to itself") from error
-    except OSError as error:
-        raise InputError(f"config file {config_file} cannot be read: {error.strerror or _message(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise InputError(f"config file {config_file} is no YAML config: {_message(error)}") from error
-    except (KeyError, ValueError, AssertionError) as error:
-        raise InputError(f"config file {config_file}: {_message(error)}") from error
+    except Exception as error:  # PyYAML, yacs and Detectron2 raise a dozen kinds
+        raise InputError(f"config file {config_file}{_what_is_wrong(error)}") from error
     finally:
         vars(cfg).pop("load_yaml_with_base", None)
     try:
@@ -184,8 +176,21 @@ def find_config_file(config_file: str) -> str:
         raise InputError(f"config file {config_file} does not exist, here or in Detectron2's model zoo") from None
 
 
+def _what_is_wrong(error):
+    """How the sentence goes on that begins with the name of a YAML config, which raised ``error``."""
+    if isinstance(error, RecursionError):
+        return ": its _BASE_ leads back to itself"
+    if isinstance(error, OSError):
+        return (
+            f" cannot be read: {error.strerror} ({error.filename})" if error.strerror else f" cannot be read: {error}"
+        )
+    if isinstance(error, (AttributeError, TypeError)):
+        return " is no YAML config: it, its _BASE_ or a section such as MODEL is empty, or has values without keys"
+    return f"{' is no YAML config' * isinstance(error, (yaml.YAMLError, UnicodeError))}: {_message(error)}"
+
+
 def _message(error):
-    """In one line."""
+    """The message of ``error`` in one line."""
     text = str(error) if isinstance(error, (yaml.YAMLError, UnicodeError)) or not error.args else str(error.args[0])
     return " ".join(text.split()) or type(error).__name__
 

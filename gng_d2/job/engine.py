@@ -31,13 +31,12 @@ from torch.multiprocessing import ProcessRaisedException
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import build_naming_norms
-from gng_d2.models.fold import fold_weight_standardization
 from gng_d2.models.norm_table import norm_summary, norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
 from .build import bind_remaining_norms, build_on_meta
 from .calibrate import calibrate_backbone
-from .checkpoint import Checkpointer, check_norms
+from .checkpoint import Checkpointer, check_norms, load_model
 from .config import check_config, check_weights, find_config_file, load_config
 from .data.checks import naming_datasets, prepare_datasets
 from .data.images import NamingMapper
@@ -182,10 +181,9 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         trainer.train()
         return
     model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     resume = args.resume and checkpointer.has_checkpoint()
-    checkpointer.load(checkpointer.find_checkpoint()[0] if resume else cfg.MODEL.WEIGHTS)
-    fold_weight_standardization(model)
+    load_model(model, checkpointer.find_checkpoint()[0] if resume else cfg.MODEL.WEIGHTS)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))
@@ -215,14 +213,17 @@ def setup_job(
         path, checkpoint = checkpointer.find_checkpoint()
         check_norms(model, checkpoint, path)
     else:
+        path = cfg.MODEL.WEIGHTS
         check_weights(cfg)
-        if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
+        if eval_only and not path:
+            raise InputError("MODEL.WEIGHTS '': --eval-only needs the file of weights that is to be evaluated")
+        if path and "://" not in path:
             try:
-                checkpoint = checkpointer.read(cfg.MODEL.WEIGHTS)
+                checkpoint = checkpointer.read(path)
             except InputError as error:
                 raise InputError(f"MODEL.WEIGHTS: {error}") from None
             if eval_only:
-                check_norms(model, checkpoint, cfg.MODEL.WEIGHTS)
+                check_norms(model, checkpoint, path)
     prepare_folder(cfg.OUTPUT_DIR, f"to OUTPUT_DIR {cfg.OUTPUT_DIR!r}")
     prepare_datasets(cfg, eval_only)
     check_evaluation(cfg, model)

@@ -6,13 +6,14 @@ Nothing that a file holds is run on the way: only tensors, numbers, texts and co
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models import resnet
 
 from gng_d2.errors import InputError, abbreviated
 
@@ -96,15 +97,8 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
         raise InputError(f"it is a ResNet-{found}, not a ResNet-{depth}")
     norm = next((n for n in ("bn", "gn", "norm") if any(re.search(rf"\b{n}\d\.", name) for name in state)), "bn")
     statistics = any(name.endswith(".running_mean") for name in state)
-    names = {source: target for source, target, _ in _tensors(found, norm, statistics)}
-    _check_names(state, names, found)
-    in_channels, width, per_group = _sizes(state, found)
-    num_groups = max(width // per_group, 1)
-    for source, _, shape in _tensors(found, norm, statistics, in_channels, width, num_groups):
-        if tuple(state[source].shape) != shape:
-            raise InputError(
-                f"{source} has the shape {tuple(state[source].shape)}; Detectron2's ResNet-{found} has {shape} there"
-            )
+    num_groups, per_group = _groups(state, found)
+    _check_tensors(state, found, _shapes(state, found, norm, statistics, num_groups, per_group))
 
     reasons = {
         "beside the weights": beside,
@@ -112,12 +106,12 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
         "the classifier": classifier,
         "counters of BatchNorm's steps": counters,
     }
-    weights = {names[name]: value.detach().float().numpy() for name, value in state.items()}
-    broken = [name for name in state if not np.isfinite(weights[names[name]]).all()]
+    arrays = {name: value.detach().float().numpy() for name, value in state.items()}
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
         raise InputError(f"it has NaN or infinite weights, in {abbreviated(broken)}")
     return Conversion(
-        weights=weights,
+        weights={_detectron2s_name(name, norm): array for name, array in arrays.items()},
         depth=found,
         norm="BN" if statistics else "GN",
         num_groups=num_groups,
@@ -206,54 +200,52 @@ def _depth(names):
     )
 
 
-def _convolutions(depth, norm, in_channels, width, num_groups) -> Iterator[tuple[str, str, str, tuple]]:
-    """(name, its norm's name, Detectron2's name, shape) of each convolution of a ResNet."""
-    yield "conv1", f"{norm}1", "stem.conv1", (64, in_channels, 7, 7)
-    n_in = 64
-    for layer, blocks in enumerate(_BLOCKS[depth], 1):
-        inner = width * 2 ** (layer - 1)
-        n_out = (64 if depth < 50 else 256) * 2 ** (layer - 1)
-        for block in range(blocks):
-            source, target = f"layer{layer}.{block}.", f"res{layer + 1}.{block}."
-            if depth < 50:
-                shapes = [(n_out, n_in, 3, 3), (n_out, n_out, 3, 3)]
-            else:
-                shapes = [(inner, n_in, 1, 1), (inner, inner // num_groups, 3, 3), (n_out, inner, 1, 1)]
-            for i, shape in enumerate(shapes, 1):
-                yield f"{source}conv{i}", f"{source}{norm}{i}", f"{target}conv{i}", shape
-            if n_in != n_out:
-                yield f"{source}downsample.0", f"{source}downsample.1", f"{target}shortcut", (n_out, n_in, 1, 1)
-            n_in = n_out
+def _groups(state, depth):
+    """The groups of the 3x3 convolutions, and the width of one in the first block."""
+
+    def size(name, dim):  # of the first block's convolutions; a shape that cannot be is named later
+        weight = state.get(f"layer1.0.{name}.weight")
+        return max(weight.shape[dim], 1) if getattr(weight, "ndim", 0) == 4 else 64
+
+    if depth < 50:
+        return 1, 64
+    return max(size("conv1", 0) // size("conv2", 1), 1), size("conv2", 1)
 
 
-def _tensors(depth, norm, statistics, in_channels=3, width=64, num_groups=1) -> Iterator[tuple[str, str, tuple]]:
-    """(name, Detectron2's name, shape) of each tensor of a ResNet."""
-    of_a_norm = ("weight", "bias", "running_mean", "running_var") if statistics else ("weight", "bias")
-    for conv, its_norm, target, shape in _convolutions(depth, norm, in_channels, width, num_groups):
-        yield f"{conv}.weight", f"{target}.weight", shape
-        for name in of_a_norm:
-            yield f"{its_norm}.{name}", f"{target}.norm.{name}", shape[:1]
+def _shapes(state, depth, norm, statistics, num_groups, width_per_group):
+    """The shape of each tensor that such a ResNet has, by torchvision's names."""
+    block = resnet.BasicBlock if depth < 50 else resnet.Bottleneck
+    make_norm = nn.BatchNorm2d if statistics else lambda channels: nn.GroupNorm(1, channels)
+    with torch.device("meta"):
+        model = resnet.ResNet(block, _BLOCKS[depth], 1, False, num_groups, width_per_group, norm_layer=make_norm)
+    shapes = {re.sub(r"\bbn(\d)", rf"{norm}\1", name): tuple(value.shape) for name, value in model.state_dict().items()}
+    if getattr(state.get("conv1.weight"), "ndim", 0) == 4:  # images may have any number of channels
+        shapes["conv1.weight"] = (64, state["conv1.weight"].shape[1], 7, 7)
+    return {name: shape for name, shape in shapes.items() if not _is_left_out(name)}
 
 
-def _check_names(state, names, depth):
-    unknown = [name for name in state if name not in names]
+def _is_left_out(name):
+    return name.startswith("fc.") or name.endswith(".num_batches_tracked")
+
+
+def _check_tensors(state, depth, shapes):
+    unknown = [name for name in state if name not in shapes]
     if unknown:
         raise InputError(f"Detectron2's ResNet-{depth} has no place for {abbreviated(unknown)}")
-    missing = [name for name in names if name not in state]
+    missing = [name for name in shapes if name not in state]
     if missing:
         raise InputError(f"the ResNet-{depth} is not whole, missing: {abbreviated(missing)}")
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
             raise InputError(f"{name} is no dense tensor of floating-point numbers")
+        if tuple(value.shape) != shapes[name]:
+            raise InputError(
+                f"{name} has the shape {tuple(value.shape)}; Detectron2's ResNet-{depth} has {shapes[name]} there"
+            )
 
 
-def _sizes(state, depth):
-    """Input channels, width of the first block, and how much of it each group of its 3x3 convolution has."""
-
-    def size(name, dim):  # what is no convolution's weight comes out in the check of the shapes
-        return max(state[name].shape[dim], 1) if state[name].dim() == 4 else 1
-
-    in_channels = size("conv1.weight", 1)
-    if depth < 50:
-        return in_channels, 64, 64
-    return in_channels, size("layer1.0.conv1.weight", 0), size("layer1.0.conv2.weight", 1)
+def _detectron2s_name(name, norm):
+    name = re.sub(rf"\b{norm}(\d)\.", r"conv\1.norm.", name)
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    layer = re.match(r"layer(\d)\.", name)
+    return f"res{int(layer[1]) + 1}.{name[layer.end() :]}" if layer else f"stem.{name}"

@@ -7,12 +7,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
 from gng_d2.groups import GROUP_CHOICES, isometry_ratio
+from gng_d2.job.data.images import NamingMapper, read_image
 from gng_d2.job.files import save_figure
 from gng_d2.job.metrics import read_metrics
 from gng_d2.models.norm_table import NormRow
@@ -53,7 +53,7 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
     and what ``model`` predicts."""
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
     records = DatasetCatalog.get(name)[:count]
     panoptic = _panoptic_records(metadata)
     figure = Figure(figsize=(12, 4 * len(records)), layout="constrained")

@@ -1,7 +1,6 @@
 """A model's predictions on image files: find them, read them, run them in batches."""
 
 import glob
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,15 +9,16 @@ import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from gng_d2.errors import InputError
+from gng_d2.job.data.images import read_image
 from gng_d2.job.files import atomic_open
 
 from .settings import PredictionSettings
 
-__all__ = ["Prediction", "find_images", "model_input", "output_names", "predict", "read_image", "save_png"]
+__all__ = ["Prediction", "find_images", "model_input", "output_names", "predict", "save_png", "set_threshold"]
 
 
 class Prediction(NamedTuple):
@@ -70,28 +70,6 @@ def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     if len(set(stems)) < len(stems):
         stems = names
     return {path: (name, f"{stem}.png") for path, name, stem in zip(paths, names, stems)}
-
-
-def read_image(path: str, format: str) -> np.ndarray:
-    """Detectron2's ``read_image``, which gives an (H, W, C) array of 0 to 255, for greyscale images of 16 bits too.
-
-    Detectron2 makes all their values above 255 white; here their high bytes are taken, as PIL does for colour images of
-    16 bits. Of a file with several frames the first is read, with a warning.
-
-    Raises:
-        InputError: the pixels are floats or 32-bit integers, and no format says which value is white.
-    """
-    with Image.open(path) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones keep a preview in MPO files
-            logging.getLogger(__name__).warning(f"{path} has {image.n_frames} frames; only the first is used")
-        # PIL has 16 bits in a mode of 32 for some formats
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            high_bytes = (np.asarray(ImageOps.exif_transpose(image)) >> 8).astype(np.uint8)
-            return detection_utils.convert_PIL_to_numpy(Image.fromarray(high_bytes), format)
-        if image.mode in ("I", "F"):
-            kind = "floats" if image.mode == "F" else "32-bit integers"
-            raise InputError(f"its pixels are {kind}, and nothing says which value is white. Save it with 8 or 16 bits")
-    return detection_utils.read_image(path, format)
 
 
 def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
@@ -162,6 +140,14 @@ def save_png(picture: np.ndarray, path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_open(path, "wb") as file:
         Image.fromarray(picture).save(file, "PNG")
+
+
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    """Make a Detectron2 ``model`` leave out the instances whose score is below ``threshold``, and no others."""
+    for module in model.modules():
+        for name in ("test_score_thresh", "combine_instances_score_thresh"):  # of heads; of a panoptic combination
+            if hasattr(module, name):
+                setattr(module, name, threshold)
 
 
 def _on_cpu(output):

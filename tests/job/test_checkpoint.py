@@ -13,11 +13,10 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from gng_d2.errors import InputError
-from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.checkpoint import Checkpointer, load_model
 from gng_d2.job.config import load_config
 from gng_d2.job.weight_files import save_weight_file
 from gng_d2.layers.record import records_of
-from gng_d2.predict.model import load_model
 
 
 def model(*overrides):

@@ -45,7 +45,8 @@ def test_zoo_names_are_found_and_overridden():
 
 
 BROKEN = {
-    "empty": ("", "no YAML config"),
+    "empty": ("", "or a section such as MODEL is empty"),
+    "empty section": ("MODEL:", "or a section such as MODEL is empty"),
     "circle": ("_BASE_: 'broken.yaml'", "leads back to itself"),
     "not yaml": ("MODEL: [1, 2", "no YAML config"),
     "binary": (b"\x80\x02\xff", "no YAML config"),

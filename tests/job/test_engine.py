@@ -128,6 +128,11 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
     for metric in ("PQ", "mIoU", "AP50"):
         assert metric in done.stdout
     assert (tmp_path / "inference" / "predictions.json").exists()
+    del first["model"][name]
+    torch.save(first, tmp_path / "half.pth")
+    words = ["--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "half.pth")]
+    done = train_net("--config-file", CONFIG, *words, check=False)
+    assert done.returncode == 1 and f"half.pth lacks 1 of the model's {len(first['model']) + 1} weights" in done.stderr
 
 
 @pytest.mark.slow
@@ -438,9 +443,14 @@ def test_what_no_job_could_end_with_is_refused_before_it(overrides, message, sha
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_evaluation_without_weights_is_refused(shapes, tmp_path):
+    with pytest.raises(InputError, match="^MODEL.WEIGHTS '': --eval-only needs"):
+        setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", ""], eval_only=True)
+
+
 @pytest.mark.slow
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     done = train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path), check=False)
-    assert done.returncode == 1 and "model_0000009.pth', which is not there" in done.stderr
+    assert done.returncode == 1 and "model_0000009.pth: No such file" in done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["last_checkpoint"]

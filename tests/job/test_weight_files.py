@@ -17,11 +17,10 @@ from needs import needs_torch
 from command_line import add_trust, tool_parser
 from gng_d2.errors import InputError
 from gng_d2.job.build import build
-from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.job.checkpoint import Checkpointer, load_model
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import setup_job
 from gng_d2.job.weight_files import files_are_trusted, read_weight_file, save_weight_file
-from gng_d2.predict.model import load_model
 
 
 class Runs:

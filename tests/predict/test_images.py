@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from detectron2.data import detection_utils
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from PIL import Image, ImageCms
 
 from command_line import run_tool
 from gng_d2.errors import InputError
-from gng_d2.predict.predictions import predict, read_image
+from gng_d2.job.data.images import NamingMapper, read_image
+from gng_d2.predict.predictions import predict
 from gng_d2.predict.settings import PredictionSettings
 
 ROWS, COLUMNS = np.mgrid[:24, :32]
@@ -40,6 +41,18 @@ def test_an_image_of_16_bits_is_turned_as_its_exif_says(tmp_path):
     exif[0x112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(DEEP).save(tmp_path / "a.png", exif=exif)
     assert (read_image(str(tmp_path / "a.png"), "BGR")[..., 0] == np.rot90(SMOOTH[..., 0], -1)).all()
+
+
+def test_training_and_evaluation_read_16_bits_alike_and_leave_labels(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "a.png")
+    labels = np.full(DEEP.shape, 3, np.uint16)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record = {key: str(tmp_path / name) for key, name in (("file_name", "a.png"), ("sem_seg_file_name", "labels.png"))}
+    mapped = NamingMapper(DatasetMapper(True, augmentations=[], image_format="L"))(record)
+    assert (mapped["image"][0].numpy() == SMOOTH[..., 0]).all() and (mapped["sem_seg"].numpy() == labels).all()
+    Image.fromarray((DEEP / 65535).astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif cannot be used: its pixels are floats"):
+        NamingMapper(DatasetMapper(False, augmentations=[], image_format="L"))({"file_name": str(tmp_path / "a.tif")})
 
 
 @pytest.mark.parametrize("values, what", [(DEEP / 65535, "floats"), (DEEP.astype(np.int32) * 99, "32-bit integers")])

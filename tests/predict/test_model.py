@@ -13,8 +13,8 @@ import export
 import predict
 from command_line import run_tool
 from gng_d2.errors import InputError
+from gng_d2.job.checkpoint import load_model
 from gng_d2.job.config import load_config
-from gng_d2.predict.model import load_model
 
 
 def network(norm="PGN", width=16, blocks=1, mask_head=False):

@@ -24,8 +24,7 @@ from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.data.coco_format import split_files
 from gng_d2.predict.coco_results import image_ids
-from gng_d2.predict.model import set_threshold
-from gng_d2.predict.predictions import find_images, output_names, predict
+from gng_d2.predict.predictions import find_images, output_names, predict, set_threshold
 from gng_d2.predict.settings import prediction_settings
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"

@@ -1,30 +1,64 @@
-"""Image files and annotations that cannot be read, named."""
+"""Image files: read alike for training, evaluation and prediction, and named where they cannot be read."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data.detection_utils import SizeMismatchError, convert_PIL_to_numpy
+from detectron2.data.detection_utils import read_image as detectron2s_read_image
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from detectron2.utils.logger import log_first_n
+from PIL import Image, ImageOps
 
 from gng_d2.errors import InputError
 
-__all__ = ["FILES", "NamingMapper", "read_labels"]
+__all__ = ["FILES", "NamingMapper", "read_image", "read_labels"]
 
 FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # in a record of Detectron2
 
 
+def read_image(path: str, format: str | None = None) -> np.ndarray:
+    """Detectron2's ``read_image``, which gives an (H, W, C) array of 0 to 255, for greyscale images of 16 bits too.
+
+    Detectron2 makes all their values above 255 white; here their high bytes are taken, as PIL does for colour images of
+    16 bits. Of a file with several frames the first is read, with a warning.
+
+    Raises:
+        InputError: the pixels are floats or 32-bit integers, and no format says which value is white.
+    """
+    with PathManager.open(path, "rb") as file:
+        image = Image.open(file)
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones keep a preview in MPO files
+            log_first_n(logging.WARNING, f"{path} has {image.n_frames} frames; only the first is used", key="message")
+        # PIL has 16 bits in a mode of 32 for some formats
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            high_bytes = (np.asarray(ImageOps.exif_transpose(image)) >> 8).astype(np.uint8)
+            return convert_PIL_to_numpy(Image.fromarray(high_bytes), format)
+        if image.mode in ("I", "F"):
+            kind = "floats" if image.mode == "F" else "32-bit integers"
+            raise InputError(f"its pixels are {kind}, and nothing says which value is white. Save it with 8 or 16 bits")
+    return detectron2s_read_image(path, format)
+
+
 class NamingMapper:
-    """Maps a record of a dataset as ``mapper`` does, and says which of its files is broken where that fails."""
+    """Maps a record of a dataset as ``mapper`` does, but reads the image by :func:`read_image`, and names the file that
+    is broken."""
 
     def __init__(self, mapper: Callable[[dict], Any]):
         self.mapper = mapper
 
     def __call__(self, record: dict) -> Any:
+        def read(path, format=None):  # the values of a segmentation are labels, which have no high bytes
+            return (read_image if path == record["file_name"] else detectron2s_read_image)(path, format)
+
         try:
-            return self.mapper(record)
+            with patch.object(detection_utils, "read_image", read):
+                return self.mapper(record)
+        except InputError as error:
+            raise InputError(f"the image {record['file_name']} cannot be used: {error}") from error
         except SizeMismatchError as error:  # names its file
             raise InputError(" ".join(str(error).split())) from error
         except Exception as error:

@@ -21,12 +21,11 @@ from detectron2.data.build import (
     trivial_batch_collator,
 )
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.detection_utils import read_image
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from .checks import check_records, naming_datasets
-from .images import NamingMapper
+from .images import NamingMapper, read_image
 
 __all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
 
