@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from gng_d2.job.config import load_config
 from gng_d2.job.engine import Trainer, setup_job, then_leave_group
 from gng_d2.job.metrics import last_record
 from gng_d2.models.norm_table import norm_summary, norm_table
+from gng_d2.ops import group_norm_cpu
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = [
@@ -377,6 +379,38 @@ def test_a_resume_builds_the_dataset_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
     assert run(cfg, resume=True).start_iter == 2
     assert loaded == ["tiny"]
+
+
+def test_fused_norms_train_and_resume_as_those_that_are_not(tiny, tmp_path, monkeypatch):
+    """With our kernels, which the few pixels of this job would not get."""
+    fused = []
+
+    def is_faster(x, num_groups, weight, bias, is_fused):
+        fused.append(is_fused)
+        return x.is_contiguous()
+
+    def train(name, *flags, steps=12):
+        cfg = tiny.config(tmp_path / name)
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = steps, 0
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(cfg.dump())
+        words = ["tools/train_net.py", "--config-file", str(path), *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(words[0], run_name="__main__")
+        return torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+
+    monkeypatch.setattr(group_norm_cpu, "is_faster", is_faster)
+    separate = train("separate")
+    assert not any(fused)
+    fused.clear()
+    whole = train("whole", "--fuse-norms")
+    assert len(fused) == 12 and all(fused)
+    train("cut", "--fuse-norms", steps=7)
+    cut = train("cut", "--fuse-norms", "--resume")
+    assert list(whole) == list(separate)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, cut[name])
+        torch.testing.assert_close(tensor, separate[name], rtol=1e-4, atol=1e-6)
 
 
 def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch):
