@@ -23,6 +23,7 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import Trainer, setup_job, then_leave_group
 from gng_d2.job.metrics import last_record
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary, norm_table
 from gng_d2.ops import group_norm_cpu
 
@@ -66,6 +67,10 @@ def one_image_each(path):
     loss_of_image(ddp, samples[rank], rank).backward()
     if rank == 0:
         torch.save(gradients(ddp.module), path)
+    fuse_norms(ddp).zero_grad()
+    loss_of_image(ddp, samples[rank], rank).backward()
+    if rank == 0:
+        torch.save(gradients(ddp.module), path + ".fused")
 
 
 @pytest.mark.slow
@@ -82,12 +87,15 @@ def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
         loss_of_image(model, sample, index).backward()
         single.append(gradients(model))
     torch.set_num_threads(threads)
-    averaged = torch.load(path)
+    averaged, fused = torch.load(path), torch.load(path + ".fused")
+    assert fused.keys() == averaged.keys()
     assert averaged.keys() == single[0].keys() | single[1].keys()
     for name, gradient in averaged.items():
         zero = torch.zeros_like(gradient)
         expected = (single[0].get(name, zero) + single[1].get(name, zero)) / 2
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")
     # the two images do differ, so that an average is told from either one
     name = "sem_seg_head.p2.0.norm.weight"
     assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
