@@ -17,8 +17,7 @@ __all__ = [
     "add_import",
     "add_trust",
     "add_overrides",
-    "add_recompute_norms",
-    "add_calibrate_norms",
+    "add_norm_options",
     "check_overrides",
     "run_tool",
 ]
@@ -83,18 +82,21 @@ class _Trust(argparse.Action):
         os.environ["GNG_D2_TRUST_FILES"] = "1"
 
 
-def add_recompute_norms(parser):
-    """Give ``parser`` the flag ``--recompute-norms``."""
+def add_norm_options(parser):
+    """Give ``parser`` the flags of how norms run and begin: ``--recompute-norms``, ``--fuse-norms`` and
+    ``--calibrate-norms``."""
     parser.add_argument(
         "--recompute-norms",
         action="store_true",
         help="compute norms again in the backward pass instead of keeping what they return: the same numbers in less "
         "memory, a little slower",
     )
-
-
-def add_calibrate_norms(parser):
-    """Give ``parser`` the flag ``--calibrate-norms``."""
+    parser.add_argument(
+        "--fuse-norms",
+        action="store_true",
+        help="run each norm in one op with the shortcut and the activation after it: the same numbers but for "
+        "rounding, in less time",
+    )
     parser.add_argument(
         "--calibrate-norms",
         type=_number_of_images,

@@ -19,10 +19,9 @@ has (in percent) mean and standard deviation over the seeds, and the paired diff
 """
 
 from command_line import (
-    add_calibrate_norms,
     add_import,
+    add_norm_options,
     add_overrides,
-    add_recompute_norms,
     add_trust,
     run_tool,
     tool_parser,
@@ -55,8 +54,7 @@ def parse_args():
     _add_slurm(parser.add_argument_group("--cluster slurm (needs submitit)"))
     add_import(parser)
     add_trust(parser)
-    add_recompute_norms(parser)
-    add_calibrate_norms(parser)
+    add_norm_options(parser)
     add_overrides(parser)
     return parser.parse_args()
 
@@ -125,6 +123,7 @@ def main():
         args.opts,
         imports=args.imports,
         recompute_norms=args.recompute_norms,
+        fuse_norms=args.fuse_norms,
         calibrate_norms=args.calibrate_norms,
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,

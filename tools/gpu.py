@@ -50,8 +50,9 @@ PARTS = (
     Part(
         "norm-cost", "benchmark_norm", (), 0.5,
         "--resume --images 2 1 --seconds 0.1 --dtype float32 float16 bfloat16 --layout contiguous channels_last "
-        "--implementations our_kernels frozen_bn",
-        "--resume --images 2 --seconds 0.001 --size 32 64 --implementations our_kernels frozen_bn",
+        "--implementations our_kernels frozen_bn --after nothing relu add_relu",
+        "--resume --images 2 --seconds 0.001 --size 32 64 --implementations our_kernels frozen_bn "
+        "--after nothing relu",
     ),
     Part(
         "step-cost", "benchmark_train", ("detectron2",), 0.7,
@@ -106,7 +107,9 @@ def report(paths):
         from study.step_cost import StepCostRow
 
         steps = read_rows(paths["step-cost"], StepCostRow)
-    return "\n\n".join([goals.table(goals.norm_goals(norms) + goals.step_goals(steps)), rule.table(norms)])
+    return "\n\n".join(
+        [goals.table(goals.norm_goals(norms) + goals.fused_goals(norms) + goals.step_goals(steps)), rule.table(norms)]
+    )
 
 
 def main():

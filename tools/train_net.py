@@ -9,7 +9,7 @@
 counts CPU processes. Datasets are looked for in $DETECTRON2_DATASETS (default: ./datasets).
 """
 
-from command_line import add_calibrate_norms, add_import, add_recompute_norms, add_trust, check_overrides, run_tool
+from command_line import add_import, add_norm_options, add_trust, check_overrides, run_tool
 
 
 def main():
@@ -20,8 +20,7 @@ def main():
     parser = default_argument_parser(epilog=__doc__)
     add_import(parser)
     add_trust(parser)
-    add_recompute_norms(parser)
-    add_calibrate_norms(parser)
+    add_norm_options(parser)
     args = parser.parse_args()
     check_overrides(args.opts, args.config_file)
     run_job(args)

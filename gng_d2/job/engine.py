@@ -31,6 +31,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import build_naming_norms
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary, norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
@@ -175,6 +176,8 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         trainer = Trainer(cfg)
         if getattr(args, "recompute_norms", False):
             recompute_norms(trainer.model)
+        if getattr(args, "fuse_norms", False):
+            fuse_norms(trainer.model)
         trainer.resume_or_load(resume=args.resume)
         if getattr(args, "calibrate_norms", 0):
             calibrate_backbone(trainer, args.calibrate_norms)
@@ -184,6 +187,8 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     resume = args.resume and checkpointer.has_checkpoint()
     load_model(model, checkpointer.find_checkpoint()[0] if resume else cfg.MODEL.WEIGHTS)
+    if getattr(args, "fuse_norms", False):
+        fuse_norms(model)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_TTA(cfg, model))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import Trainer, setup_job, then_leave_group
 from gng_d2.job.metrics import last_record
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary, norm_table
+from gng_d2.ops import group_norm_cpu
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = [
@@ -64,6 +67,10 @@ def one_image_each(path):
     loss_of_image(ddp, samples[rank], rank).backward()
     if rank == 0:
         torch.save(gradients(ddp.module), path)
+    fuse_norms(ddp).zero_grad()
+    loss_of_image(ddp, samples[rank], rank).backward()
+    if rank == 0:
+        torch.save(gradients(ddp.module), path + ".fused")
 
 
 @pytest.mark.slow
@@ -80,12 +87,15 @@ def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
         loss_of_image(model, sample, index).backward()
         single.append(gradients(model))
     torch.set_num_threads(threads)
-    averaged = torch.load(path)
+    averaged, fused = torch.load(path), torch.load(path + ".fused")
+    assert fused.keys() == averaged.keys()
     assert averaged.keys() == single[0].keys() | single[1].keys()
     for name, gradient in averaged.items():
         zero = torch.zeros_like(gradient)
         expected = (single[0].get(name, zero) + single[1].get(name, zero)) / 2
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")
     # the two images do differ, so that an average is told from either one
     name = "sem_seg_head.p2.0.norm.weight"
     assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
@@ -382,6 +392,38 @@ def test_a_resume_builds_the_dataset_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
     assert run(cfg, resume=True).start_iter == 2
     assert loaded == ["tiny"]
+
+
+def test_fused_norms_train_and_resume_as_those_that_are_not(tiny, tmp_path, monkeypatch):
+    """With our kernels, which the few pixels of this job would not get."""
+    fused = []
+
+    def is_faster(x, num_groups, weight, bias, is_fused):
+        fused.append(is_fused)
+        return x.is_contiguous()
+
+    def train(name, *flags, steps=12):
+        cfg = tiny.config(tmp_path / name)
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS = steps, 0
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(cfg.dump())
+        words = ["tools/train_net.py", "--config-file", str(path), *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(words[0], run_name="__main__")
+        return torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+
+    monkeypatch.setattr(group_norm_cpu, "is_faster", is_faster)
+    separate = train("separate")
+    assert not any(fused)
+    fused.clear()
+    whole = train("whole", "--fuse-norms")
+    assert len(fused) == 12 and all(fused)
+    train("cut", "--fuse-norms", steps=7)
+    cut = train("cut", "--fuse-norms", "--resume")
+    assert list(whole) == list(separate)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, cut[name])
+        torch.testing.assert_close(tensor, separate[name], rtol=1e-4, atol=1e-6)
 
 
 def test_test_time_augmentation_is_once_at_the_end(shapes, tmp_path, monkeypatch):

@@ -19,17 +19,27 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from needs import COMPILE, RECOMPUTE
+from needs import COMPILE, EXPORT, RECOMPUTE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
 from torchvision.ops import Conv2dNormActivation
 
-from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms, fuse_norms, recompute_norms
+from gng_d2 import (
+    GroupNorm,
+    PracticalGroupNorm,
+    bind_norms,
+    convert_norms,
+    fold_weight_standardization,
+    fuse_norms,
+    recompute_norms,
+    to_plain,
+)
 from gng_d2.errors import InputError
 from gng_d2.job.config import load_config
 from gng_d2.layers.class_change import has
 from gng_d2.layers.ws_conv import standardize, unstandardize
+from gng_d2.ops import group_norm_cpu
 
 MODULE = sys.modules["gng_d2.models.fuse_norms"]
 
@@ -330,6 +340,66 @@ def test_a_copy_is_fused_and_computes_with_its_own_weights(copied, ops):
         for p in model.parameters():
             p.zero_()
     assert all(map(torch.equal, flat(again(x)), expected)) and len(ops) == 18
+
+
+def small_detector_part():
+    """A model with standardized weights, shortcuts and a pyramid, and an input of it."""
+    torch.manual_seed(2)
+    stage = ResNet.make_stage(BottleneckBlock, 2, in_channels=8, out_channels=32, bottleneck_channels=8, norm="PGN+WS")
+    stem = BasicStem(3, 8, norm="PGN+WS")
+    return FPN(ResNet(stem, [stage], out_features=["res2"]), ["res2"], 8, norm="PGN+WS").train(), images().float()
+
+
+def assert_near(found, expected, tolerance):
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * float(y.detach().abs().max()))
+
+
+def test_folded_plain_and_averaged_models_compute_the_same(ops, monkeypatch):
+    """With our kernels, which so small a model would not get."""
+    monkeypatch.setattr(group_norm_cpu, "is_faster", lambda x, *_: x.is_contiguous())
+    model, x = small_detector_part()
+    expected = flat(model(x))
+    fuse_norms(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert_near(flat(average(x)), expected, 1e-5)
+    count = len(ops)
+    folded = fold_weight_standardization(copy.deepcopy(model))
+    assert_near(flat(folded(x)), expected, 1e-5)
+    assert len(ops) == 2 * count > 0
+    plain = to_plain(model)
+    assert_near(flat(plain(x)), expected, 1e-5)
+    assert len(ops) == 2 * count and not any(has(module, MODULE._Fused) for module in plain.modules())
+
+
+def test_mixed_precision(ops):
+    model, x = small_detector_part()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = values(model, x)
+        found = values(fuse_norms(model), x)
+    assert ops
+    assert_near(found, expected, 0.05)
+
+
+@COMPILE
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_gradients_are_the_same(ops):
+    model, x = fuse_norms(hooked_block()), images(8, 8)
+    expected, count = values(model, x), len(ops)
+    torch._dynamo.reset()
+    assert_close(values(torch.compile(model, backend="aot_eager", fullgraph=True), x), expected)
+    assert len(ops) == count > 0
+
+
+@EXPORT
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_model_has_pytorchs_own_ops():
+    model, x = small_detector_part()
+    model = fuse_norms(model).eval()
+    program = torch.export.export(model, (x,))
+    assert_near(flat(program.module()(x)), flat(model(x)), 1e-5)
+    assert not [node for node in program.graph.nodes if str(node.target).startswith("gng_d2")]
 
 
 WAYS = {

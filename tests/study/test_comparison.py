@@ -99,10 +99,11 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path):
 
 def test_another_comparison_in_the_folder_is_refused(tmp_path, small):
     small().claim_output()
-    small(["PGN", "GN1"], [5]).claim_output()  # more runs of the same
+    small(["PGN", "GN1"], [5], recompute_norms=True).claim_output()  # more runs of the same
     for other, difference in (
         (small(overrides=["SOLVER.MAX_ITER", "30"]), "SOLVER.MAX_ITER: 20 there, 30 here"),
         (small(num_gpus=2), "processes: 1 there, 2 here"),
+        (small(fuse_norms=True), "fuse_norms: None there, True here"),
         (
             Comparison(CONFIG, ["GN"], [0], str(tmp_path / "out"), ["MODEL.FPN.NORM"], ["SOLVER.MAX_ITER", "20"]),
             "MODEL.FPN.NORM: GN there, <norm> here",
@@ -110,6 +111,16 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path, small):
     ):
         with pytest.raises(InputError, match=difference):
             other.claim_output()
+
+
+def test_fused_norms_are_asked_of_each_run(small, shapes, monkeypatch):
+    comparison = small(fuse_norms=True)
+    assert all("--fuse-norms" in comparison.command(run) for run in comparison.runs)
+    assert "--fuse-norms" not in small().command(comparison.runs[0])
+    checked = []
+    monkeypatch.setattr("study.comparison.fuse_norms", checked.append)
+    comparison.check()
+    assert len(checked) == 2
 
 
 def test_the_schedule_is_scaled_to_the_processes(small):

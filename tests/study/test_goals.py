@@ -74,6 +74,11 @@ def test_a_step_is_held_against_pytorchs_ops_in_its_own_table(norm):
 def test_ratio_to_frozen_bn_is_reported():
     goal = goals.ratio_to_frozen_bn([STEP, replace(STEP, norm="PGN", ratio_to_frozen_bn=9.0)])
     assert (goal.reached, goal.met) == ("1.25 (pfpn, float32, 2 images)", None)
+    fused = replace(STEP, ratio_to_frozen_bn=1.125, fused=True, quartiles_to_pytorch=[2.0, 2.0])
+    reached = goals.ratio_to_frozen_bn([STEP, fused]).reached
+    assert reached == "1.25 (pfpn, float32, 2 images), 1.12 (pfpn, float32, 2 images, fused)"
+    rows = [STEP, pytorch(STEP)]
+    assert goals.step_goals([*rows, fused])[0] == goals.step_goals(rows)[0]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,30 @@ def test_peak_memory(amp, theirs, met):
     assert goals.peak_memory(rows, not amp).reached is None
     nowhere = [replace(r, peak_memory_bytes=None) for r in rows]  # on a CPU
     assert goals.peak_memory(nowhere, amp).reached is None
+
+
+def with_relu(implementation, milliseconds, shape=BOTH.shape, quartiles=(0.5, 0.6)):
+    changed = {"implementation": implementation, "milliseconds": milliseconds, "shape": list(shape)}
+    return replace(BOTH, after="relu", quartiles_to_ours=list(quartiles), **changed)
+
+
+def test_fused_norms_are_held_against_ops_of_their_own_and_frozen_ones():
+    other = 1, 64, 200, 304
+    rows = [
+        *(with_relu("fused", 6.0), with_relu("ours", 10.0), with_relu("frozen_bn", 6.0)),
+        *(with_relu("fused", 8.0, other), with_relu("ours", 10.0, other), with_relu("frozen_bn_one_pass", 4.0, other)),
+        replace(with_relu("fused", 99.0, other), direction="forward"),
+    ]
+    to_ours, to_frozen, to_one_pass, small, *of_addition = goals.fused_goals(rows)
+    assert to_ours.met and to_ours.reached.startswith("0.69 in the geometric mean over 2, 0.80 at most (1x64x200x304")
+    assert to_frozen.met is False and to_frozen.reached.startswith("1.00 in the geometric mean over 1")
+    assert to_one_pass.met is None and to_one_pass.reached.startswith("2.00 ")
+    assert all(goal.reached is None for goal in (small, *of_addition))
+    maps = [with_relu("fused", 1.0, (1, 64, 8, 8), (0.9, 1.2)), with_relu("fused", 1.0, (1, 64, 9, 9), (1.01, 1.2))]
+    assert goals.fused_goals([*rows, maps[0]])[3].reached == "0 of 1 slower"
+    small = goals.fused_goals([*rows, *maps])[3]
+    assert small.reached == "1 of 2 slower" and small.met is False
+    assert goals.norm_goals(rows) == goals.norm_goals([]) and rule.choices(rows) == []
 
 
 def test_table_says_what_was_not_measured(line_of):

@@ -42,8 +42,12 @@ def test_rows_and_resuming(few_norms, reproduce, tmp_path, monkeypatch):
     words = "memory", "--models", "pfpn", "--size", 64, 96, "--device", "cpu", "--json", path, "--resume"
     printed = reproduce(*words, *SMALL)
     rows = read_rows(path, MemoryRow)
-    assert [(row.norm, row.recomputed) for row in rows] == [("FrozenBN", False), ("PGN+WS", False), ("PGN+WS", True)]
-    frozen_bn, kept, recomputed = rows
+    ways = [(False, False), (True, False), (False, True), (True, True)]
+    assert [(row.norm, row.recomputed, row.fused) for row in rows] == [
+        ("FrozenBN", False, False), *(("PGN+WS", *way) for way in ways)
+    ]  # fmt: skip
+    frozen_bn, kept, recomputed, fused, both = rows
+    assert both.forward_bytes < fused.forward_bytes <= kept.forward_bytes and both.forward_bytes < kept.forward_bytes
     assert (frozen_bn.backbone_ratio, frozen_bn.forward_ratio, frozen_bn.peak_ratio) == (1, 1, 1)
     assert kept.backbone_ratio == kept.backbone_bytes / frozen_bn.backbone_bytes
     assert kept.peak_ratio == kept.peak_bytes / frozen_bn.peak_bytes
@@ -56,7 +60,7 @@ def test_rows_and_resuming(few_norms, reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "Job", lambda cfg, *rest: measured.append(cfg.MODEL.RESNETS.NORM) or job(cfg, *rest))
     memory.write_rows(path, rows[:2])
     assert reproduce(*words, *SMALL).splitlines()[:2] == printed.splitlines()[:2]
-    assert measured == ["PGN+WS"]
+    assert measured == ["PGN+WS"] * 3
     assert [row.peak_bytes for row in read_rows(path, MemoryRow)[:2]] == [row.peak_bytes for row in rows[:2]]
 
 
@@ -64,10 +68,14 @@ def test_rows_and_resuming(few_norms, reproduce, tmp_path, monkeypatch):
 def test_step_times_are_ratios_of_pairs(few_norms, monkeypatch):
     rows = list(memory.memory_rows("faster_rcnn", 1, 64, 96, "cpu", SMALL))
     pairs = []
-    monkeypatch.setattr(memory, "milliseconds", lambda calls, *_: pairs.append(len(calls)) or [8.0, 10.0][: len(calls)])
+    monkeypatch.setattr(
+        memory, "milliseconds", lambda calls, *_: pairs.append(len(calls)) or [8.0, 10.0, 6.0, 9.0][: len(calls)]
+    )
     times = list(memory.with_step_times(rows, "cpu", 0.0))
-    assert [(row.step_milliseconds, row.step_ratio) for row in times] == [(8, None), (8, None), (10, 1.25)]
-    assert pairs == [1, 2] and [row.peak_bytes for row in times] == [row.peak_bytes for row in rows]
+    assert [(row.step_milliseconds, row.step_ratio) for row in times] == [
+        *((8, None), (8, None), (10, 1.25), (6, 0.75), (9, 1.125))
+    ]  # fmt: skip
+    assert pairs == [1, 4] and [row.peak_bytes for row in times] == [row.peak_bytes for row in rows]
 
 
 def test_step_times_that_are_there_stay(monkeypatch):
@@ -79,7 +87,7 @@ def test_step_times_that_are_there_stay(monkeypatch):
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 11, 16])
 def test_as_many_images_as_fit(most, monkeypatch):
     class Job:
-        def __init__(self, cfg, recomputed, images, height, width):
+        def __init__(self, cfg, recomputed, fused, images, height, width):
             self.batch, self.optimizer = range(images), torch.optim.SGD([torch.zeros(1)], lr=0.1)
 
         def step(self):
@@ -89,4 +97,4 @@ def test_as_many_images_as_fit(most, monkeypatch):
     monkeypatch.setattr(memory, "Job", Job)
     monkeypatch.setattr(memory, "random_batch", lambda cfg, images, height, width: range(images))
     monkeypatch.setattr(memory, "milliseconds", lambda calls, device, seconds: [500.0])
-    assert memory._most_images(None, False, 64, 96) == (most, most / 0.5 if most else None)
+    assert memory._most_images(None, False, False, 64, 96) == (most, most / 0.5 if most else None)

@@ -26,6 +26,44 @@ def test_rows_of_a_norm():
     assert {row.implementation for row in rows} >= {"ours", "native", "native_gn32_again", "frozen_bn", "var_mean"}
 
 
+def test_rows_of_a_norm_with_what_follows_it():
+    for after, passes in (("relu", [3, 8]), ("add_relu", [4, 11])):
+        rows = list(
+            norm_cost.norm_rows((1, 64, 9, 9), 2, torch.float32, False, "cpu", 1e10, 0.001, ["frozen_bn"], after)
+        )
+        names = {"ours", "native", "native_gn32", "native_gn32_again", "frozen_bn", "frozen_bn_one_pass", "fused"}
+        assert {row.implementation for row in rows} == names and all(row.after == after for row in rows)
+        fused = [row for row in rows if row.implementation == "fused"]
+        for row, count in zip(fused, passes, strict=True):
+            assert row.fraction_of_copy_bandwidth == pytest.approx(
+                count * 64 * 81 * 4 / 1e10 / (row.milliseconds / 1e3)
+            )
+            low, high = row.quartiles_to_ours
+            assert low <= high
+        assert all(row.quartiles_to_ours == [1, 1] for row in rows if row.implementation == "ours")
+
+
+def test_what_follows_a_norm_is_computed():
+    """Values and gradients of all implementations; those of a frozen norm are those of its affine map."""
+    x, shortcut, dy = torch.randn(3, 2, 12, 5, 7)
+    weight, bias = torch.randn(12), torch.randn(12)
+    inputs = [t.requires_grad_() for t in (x, shortcut)]
+
+    def values(run):
+        y = run(x, 3, weight, bias)
+        return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+    frozen = values(norm_cost._then(norm_cost._frozen_batch_norm, shortcut))
+    scale, shift = (t.view(1, -1, 1, 1) for t in (weight, bias))
+    slope = (x * scale + shift + shortcut > 0) * dy
+    expected = F.relu(x * scale + shift + shortcut), slope * scale, slope
+    for found in (frozen, values(norm_cost._then(norm_cost._frozen_in_one_pass, shortcut))):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    without = norm_cost._then(F.group_norm, None)(x, 3, weight, bias)
+    torch.testing.assert_close(without, F.relu(F.group_norm(x, 3, weight, bias)))
+
+
 def test_what_is_in_l2_is_not_read_again():
     assert [norm_cost._passes(direction, 10, l2) for direction in norm_cost._PASSES for l2 in (10, 11)] == [3, 2, 8, 6]
 
@@ -65,6 +103,19 @@ def test_the_tool(two_inputs, reproduce, line_of, tmp_path):
     ratios = [row.ratio_to_native_gn32 for row in rows if (row.implementation, row.direction) == ("ours", "forward")]
     expected = [f"{value:.2f}" for value in (geometric_mean(ratios), min(ratios), max(ratios))]
     assert line_of(out, "float32 | contiguous | forward          | ours       ")[4:] == expected
+
+
+def test_the_tool_with_what_follows(two_inputs, reproduce, line_of, tmp_path):
+    path = tmp_path / "rows.json"
+    words = "norm-cost", "--device", "cpu", "--seconds", 0.001, "--json", path, "--resume"
+    reproduce(*words)
+    alone = read_rows(path, NormCostRow)
+    out = reproduce(*words, "--after", "nothing", "relu", "--implementations", "frozen_bn")
+    rows = read_rows(path, NormCostRow)
+    assert rows[: len(alone)] == alone and {row.after for row in rows[len(alone) :]} == {"relu"}
+    fused = [row.ratio_to_native_gn32 for row in rows if (row.implementation, row.direction) == ("fused", "forward")]
+    assert line_of(out, "float32 | contiguous | forward          | fused, relu")[4] == f"{geometric_mean(fused):.2f}"
+    assert line_of(out, "float32 | contiguous | forward          | ours        ")
 
 
 def test_resumes_and_keeps_no_rows_of_another_machine(two_inputs, reproduce, tmp_path):

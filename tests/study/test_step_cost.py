@@ -4,6 +4,7 @@ from needs import KERNELS
 from torch import nn
 
 from gng_d2.layers import WSConv2d
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.ops.backends import DEFAULT_KERNELS, enabled_kernels
 from study import step_cost
 from study.rows import read_rows
@@ -32,7 +33,8 @@ def test_the_five_setups():
 @pytest.mark.slow
 def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     monkeypatch.setattr(step_cost, "keep_freed_memory", lambda: None)  # for good, in this process
-    path = tmp_path / "rows.json"
+    path, fused = tmp_path / "rows.json", []
+    monkeypatch.setattr(step_cost, "fuse_norms", lambda model: fused.append(fuse_norms(model)))
     command = [
         "step-cost",
         "--models",
@@ -49,8 +51,9 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     ]
     out = reproduce(*command, *SMALL)
     rows = read_rows(path, step_cost.StepCostRow)
-    assert [(row.norm, row.kernels) for row in rows] == list(step_cost.SETUPS)
-    times = {row.norm: row.step_milliseconds for row in rows if row.kernels}
+    assert [(row.norm, row.kernels, row.fused) for row in rows] == list(step_cost.SETUPS)
+    assert len(fused) == 2
+    times = {row.norm: row.step_milliseconds for row in rows if row.kernels and not row.fused}
     for row in rows:
         assert row.ratio_to_gn == pytest.approx(row.step_milliseconds / times["GN"])
         low, high = row.quartiles_to_pytorch
@@ -59,7 +62,7 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
         assert (row.share_of_weight_standardization > 0) == row.norm.endswith("+WS")
     line = line_of(out, "pfpn    | PGN     ")
     assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times['PGN']:.3f}"
-    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops")
+    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops") and line_of(out, "pfpn    | PGN+WS, fused")
 
     monkeypatch.setattr(step_cost, "step_rows", None)  # would be called
     assert reproduce(*command, "--resume", *SMALL) == out and read_rows(path, step_cost.StepCostRow) == rows

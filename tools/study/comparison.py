@@ -31,6 +31,7 @@ from gng_d2.job.metrics import last_record
 from gng_d2.job.norm_keys import norms_of_key
 from gng_d2.layers.norm_names import norm_from_name, norm_in_path
 from gng_d2.layers.ws_conv import WS
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
@@ -114,6 +115,7 @@ class Comparison:
         imports: modules and files that are run first, here and in each run
             (:func:`~gng_d2.job.imports.import_modules`).
         recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
+        fuse_norms: run each with ``--fuse-norms``: the same numbers but for rounding, in less time.
         calibrate_norms: images that fit the norms of a backbone to batch-norm weights, in each run; 0: none.
         num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
 
@@ -132,6 +134,7 @@ class Comparison:
         *,
         imports: Sequence[str] = (),
         recompute_norms: bool = False,
+        fuse_norms: bool = False,
         calibrate_norms: int = 0,
         num_gpus: int = 1,
         num_machines: int = 1,
@@ -143,7 +146,7 @@ class Comparison:
             raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
-        self.recompute_norms, self.calibrate_norms = recompute_norms, calibrate_norms
+        self.recompute_norms, self.fuse_norms, self.calibrate_norms = recompute_norms, fuse_norms, calibrate_norms
         self.num_gpus, self.num_machines = num_gpus, num_machines
         self.world_size = num_gpus * num_machines
         import_modules(self.imports)
@@ -177,6 +180,7 @@ class Comparison:
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
             *(("--recompute-norms",) if self.recompute_norms else ()),
+            *(("--fuse-norms",) if self.fuse_norms else ()),
             *(("--calibrate-norms", str(self.calibrate_norms)) if self.calibrate_norms else ()),
             *("--num-gpus", str(self.num_gpus), "--num-machines", str(self.num_machines)),
             *("--machine-rank", str(machine_rank), "--dist-url", dist_url, *self.run_overrides(run)),
@@ -240,8 +244,9 @@ class Comparison:
         cfg = self.cfg.clone()
         cfg.merge_from_list(self.norm_overrides("<norm>"))
         cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
-        calibrated = {"calibrate_norms": self.calibrate_norms} if self.calibrate_norms else {}
-        return {"processes": self.world_size, **calibrated, "config": yaml.safe_load(cfg.dump())}
+        options = {"fuse_norms": self.fuse_norms, "calibrate_norms": self.calibrate_norms}
+        given = {name: value for name, value in options.items() if value}
+        return {"processes": self.world_size, **given, "config": yaml.safe_load(cfg.dump())}
 
     def check(self) -> None:
         """Refuse before the first run what no run could finish with.
@@ -253,8 +258,9 @@ class Comparison:
             for norm in self.norms:
                 overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
                 cfg = setup_job(self.config_file, overrides, world_size=self.world_size)
-                if self.recompute_norms:
-                    recompute_norms(build_on_meta(cfg))
+                for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
+                    if wanted:
+                        change(build_on_meta(cfg))
 
     def claim_output(self) -> None:
         """Make the folder, or see that what is in it compares the same.

@@ -1,8 +1,9 @@
-"""What our kernels are to reach on a GPU, and whether they do: each goal from the rows of norm-cost or step-cost."""
+"""What our kernels are to reach, and whether they do: each goal from the rows of norm-cost or step-cost."""
 
 import math
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import geometric_mean
 
 import torch
 
@@ -25,7 +26,46 @@ class Goal:
 
 def norm_goals(rows: list[NormCostRow]) -> list[Goal]:
     """Those of the norms alone, from the rows of one run of norm-cost."""
-    return [no_slower_than_gn32(rows), five_times_at_one_group(rows), share_of_copy_bandwidth(rows)]
+    alone = [row for row in rows if row.after == "nothing"]
+    return [no_slower_than_gn32(alone), five_times_at_one_group(alone), share_of_copy_bandwidth(alone)]
+
+
+def fused_goals(rows: list[NormCostRow]) -> list[Goal]:
+    """Those of a norm in one op with what follows it, forward and backward, from the rows of norm-cost --after."""
+    both = [row for row in rows if row.direction == "forward+backward"]
+    large, small = ([row for row in both if (_bytes(row) >= 2**20) == is_large] for is_large in (True, False))
+    goals = []
+    for after, name, most in (("relu", "ReLU", 0.75), ("add_relu", "addition, ReLU", 0.8)):
+        for other, theirs, limit in (
+            ("ours", "our norm and these", most),
+            ("frozen_bn", "Detectron2's FrozenBN and these", 0.9),
+            ("frozen_bn_one_pass", "a FrozenBN of one pass and these", None),
+        ):
+            goals.append(_fused_to(large, after, other, f"norm, {name} in one op, to {theirs}, from 1 MB on", limit))
+        goals.append(
+            fused_no_slower(small, after, f"norm, {name} in one op no slower than in ops of their own, below 1 MB")
+        )
+    return goals
+
+
+def _fused_to(rows, after, other, goal, limit):
+    """The geometric mean over the inputs is what counts."""
+    times = {row.input(): row.milliseconds for row in rows if (row.after, row.implementation) == (after, other)}
+    fused = [row for row in rows if (row.after, row.implementation) == (after, "fused") and row.input() in times]
+    goal += "" if limit is None else f": {limit} times at most"
+    if not fused:
+        return Goal(goal, None)
+    ratios = [row.milliseconds / times[row.input()] for row in fused]
+    highest, mean = max(zip(ratios, map(_named, fused))), geometric_mean(ratios)
+    text = f"{mean:.2f} in the geometric mean over {len(ratios)}, {highest[0]:.2f} at most ({highest[1]})"
+    return Goal(goal, text, None if limit is None else mean <= limit)
+
+
+def fused_no_slower(rows: list[NormCostRow], after: str, goal: str) -> Goal:
+    """Slower is an input on which it takes longer in three quarters of the rounds or more."""
+    fused = [row for row in rows if (row.after, row.implementation) == (after, "fused")]
+    slower = [row for row in fused if row.quartiles_to_ours[0] > 1]
+    return Goal(goal, f"{len(slower)} of {len(fused)} slower" if fused else None, not slower if fused else None)
 
 
 def step_goals(rows: list) -> list[Goal]:
@@ -133,8 +173,8 @@ def table(goals: list[Goal]) -> str:
 
 
 def _tables(rows):
-    """For each table of step-cost its rows by (norm, kernels)."""
-    ordered = sorted(rows, key=lambda row: row.key())
+    """For each table of step-cost its rows that are not fused, by (norm, kernels)."""
+    ordered = sorted((row for row in rows if not row.fused), key=lambda row: row.key())
     return [{(row.norm, row.kernels): row for row in group} for _, group in groupby(ordered, lambda row: row.key())]
 
 
@@ -143,7 +183,7 @@ def _named(row):
 
 
 def _step(row):
-    return f"{row.model}, {'AMP' if row.amp else 'float32'}, {row.images} images"
+    return f"{row.model}, {'AMP' if row.amp else 'float32'}, {row.images} images" + ", fused" * row.fused
 
 
 def _bytes(row):

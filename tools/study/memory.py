@@ -2,8 +2,9 @@
 
 Faster R-CNN (4conv1fc box head) and Panoptic FPN, R-50-FPN, on noise with eight objects an image, stem and res2 frozen
 as in fine-tuning; the norm is in backbone, FPN, box and semantic head. With FrozenBN the semantic head has GN, as in
-Detectron2's configs. Bytes are what a step adds to what was alive before it: CUDA's own counter, or on a CPU the
-allocations that PyTorch's profiler reports. --seconds adds step times, each norm's with and without in turn.
+Detectron2's configs. PGN and PGN+WS are measured with fuse_norms too. Bytes are what a step adds to what was alive
+before it: CUDA's own counter, or on a CPU the allocations that PyTorch's profiler reports. --seconds adds step times,
+each norm's in turn.
 """
 
 import gc
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from command_line import add_outputs, add_overrides
 from gng_d2.job.files import prepare_outputs
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.recompute_norms import recompute_norms
 
 from .rows import machine, markdown, rows_to_keep, write_rows
@@ -27,6 +29,10 @@ from .step_cost import MODELS, NORMS, config_of, random_batch
 from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds
 
 __all__ = ["IF_STOPPED", "MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
+
+
+_WAYS = ((False, False), (True, False), (False, True), (True, True))  # recomputed, fused
+_COUNTS = {"FrozenBN": 1, "PGN": 4, "PGN+WS": 4}  # how many of them are measured; of other norms 2
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,20 @@ class MemoryRow:
     peak_ratio: float
     peak_in: str  # forward, backward or optimizer; on a CPU also the op
     step_milliseconds: float | None  # the median; None where it was not measured
-    step_ratio: float | None  # to that of the same norm not recomputed
+    step_ratio: float | None  # to that of the same norm neither recomputed nor fused
     most_images: int | None  # that fit on the GPU; None on a CPU
     images_per_second: float | None  # with so many
     machine: str
+    fused: bool = False  # by fuse_norms
 
     def key(self) -> tuple:
-        return self.model, self.norm, self.recomputed, self.images, tuple(self.size), tuple(self.overrides)
+        return self.model, self.norm, self.images, tuple(self.size), tuple(self.overrides), self.recomputed, self.fused
 
 
 class Job:
     """A model with its optimizer and a batch, which stays the same."""
 
-    def __init__(self, cfg: CfgNode, recomputed: bool, images: int, height: int, width: int):
+    def __init__(self, cfg: CfgNode, recomputed: bool, fused: bool, images: int, height: int, width: int):
         torch.manual_seed(0)
         self.model = DefaultTrainer.build_model(cfg).train()
         for module in self.model.modules():
@@ -67,6 +74,8 @@ class Job:
                 module.weight.fill_(0.5)  # without pretrained weights it normalizes nothing
         if recomputed:
             recompute_norms(self.model)
+        if fused:
+            fuse_norms(self.model)
         self.optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -137,18 +146,18 @@ def config(model: str, norm: str, device: str, overrides=()) -> CfgNode:
 def memory_rows(
     model: str, images: int, height: int, width: int, device: str, overrides=(), done=()
 ) -> Iterator[MemoryRow]:
-    """One row for each norm, without and with; FrozenBN's comes first, and without alone. Rows in ``done`` are kept."""
+    """Rows of each norm, without and with; FrozenBN's comes first, and without alone. Rows in ``done`` are kept."""
     done = {row.key(): row for row in done}
     frozen_bn = None
     for norm in NORMS:
-        for recomputed in (False, True)[: 1 + (norm != "FrozenBN")]:
-            row = done.get((model, norm, recomputed, images, (height, width), tuple(overrides)))
+        for recomputed, fused in _WAYS[: _COUNTS.get(norm, 2)]:
+            row = done.get((model, norm, images, (height, width), tuple(overrides), recomputed, fused))
             if row is None:
                 cfg = config(model, norm, device, overrides)
-                job = Job(cfg, recomputed, images, height, width)
+                job = Job(cfg, recomputed, fused, images, height, width)
                 sizes = job.backbone_bytes(), *job.forward_bytes_and_peak()
                 del job
-                most, speed = _most_images(cfg, recomputed, height, width) if device == "cuda" else (None, None)
+                most, speed = _most_images(cfg, recomputed, fused, height, width) if device == "cuda" else (None, None)
                 base = frozen_bn or sizes
                 row = MemoryRow(
                     model=model,
@@ -169,14 +178,15 @@ def memory_rows(
                     most_images=most,
                     images_per_second=speed,
                     machine=machine(device),
+                    fused=fused,
                 )
             frozen_bn = frozen_bn or (row.backbone_bytes, row.forward_bytes, row.peak_bytes)
             yield row
 
 
-def _most_images(cfg, recomputed, height, width):
+def _most_images(cfg, recomputed, fused, height, width):
     """How many images fit into a batch on the GPU, one step at a time, and images a second with so many."""
-    job = Job(cfg, recomputed, 1, height, width)
+    job = Job(cfg, recomputed, fused, 1, height, width)
 
     def fits(images):
         try:
@@ -204,21 +214,22 @@ def _most_images(cfg, recomputed, height, width):
 
 
 def with_step_times(rows: list[MemoryRow], device: str, seconds: float) -> Iterator[MemoryRow]:
-    """The same rows with the times of steps; each norm's two run in turn. Rows that have theirs stay as they are."""
-    pairs = {}
+    """The same rows with the times of steps; each norm's run in turn. Rows that have theirs stay as they are."""
+    groups = {}
     for row in rows:
-        pairs.setdefault(row.key()[:2] + row.key()[3:], []).append(row)
-    for pair in pairs.values():
-        if all(row.step_milliseconds is not None for row in pair):
-            yield from pair
+        groups.setdefault(row.key()[:-2], []).append(row)
+    for group in groups.values():
+        if all(row.step_milliseconds is not None for row in group):
+            yield from group
             continue
         jobs = [
-            Job(config(row.model, row.norm, device, row.overrides), row.recomputed, row.images, *row.size)
-            for row in pair
+            Job(config(row.model, row.norm, device, row.overrides), row.recomputed, row.fused, row.images, *row.size)
+            for row in group
         ]
         times = milliseconds([job.step for job in jobs], device, seconds)
-        for row, time in zip(pair, times):
-            yield replace(row, step_milliseconds=time, step_ratio=time / times[0] if row.recomputed else None)
+        for row, time in zip(group, times):
+            is_other = row.recomputed or row.fused
+            yield replace(row, step_milliseconds=time, step_ratio=time / times[0] if is_other else None)
 
 
 def table(rows: list[MemoryRow]) -> str:
@@ -237,7 +248,7 @@ def table(rows: list[MemoryRow]) -> str:
 def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each model, number of images, norm, without and with")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: both")
-    add_timing(parser, seconds=0.0, images=[1], each="of a pair's steps; 0: no times")
+    add_timing(parser, seconds=0.0, images=[1], each="way of a norm's steps; 0: no times")
     add_overrides(parser)
 
 
@@ -251,7 +262,7 @@ def main(args) -> None:
             write_rows(args.json, rows.values())
 
     jobs = [(model, images) for images in args.images for model in args.models]
-    with tqdm(total=len(jobs) * (2 * len(NORMS) - 1), unit="row") as bar:
+    with tqdm(total=len(jobs) * sum(_COUNTS.get(norm, 2) for norm in NORMS), unit="row") as bar:
         for model, images in jobs:
             for row in memory_rows(model, images, *args.size, args.device, args.opts, list(rows.values())):
                 add(row)

@@ -10,6 +10,10 @@ A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time
 the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2,
 gradient: 3). Of a tensor smaller than a GPU's L2, what is read a second time is there: 2 and 6.
 
+--after times what follows a norm, too, in place and in ops of its own as models run it: relu, or the addition of a
+shortcut and relu. `fused` is our op with all of it, `frozen_bn_one_pass` a frozen batch norm that reads and writes a
+tensor once where Detectron2's has a product and then a sum. An addition counts 1 pass forward, 3 with the backward.
+
 With --resume the inputs that are in the file of --json are not measured again, and it is written after each input: so
 a run that was cut off goes on.
 
@@ -38,7 +42,9 @@ from .detector_norms import detector_norms
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .timing import IF_STOPPED, add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
 
-__all__ = ["IF_STOPPED", "NormCostRow", "implementations", "norm_rows", "table"]
+__all__ = ["AFTER", "IF_STOPPED", "NormCostRow", "implementations", "norm_rows", "table"]
+
+AFTER = ("nothing", "relu", "add_relu")
 
 _EPS = 1e-5
 
@@ -59,6 +65,8 @@ class NormCostRow:
     machine: str
     ratio_quartiles: list[float] | None = None  # of the ratio to native_gn32 in a round; None in older rows
     kernels: bool | None = None  # of `ours`: whether it picked our kernels; None of others
+    after: str = "nothing"  # what follows the norm and is timed with it; one of AFTER
+    quartiles_to_ours: list[float] | None = None  # of the ratio, in a round, to `ours`; None in older rows
 
     def input(self) -> tuple:
         return tuple(self.shape), self.num_groups, self.dtype, self.layout
@@ -67,6 +75,21 @@ class NormCostRow:
 def _frozen_batch_norm(x, num_groups, weight, bias):
     # Detectron2's are buffers, which take no gradient
     return x * weight.detach().view(1, -1, 1, 1) + bias.detach().view(1, -1, 1, 1)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return F.batch_norm(x, torch.zeros_like(bias), torch.ones_like(weight), weight, bias, eps=0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0].view(1, -1, 1, 1), None, None
+
+
+def _frozen_in_one_pass(x, num_groups, weight, bias):
+    return _OnePass.apply(x, weight.detach(), bias.detach())
 
 
 def _var_mean(x, num_groups, weight, bias):
@@ -138,13 +161,25 @@ _PASSES = {"forward": 3, "forward+backward": 8}
 _PASSES_IN_L2 = {"forward": 2, "forward+backward": 6}
 
 
-def _passes(direction: str, size: int, l2: int) -> int:
+def _passes(direction: str, size: int, l2: int, added: bool = False) -> int:
     """Over a tensor of ``size`` bytes, on a GPU with an L2 of ``l2`` bytes (0 on a CPU)."""
-    return (_PASSES_IN_L2 if size < l2 else _PASSES)[direction]
+    return (_PASSES_IN_L2 if size < l2 else _PASSES)[direction] + added * (1 if direction == "forward" else 3)
 
 
 def _l2_bytes(device):
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) if device == "cuda" else 0
+
+
+def _then(function: Callable, residual: torch.Tensor | None) -> Callable:
+    """The function, and an addition and relu, in ops of their own."""
+
+    def run(*arguments):
+        y = function(*arguments)
+        if residual is not None:
+            y += residual
+        return F.relu_(y)
+
+    return run
 
 
 def norm_rows(
@@ -156,16 +191,19 @@ def norm_rows(
     bandwidth: float,
     seconds: float,
     names: Sequence[str] | None = None,
+    after: str = "nothing",
 ) -> Iterator[NormCostRow]:
     """Time each implementation in each direction. ``bandwidth`` of a copy in bytes a second.
 
-    ``names``: of the implementations beside ``native`` and ``ours``; None: all.
+    ``names``: of the implementations beside ``native``, ``ours`` and those that are there for what comes ``after``;
+    None: all.
 
     ``native_gn32`` is timed twice, as ``native_gn32_again`` too: the difference is the run's noise.
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x, dy = (torch.randn(shape).to(device, dtype, memory_format=memory_format) for _ in range(2))
-    x.requires_grad_()
+    x, dy, shortcut = (torch.randn(shape).to(device, dtype, memory_format=memory_format) for _ in range(3))
+    residual = shortcut.requires_grad_() if after == "add_relu" else None
+    inputs = [x.requires_grad_(), *(() if residual is None else (residual,))]
     weight, bias = (torch.randn(shape[1]).to(device, dtype).requires_grad_() for _ in range(2))
 
     def forward(function, groups):
@@ -173,13 +211,17 @@ def norm_rows(
             return function(x, groups, weight, bias)
 
     def forward_and_backward(function, groups):
-        return torch.autograd.grad(function(x, groups, weight, bias), (x, weight, bias), dy, allow_unused=True)
+        return torch.autograd.grad(function(x, groups, weight, bias), (*inputs, weight, bias), dy, allow_unused=True)
 
     available = {
         name: implementation
         for name, implementation in implementations(device).items()
         if names is None or name in ("native", "ours", *names)
     }
+    if after != "nothing":
+        available["frozen_bn_one_pass"] = _frozen_in_one_pass, True
+        available = {name: (_then(function, residual), both) for name, (function, both) in available.items()}
+        available["fused"] = (lambda x, g, w, b: group_norm(x, g, w, b, _EPS, "relu", residual)), True
     if "compiled" in available:
         torch._dynamo.reset()  # else torch.compile gives up after eight shapes and runs what it should compile
     native = available["native"][0]
@@ -195,7 +237,7 @@ def norm_rows(
         times = dict(zip(calls, rounds(list(calls.values()), device, seconds)))
         medians = {name: median(of_call) for name, of_call in times.items()}
         size = x.numel() * x.element_size()
-        least = _passes(direction, size, _l2_bytes(device)) * size / bandwidth * 1e3
+        least = _passes(direction, size, _l2_bytes(device), residual is not None) * size / bandwidth * 1e3
         kernels = _backend(x, num_groups, weight, bias, _EPS) is not None
         for name, time_of_call in medians.items():
             yield NormCostRow(
@@ -211,6 +253,8 @@ def norm_rows(
                 machine=machine(device),
                 ratio_quartiles=ratio_quartiles(times[name], times["native_gn32"]),
                 kernels=kernels if name == "ours" else None,
+                after=after,
+                quartiles_to_ours=ratio_quartiles(times[name], times["ours"]),
             )
 
 
@@ -226,17 +270,27 @@ def _runs(name, call, shape):
 
 def table(rows: list[NormCostRow]) -> str:
     """Ratios of time over all inputs, the noise of the run, and the slowest inputs of ours."""
-    lines, noise = [], []
-    for key in dict.fromkeys((*_kind(row), row.implementation) for row in rows):
-        ratios = [row.ratio_to_native_gn32 for row in rows if (*_kind(row), row.implementation) == key]
-        if key[-1] == "native_gn32_again":
+    lines, noise, values = [], [], {}
+    for row in rows:
+        key = row.dtype, row.layout, row.direction, row.implementation + f", {row.after}" * (row.after != "nothing")
+        values.setdefault(key, []).append(row.ratio_to_native_gn32)
+    for key, ratios in values.items():
+        if key[-1].startswith("native_gn32_again"):
             differences = [abs(r - 1) for r in ratios]
             most = quantiles(differences, n=20)[-1] if len(differences) > 1 else differences[0]
-            noise.append(f"{most:.0%} ({', '.join(key[:-1])})")
+            noise.append(f"{most:.0%} ({', '.join(key[:-1])}{key[-1].removeprefix('native_gn32_again')})")
         else:
             lines.append([*key, geometric_mean(ratios), min(ratios), max(ratios)])
     headers = ["dtype", "layout", "direction", "implementation", "geometric mean", "lowest", "highest"]
-    forward = [row for row in rows if row.direction == "forward"]
+    inputs = len({row.input()[:2] for row in rows if not row.implementation.startswith("native_gn32")})
+    text = [
+        f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {inputs} inputs:",
+        markdown(lines, headers, ".2f"),
+    ]
+    said = f"The same call a second time differs by less than this in 95 % of the inputs: {'; '.join(noise)}."
+    forward = [row for row in rows if row.direction == "forward" and row.after == "nothing"]
+    if not forward:
+        return "\n\n".join([*text, said])
     native = {row.input(): row.ratio_to_native_gn32 for row in forward if row.implementation == "native"}
     ours = sorted((row for row in forward if row.implementation == "ours"), key=lambda row: -row.ratio_to_native_gn32)
     slowest = [
@@ -249,14 +303,12 @@ def table(rows: list[NormCostRow]) -> str:
         ]
         for row in ours[:8]
     ]
-    inputs = len({row.input()[:2] for row in ours})
     ratios = [row.ratio_to_native_gn32 for row in ours]
     return "\n\n".join(
         [
-            f"Time as a ratio to PyTorch's GN at G = 32 in the same run, over {inputs} inputs:",
-            markdown(lines, headers, ".2f"),
+            *text,
             f"Ours, forward: geometric mean {geometric_mean(ratios):.2f}, highest {max(ratios):.2f}.",
-            f"The same call a second time differs by less than this in 95 % of the inputs: {'; '.join(noise)}.",
+            said,
             "The slowest of ours, forward:",
             markdown(
                 slowest, ["input", "G", "dtype", "layout", "ms", "ours / GN-32", "PyTorch's at this G / GN-32"], ".2f"
@@ -265,15 +317,12 @@ def table(rows: list[NormCostRow]) -> str:
     )
 
 
-def _kind(row):
-    return row.dtype, row.layout, row.direction
-
-
 def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each input, direction and implementation")
     add_timing(parser, seconds=0.3, images=[1], each="implementation and input")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=["contiguous", "channels_last"])
+    parser.add_argument("--after", nargs="+", default=["nothing"], choices=AFTER, help="default: nothing")
     parser.add_argument(
         "--implementations",
         nargs="+",
@@ -289,18 +338,19 @@ def main(args) -> None:
     if args.device == "cpu" and not cpu_kernels.is_compiled():
         print("gng_d2 was installed without a C compiler: on the CPU ours is PyTorch's own op")
     rows = rows_to_keep(args, NormCostRow)
-    done = {row.input() for row in rows if row.implementation == "ours"}
+    done = {(*row.input(), row.after) for row in rows if row.implementation == "ours"}
     inputs = dict.fromkeys(norm for images in args.images for norm in detector_norms(images, *args.size))
-    jobs = [(*norm, dtype, layout) for dtype in args.dtype for layout in args.layout for norm in inputs]
+    settings = [(dtype, layout, after) for after in args.after for dtype in args.dtype for layout in args.layout]
+    jobs = [(*norm, *setting) for setting in settings for norm in inputs]
     bandwidth = copy_bandwidth(args.device)
     print(f"{machine(args.device)}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     for job in tqdm(jobs, unit="input"):
         if job not in done:
-            shape, num_groups, dtype, layout = job
+            shape, num_groups, dtype, layout, after = job
             setting = getattr(torch, dtype), layout == "channels_last"
             with set_kernels_enabled("cuda"):  # those for CUDA may be off by default
                 rows += norm_rows(
-                    shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations
+                    shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations, after
                 )
             if args.json:
                 write_rows(args.json, rows)

@@ -103,7 +103,13 @@ def _comparison(arguments, *pictures, beside=()):
 
 
 def _norms_on_a_gpu(rows):
-    return "\n\n".join([norm_cost.table(rows), goals.table(goals.norm_goals(rows)), rule.table(rows)])
+    return "\n\n".join(
+        [norm_cost.table(rows), goals.table(goals.norm_goals(rows) + goals.fused_goals(rows)), rule.table(rows)]
+    )
+
+
+def _fused_norms(rows):
+    return "\n\n".join([norm_cost.table(rows), goals.table(goals.fused_goals(rows))])
 
 
 def _steps_on_a_gpu(rows):
@@ -251,6 +257,12 @@ SECTIONS = {
     ),
     "benchmark_norm_cpu": _experiment(
         norm_cost, norm_cost.NormCostRow, "norm-cost --json docs/results/benchmark_norm_cpu.json"
+    ),
+    "fused_norm_cpu": Section(
+        norm_cost.NormCostRow,
+        _fused_norms,
+        "reproduce.py norm-cost --after relu add_relu --implementations frozen_bn "
+        "--json docs/results/fused_norm_cpu.json",
     ),
     "kernel_tests_cuda": Section(kernel_tests.KernelTestRow, kernel_tests.table, "gpu.py"),
     "benchmark_norm_cuda": Section(norm_cost.NormCostRow, _norms_on_a_gpu, "gpu.py"),

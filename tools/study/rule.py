@@ -46,7 +46,7 @@ def choices(rows: list[NormCostRow]) -> list[Choice]:
     """One for each input and direction with rows of `ours`, `our_kernels` and `native`, as norm-cost writes them."""
     inputs = {}
     for row in rows:
-        if row.ratio_quartiles:
+        if row.ratio_quartiles and row.after == "nothing":
             inputs.setdefault((*row.input(), row.direction), {})[row.implementation] = row
     found = []
     for key, by_name in inputs.items():

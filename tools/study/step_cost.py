@@ -1,9 +1,9 @@
 """What a whole training step costs under FrozenBN, GN, GN+WS, PGN and PGN+WS: Faster R-CNN and Panoptic FPN.
 
 Forward, backward and optimizer, on noise with eight objects an image; the norm is in backbone, FPN and semantic head,
-all layers are trained. GN and GN+WS run a second time with the kernels of gng_d2 turned off, in PyTorch's own ops. The
-models of a table run in turn, in one run: medians, to be read as ratios. Peak memory is a model's own, on CUDA alone.
-The share of weight standardization is its time, alone, over that of the step.
+all layers are trained. GN and GN+WS run a second time with the kernels of gng_d2 turned off, in PyTorch's own ops, PGN
+and PGN+WS with fuse_norms. The models of a table run in turn, in one run: medians, to be read as ratios. Peak memory is
+a model's own, on CUDA alone. The share of weight standardization is its time, alone, over that of the step.
 """
 
 import gc
@@ -25,6 +25,7 @@ from gng_d2.errors import InputError
 from gng_d2.job.config import load_config
 from gng_d2.job.files import prepare_outputs
 from gng_d2.layers import WSConv2d
+from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.ops import set_kernels_enabled
 from gng_d2.ops.weight_standardization import standardize_weight
 
@@ -38,7 +39,12 @@ MODELS = {
     "pfpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
 }
 NORMS = ("FrozenBN", "GN", "GN+WS", "PGN", "PGN+WS")
-SETUPS = (*((norm, True) for norm in NORMS), ("GN", False), ("GN+WS", False))  # and whether our kernels are on
+# norm, whether our kernels are on, whether fuse_norms ran
+SETUPS = (
+    *((norm, True, False) for norm in NORMS),
+    *((norm, False, False) for norm in ("GN", "GN+WS")),
+    *((norm, True, True) for norm in ("PGN", "PGN+WS")),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class StepCostRow:
     # of the ratio, in a round, to GN (for a norm with +WS: to GN+WS) in PyTorch's own ops; None in older rows
     quartiles_to_pytorch: list[float] | None = None
     overrides: Sequence[str] = ()
+    fused: bool = False  # by fuse_norms
 
     def key(self) -> tuple:
         return self.model, self.amp, self.images, tuple(self.size), tuple(self.overrides)
@@ -109,16 +116,16 @@ def step_rows(
     if device == "cuda":  # makes what all share, workspaces say
         _Job(config_of(model, "GN", device, overrides), amp, images, height, width)
     jobs = {
-        (norm, kernels): _Job(config_of(model, norm, device, overrides), amp, images, height, width, kernels)
-        for norm, kernels in SETUPS
+        (norm, *how): _Job(config_of(model, norm, device, overrides), amp, images, height, width, *how)
+        for norm, *how in SETUPS
     }
     times = dict(zip(jobs, rounds([job.step for job in jobs.values()], device, seconds)))
     step = {setup: median(of_step) for setup, of_step in times.items()}
     peak = {setup: job.peak_memory() for setup, job in jobs.items()}
-    frozen_bn, gn = ("FrozenBN", True), ("GN", True)
+    frozen_bn, gn = ("FrozenBN", True, False), ("GN", True, False)
     for setup, job in jobs.items():
-        norm, kernels = setup
-        pytorch = "GN+WS" if norm.endswith("+WS") else "GN", False
+        norm, kernels, fused = setup
+        pytorch = "GN+WS" if norm.endswith("+WS") else "GN", False, False
         yield StepCostRow(
             model=model,
             norm=norm,
@@ -135,11 +142,12 @@ def step_rows(
             kernels=kernels,
             quartiles_to_pytorch=ratio_quartiles(times[setup], times[pytorch]),
             overrides=list(overrides),
+            fused=fused,
         )
 
 
 class _Job:
-    def __init__(self, cfg, amp, images, height, width, kernels=True):
+    def __init__(self, cfg, amp, images, height, width, kernels=True, fused=False):
         torch.manual_seed(0)
         before = _allocated(cfg)
         self.cfg, self.kernels = cfg, "cuda" if kernels else "off"
@@ -147,6 +155,8 @@ class _Job:
         for module in self.model.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.weight.fill_(0.5)  # without pretrained weights it normalizes nothing, and float16 overflows
+        if fused:
+            fuse_norms(self.model)
         optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -193,12 +203,12 @@ def table(rows: list[StepCostRow]) -> str:
     lines = [
         {
             **asdict(row),
-            "norm": row.norm if row.kernels else f"{row.norm}, PyTorch's ops",
+            "norm": row.norm + ", PyTorch's ops" * (not row.kernels) + ", fused" * row.fused,
             "size": f"{row.size[0]} x {row.size[1]}",
         }
         for row in rows
     ]
-    hidden = ("machine", "kernels", "quartiles_to_pytorch", "overrides")
+    hidden = ("machine", "kernels", "quartiles_to_pytorch", "overrides", "fused")
     headers = [key for key in lines[0] if key not in hidden and any(line[key] is not None for line in lines)]
     return markdown([[line[key] for key in headers] for line in lines], headers)
 
