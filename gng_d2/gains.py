@@ -27,13 +27,13 @@ ACTIVATIONS = {
 }
 
 _NODES = 2**17
-_DEVIATIONS = 12.0  # of a Gaussian, on either side; less than 1e-32 lies outside
+_DEVIATIONS = 12.0  # the integral covers this many on either side; less than 1e-32 lies outside
 
 
 def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float = 1.0) -> tuple[float, float]:
     """F = E[f(X)^2] / Var[X] and B = E[f'(X)^2] for X from N(0, sigma^2) (Definition 2, with E[Y] = 0).
 
-    By the midpoint rule in float64, with f' from autograd. F/B is the ``gain_ratio`` of
+    The midpoint rule integrates in float64, and autograd gives f'. F/B is the ``gain_ratio`` of
     :func:`~gng_d2.practical_num_groups` and :class:`~gng_d2.PracticalGroupNorm`.
 
     Args:
@@ -42,10 +42,10 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
         sigma: standard deviation of the input.
 
     Raises:
-        ValueError: unknown name, or sigma is not positive.
+        ValueError: the name is unknown, or sigma is not positive.
 
     Examples::
-        >>> forward, backward = activation_gains("relu")  # 1/2 each, but for rounding
+        >>> forward, backward = activation_gains("relu")  # both are 1/2, up to rounding
         >>> forward, backward = activation_gains(torch.nn.Tanh())
     """
     if isinstance(activation, str):

@@ -2,7 +2,7 @@
 
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation". All functions
 are for one unit block: a weight layer from ``n_in`` to ``n_out`` features, group norm, activation.
-For a convolution, grouped or not, these are its whole ``in_channels`` and ``out_channels``.
+For a convolution, also a grouped one, these are all of its ``in_channels`` and ``out_channels``.
 """
 
 from fractions import Fraction
@@ -15,8 +15,8 @@ __all__ = ["GROUP_CHOICES", "ideal_num_groups", "nearest_divisor", "practical_nu
 def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
     """Number of groups for which the unit block's gradients keep their variance (Eq. 32).
 
-    Neither bounded nor a divisor of ``n_out``: it is at or below zero where no number of groups can
-    make the block isometric.
+    The result is not bounded and need not divide ``n_out``. It is zero or negative where no number of
+    groups can make the block isometric.
 
     Args:
         n_in, n_out: input and output features of the weight layer.
@@ -24,7 +24,7 @@ def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
             ReLU and its relatives.
 
     Raises:
-        TypeError: a size is no integer, or the gain ratio no real number.
+        TypeError: a size is not an integer, or the gain ratio is not a real number.
         ValueError: a size or the gain ratio is not positive.
 
     Examples::
@@ -37,7 +37,7 @@ def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
 def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
     """The divisor of ``n_out`` nearest to the ideal number of groups in log2 (Algorithm 1).
 
-    Exact for integers of any size. Arguments and errors as in :func:`ideal_num_groups`.
+    The result is exact for integers of any size. Arguments and errors are those of :func:`ideal_num_groups`.
 
     Examples::
         >>> practical_num_groups(784, 512)
@@ -51,9 +51,10 @@ def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
 
 
 def nearest_divisor(n: int, x: Rational) -> int:
-    """The divisor of ``n`` nearest to ``x`` > 0 in log2. Exact for numbers of any size.
+    """The divisor of ``n`` nearest to ``x`` > 0 in log2, exact for numbers of any size.
 
-    Two are never equally near: ``x**2`` would be their product, and so ``x`` itself a divisor between them.
+    There is never a tie: if two divisors were equally near, their product would be ``x**2``, and then ``x`` itself
+    would be a divisor between them.
 
     Examples::
         >>> nearest_divisor(256, 12), nearest_divisor(24, 16), nearest_divisor(8, 16)
@@ -67,10 +68,10 @@ def nearest_divisor(n: int, x: Rational) -> int:
 
 
 def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float = 1.0) -> float:
-    """K: variance of the gradient at the block's input over that at its output (Eq. 31).
+    """K: the gradient's variance at the block's input, divided by its variance at the output (Eq. 31).
 
-    Divided by ``gain_ratio``, so that it is 1 at the ideal number of groups for any activation.
-    ``num_groups`` may be any positive real number; other arguments and errors as in
+    It is divided by ``gain_ratio``, so that it is 1 at the ideal number of groups for any activation.
+    ``num_groups`` may be any positive real number; the other arguments and the errors are those of
     :func:`ideal_num_groups`.
 
     Examples::
@@ -82,7 +83,7 @@ def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float =
     return float((n_out + 4 * num_groups) / (n_in * gain_ratio))
 
 
-# the groups of the norms that the paper compares, by (n_in, n_out); None where they do not divide n_out
+# the number of groups of each norm that the paper compares; None where it does not divide n_out
 GROUP_CHOICES = {
     "GN": lambda n_in, n_out: 32 if n_out % 32 == 0 else None,
     "GN1": lambda n_in, n_out: 1,

@@ -1,8 +1,8 @@
 """How a norm finds the weight layer that feeds it when it is registered.
 
 PyTorch calls a global hook whenever a module becomes a child of another, so a norm meets its layer while the model is
-being built, and no class of Detectron2 has to know of it. Where the order in which a model is built does not tell,
-:func:`gng_d2.bind_norms` looks what the model does.
+being built, and Detectron2's classes need no change. Where the order in which a model is built does not show the layer,
+:func:`gng_d2.bind_norms` runs the model to find it.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,12 +34,13 @@ def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> nn.Module | N
     """The weight layer that feeds ``norm``, where ``norm`` is or becomes the child ``name`` of ``parent``.
 
     It is ``parent`` itself, as in Detectron2's ``Conv2d``, or the child registered immediately
-    before, if that has as many output channels and no norm of its own. Otherwise None: no guess.
+    before, if that child has as many output channels and no norm of its own. In all other cases the
+    result is None, because a guess could be wrong.
     """
     if _feeds(parent, norm):
         return parent
     before = None
-    for sibling_name, sibling in parent._modules.items():  # named_children() leaves out repeated ones
+    for sibling_name, sibling in parent._modules.items():  # named_children() leaves out repeated children
         if sibling_name == name:
             break
         before = sibling if sibling is not None else before
@@ -72,17 +73,17 @@ def named_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
 
 
 def _agrees(norm, layer):
-    """Whether ``layer`` can be the one that ``norm`` was bound to, if it was to any."""
+    """Whether ``layer`` can be the layer that ``norm`` was bound to; any layer can if ``norm`` was not bound."""
     if norm.weight_layer == NO_LAYER:
         return False
     return layer is None or norm.in_channels in (None, layer_sizes(layer)[0])
 
 
 def bind(norm: GroupNorm, layer: nn.Module) -> None:
-    """Make ``layer`` the weight layer of ``norm``, which takes its groups from it and may standardize its weight.
+    """Make ``layer`` the weight layer of ``norm``: ``norm`` takes its groups from it and may standardize its weight.
 
     Raises:
-        InputError: the groups do not divide its output channels, or it cannot be standardized.
+        InputError: the groups do not divide the layer's output channels, or the layer cannot be standardized.
     """
     description = describe(layer)
     if norm.weight_standardization:
@@ -92,12 +93,12 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
 
 
 def _bind_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """The hook: binds ``child``, if it is a norm of ours, to its weight layer. If it is a layer that takes
-    the place of another, the norm right after it is bound anew."""
+    """The hook: if ``child`` is a norm of ours, it is bound to its weight layer. If ``child`` is a layer that
+    replaces another, the norm right after it is bound again."""
     if isinstance(child, GroupNorm):
         child.look_again()
         layer = None if has_given_in_channels(child) else weight_layer(parent, name, child)
-        # A convolution that takes over a bound norm is sure to feed it; what stands before it need not.
+        # A convolution that takes a bound norm as its child certainly feeds it; a layer that stands before it may not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
             _bind_or_defer(child, layer)
     elif parent._modules.get(name) is not None and child is not None:
@@ -108,11 +109,11 @@ def _bind_on_registration(parent: nn.Module, name: str, child: nn.Module | None)
 
 
 def has_given_in_channels(norm):
-    """Whether its in_channels were given, and not taken from a layer."""
+    """Whether the user gave its in_channels, so that they were not taken from a layer."""
     return norm.in_channels is not None and norm.weight_layer is None
 
 
-# norm -> why it cannot follow its layer, while a model is built that will tell its path
+# norm -> why it cannot follow its layer; kept until the model is built and the norm has a path
 _deferred: ContextVar[dict[GroupNorm, InputError] | None] = ContextVar("deferred", default=None)
 
 
@@ -129,10 +130,10 @@ def _bind_or_defer(norm, layer):
 
 
 def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """``build(*args)``, a model. While it is being built a norm has no path, so errors of binding wait for the end.
+    """Return the model ``build(*args)``. A norm has no path until it is built, so errors of binding wait for that.
 
     Raises:
-        InputError: a norm cannot follow its layer; names it by its path.
+        InputError: a norm cannot follow its layer; the message names the norm by its path.
     """
     deferred: dict[GroupNorm, InputError] = {}
     token = _deferred.set(deferred)
@@ -149,12 +150,12 @@ def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module
 
 @cache
 def install_binding_hook() -> None:
-    """Have PyTorch call us whenever a module becomes a child of another, from the first call on."""
+    """Have PyTorch call the hook whenever a module becomes a child of another. Later calls do nothing."""
     register_module_module_registration_hook(_bind_on_registration)
 
 
 def unbound_norms(model: nn.Module) -> list[str]:
-    """Names of the norms of ``model`` that cannot run yet, for they have not met the weight layer that they need.
+    """Names of the norms of ``model`` that cannot run yet, because they have not met the weight layer that they need.
 
     Examples::
         >>> unbound_norms(nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16)))

@@ -1,8 +1,8 @@
-"""A module's class replaced by one that runs it otherwise, while its parameters, children, hooks and state stay.
+"""Replace a module's class by one that runs it in another way, and keep its parameters, children, hooks and state.
 
-A module has one original class and a set of ways in which it runs otherwise: with a standardized weight, with its
-norms fused, with its norms computed again. Ways come and go in any order, and the class that they make of the original
-one is always the same: of two ways, the one of the higher ``order`` wraps the other.
+A module has one original class and a set of ways of running: with a standardized weight, with its norms fused, with its
+norms recomputed. Ways can be added and removed in any order. The same ways always make the same class of the original
+one, because a way with a higher ``order`` wraps a way with a lower one.
 """
 
 from functools import cache, wraps
@@ -16,8 +16,8 @@ __all__ = ["StandIn", "add", "has", "original_class", "remove", "ways_of"]
 class StandIn:
     """The mixin of ways that replace one method of the class that they wrap.
 
-    A way has an ``order``, and makes a class with ``wrap``, whose last base is the class that it wraps. Modules of such
-    a class copy and pickle as those of the class that it wraps, whose name its own ends in.
+    A way has an ``order``. Its ``wrap`` makes a class whose last base is the wrapped class and whose name ends in the
+    name of the wrapped class. Modules of the new class can be copied and pickled as before.
     """
 
     order: int
@@ -28,20 +28,20 @@ class StandIn:
         raise NotImplementedError
 
     def run(self, method, args, kwargs):
-        """Run ``method``, that of the wrapped class, in this way."""
+        """Run ``method``, which is the method of the wrapped class, in this way."""
         raise NotImplementedError
 
     @classmethod
     @cache
     def wrap(cls, wrapped: type) -> type:
-        """The class that runs what ``wrapped`` runs, in this way."""
+        """The class that does what ``wrapped`` does, in this way."""
         name = cls.method_of(wrapped)
         original = getattr(wrapped, name)
 
         def run(self, *args, **kwargs):
             return cls.run(self, getattr(super(made, self), name), args, kwargs)
 
-        # torch.fx reads the signature of the original method, torch.jit.script its code, with the names in its module
+        # torch.fx reads the signature of the original method; torch.jit.script reads its code and its module's names
         method = wraps(original)(FunctionType(run.__code__, original.__globals__, closure=run.__closure__))
         names = {"__module__": wrapped.__module__, "__doc__": wrapped.__doc__, name: method, "_way_of_running": cls}
         made = type(f"{cls.__name__.lstrip('_')}{wrapped.__name__}", (cls, wrapped), names)
@@ -49,7 +49,7 @@ class StandIn:
 
     @staticmethod
     def unwrap(module: nn.Module, made: type) -> type:
-        """The class that ``made``, the class of ``module`` without the ways around this one, wraps."""
+        """The class that ``made`` wraps. ``made`` is the class of ``module`` without the ways outside this one."""
         return made.__bases__[-1]
 
     def __reduce_ex__(self, protocol):
@@ -58,17 +58,17 @@ class StandIn:
 
 
 def add(module: nn.Module, way: type) -> None:
-    """Have ``module`` run in that way, too."""
+    """Have ``module`` run in ``way`` too."""
     module.__class__ = _class_of(original_class(module), {*ways_of(module), way})
 
 
 def remove(module: nn.Module, way: type) -> None:
-    """Have ``module`` no longer run in that way."""
+    """Have ``module`` no longer run in ``way``."""
     module.__class__ = _class_of(original_class(module), {*ways_of(module)} - {way})
 
 
 def has(module: nn.Module, way: type) -> bool:
-    """Whether ``module`` runs in that way."""
+    """Whether ``module`` runs in ``way``."""
     return way in ways_of(module)
 
 

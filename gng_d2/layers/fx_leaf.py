@@ -1,4 +1,4 @@
-"""Modules of ours under torch.fx."""
+"""How torch.fx traces our modules."""
 
 from torch import nn
 from torch.fx import Proxy
@@ -7,8 +7,8 @@ __all__ = ["call_as_leaf"]
 
 
 def call_as_leaf(module: nn.Module, input: Proxy) -> Proxy:
-    """What a ``torch.fx`` tracer records for ``module`` if it stays whole: one node that calls it.
+    """Have a ``torch.fx`` tracer record ``module`` as a whole: one node that calls it.
 
-    Tracers keep the modules of ``torch.nn`` whole and walk through all others, so ``module`` asks for it itself.
+    Tracers keep only the modules of ``torch.nn`` whole and trace into all others, so ``module`` calls this itself.
     """
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})

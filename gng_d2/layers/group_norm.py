@@ -30,19 +30,19 @@ LOOKS = 16
 class GroupNorm(nn.GroupNorm):
     r""":class:`torch.nn.GroupNorm` that knows the weight layer it follows.
 
-    The channels are separated into groups, and those of a group normalized together, in each image by itself:
+    The channels are separated into groups. Each group is normalized as a whole, in each image separately:
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    So it can ask for a standardized convolution, name the layer in its errors, and show in a table of the model's
-    norms how its groups compare with the ideal number (:func:`gng_d2.norm_table`).
+    Because it knows the layer, it can standardize the layer's weight, name the layer in its errors, and show in
+    :func:`gng_d2.norm_table` how its groups compare with the ideal number.
 
     Args:
-        num_groups: groups to separate the channels into, a divisor of ``num_channels``.
+        num_groups: number of groups, a divisor of ``num_channels``.
         num_channels: channels of the input.
         eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
         weight_standardization: make the convolution that this norm follows a :class:`~gng_d2.WSConv2d` when it
-            becomes its child (``conv.norm = norm``) or a child of the same parent right after it
+            becomes the convolution's child (``conv.norm = norm``) or the next child of the same parent
             (``nn.Sequential(conv, norm)``).
 
     Shape:
@@ -50,8 +50,9 @@ class GroupNorm(nn.GroupNorm):
 
     Raises:
         InputError: a number is not positive, or the groups do not divide the channels. In ``forward``: the input has
-            other channels; each group would hold a single number, whose normalization is 0 whatever the input; there
-            is no convolution to standardize, or in training another one made the input than was standardized.
+            another number of channels; each group would hold a single number, so that the output would not depend on
+            the input; there is no convolution to standardize; or, in training, the layer that made the input is not
+            the one that was standardized.
 
     Examples::
         >>> norm = GroupNorm(8, 64)
@@ -61,15 +62,15 @@ class GroupNorm(nn.GroupNorm):
         WSConv2d(3, 64, kernel_size=(3, 3), stride=(1, 1))
     """
 
-    # False in what a config calls GN: it computes the same bits as without this package
+    # False in the norm that a config calls GN, which computes the same bits as without this package
     uses_kernels: bool = True
 
-    # where a config asked for channels in each group (GN/<c>) instead of groups: what it asked for
+    # the channels in each group, where a config asked for these (GN/<c>) and not for a number of groups
     channels_per_group: int | None = None
-    # the size of its input where a pooling leaves so little that convert_norms chose the groups by it, such as (1, 1)
+    # the size of its input, such as (1, 1), where convert_norms chose the groups for an input that a pooling made small
     pooled_to: tuple[int, ...] | None = None
-    _looks = LOOKS  # still to come. Of the class: norms pickled before there were looks have none
-    # True while nothing but the order of registration tells which layer it follows
+    _looks = LOOKS  # looks that are still to come; a class attribute, because norms pickled by older versions have none
+    # True while only the order of registration shows which layer it follows
     follows_registration: bool = False
     # True once fold_weight_standardization wrote the standardized weight into the weight layer
     weight_standardization_folded: bool = False
@@ -94,11 +95,12 @@ class GroupNorm(nn.GroupNorm):
         self.weight_layer: str | None = None
 
     def bind(self, in_channels: int, weight_layer: str) -> None:
-        """Take the layer that ``weight_layer`` describes, with ``in_channels`` inputs, as the one this norm follows."""
+        """Follow the layer that ``weight_layer`` describes and that has ``in_channels`` inputs."""
         if self.num_channels % self.num_groups:
             raise InputError(
                 f"{self.norm_name()} cannot follow {weight_layer}: its {self.num_channels} output channels do not "
-                f"divide into {self.num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which does."
+                f"divide into {self.num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which "
+                f"always takes one."
             )
         self.in_channels = in_channels
         self.weight_layer = weight_layer
@@ -110,7 +112,7 @@ class GroupNorm(nn.GroupNorm):
         self.follows_registration = False
 
     def is_bound(self) -> bool:
-        """Whether it has all that it needs of its weight layer, and so can run."""
+        """Whether it has what it needs from its weight layer, so that it can run."""
         return self.num_groups is not None and not (self.weight_standardization and self.weight_layer is None)
 
     def norm_name(self) -> str:
@@ -126,11 +128,11 @@ class GroupNorm(nn.GroupNorm):
         return self.weight_standardization
 
     def look_again(self) -> None:
-        """Look in the next calls with gradients which layer makes the input, as in the first ones."""
+        """In the next calls with gradients, find out again which layer makes the input."""
         self.__dict__.pop("_looks", None)
 
     def train(self, mode: bool = True) -> "GroupNorm":
-        self.look_again()  # the model may have been edited since
+        self.look_again()  # the model may have been edited since the last looks
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -147,17 +149,17 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     def _check(self, input):
-        # In this order: a compiler must not see the number of looks, which changes.
+        # is_compiling() comes first: a compiler must not see the number of looks, which changes.
         if not is_compiling() and self._looks and input.requires_grad:
             self._look(input)
         groups, channels = self.num_groups, self.num_channels
         if groups is None or (self.weight_standardization and self.weight_layer is None):
             raise self.unbound_error()
         size = input.size(1) if input.dim() > 1 else 0
-        if (type(size) is int and size != channels) or channels % groups:  # while tracing it is a tensor
+        if (type(size) is int and size != channels) or channels % groups:  # while tracing, size is a tensor
             raise self._shape_error(input.shape)
-        # Group norm of a single number is its bias: PyTorch refuses it for one image only. While tracing or exporting,
-        # sizes are no numbers.
+        # The group norm of a single number is the bias. PyTorch raises an error for this only with one image. While
+        # tracing or exporting, sizes are not numbers.
         if groups == channels and not is_transformed() and all(size == 1 for size in input.shape[2:]):
             raise InputError(
                 f"{module_path(self)}: each of the {groups} groups of this norm would hold a single number (input "
@@ -173,7 +175,7 @@ class GroupNorm(nn.GroupNorm):
             look(self, input)
 
     def unbound_error(self, reason: str = "") -> InputError:
-        """What is raised where this norm cannot run for want of its layer; ``reason``: what was found in its place."""
+        """The error of a norm that cannot run without a weight layer. ``reason`` says what was found instead."""
         lacks = "its number of groups is not known" if self.num_groups is None else "there is no weight to standardize"
         return InputError(
             f"{module_path(self)}: this {self.norm_name()} never met a weight layer with {self.num_channels} output "
@@ -212,27 +214,28 @@ class PracticalGroupNorm(GroupNorm):
 
     .. math:: G_{ideal} = (n_{in} - n_{out}) / 4
 
-    (Eq. 32). The norm has the divisor of :math:`n_{out}` nearest to it in :math:`\log_2`. Either ``in_channels`` is
-    given, or the norm takes it when it becomes a child of its weight layer (``conv.norm = norm``) or of the same parent
-    right after it (``nn.Sequential(conv, norm)``), from :func:`gng_d2.bind_norms`, or in the first training step, from
-    the layer that made its input. ``num_groups`` is None until then.
+    (Eq. 32). The norm's number of groups is the divisor of :math:`n_{out}` nearest to this in :math:`\log_2`. Either
+    ``in_channels`` is given, or the norm takes it from its weight layer when it becomes the layer's child
+    (``conv.norm = norm``) or the next child of the same parent (``nn.Sequential(conv, norm)``), in
+    :func:`gng_d2.bind_norms`, or in the first training step. Until then ``num_groups`` is None.
 
     Args:
-        num_channels: channels of the input, :math:`n_{out}` of the weight layer. Not the number of groups, with which
-            the arguments of :class:`torch.nn.GroupNorm` begin.
-        in_channels: :math:`n_{in}` of the weight layer, of a grouped or transposed one as well the whole
-            ``in_channels``. None: taken from the layer.
+        num_channels: channels of the input, :math:`n_{out}` of the weight layer. Note that the first argument of
+            :class:`torch.nn.GroupNorm` is another one, the number of groups.
+        in_channels: :math:`n_{in}` of the weight layer: all of its ``in_channels``, also where it is grouped or
+            transposed. With None the norm takes it from the layer.
         eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
         gain_ratio: F/B of the activation that follows (Section 2.3), 1 for ReLU and its relatives; it multiplies
             :math:`n_{in}`.
-        weight_standardization: as in :class:`GroupNorm`. The layer must be met, so ``in_channels`` cannot be given.
+        weight_standardization: as in :class:`GroupNorm`. The norm must meet its layer, so you cannot give
+            ``in_channels``.
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_channels``.
 
     Raises:
-        InputError: as :class:`GroupNorm`; in ``forward`` also where it has met no weight layer, and in training where
-            another one made its input than it was bound to.
+        InputError: as :class:`GroupNorm`. Also in ``forward``: the norm has met no weight layer, or, in training, the
+            layer that made its input is not the one that it was bound to.
 
     Examples::
         >>> PracticalGroupNorm(64, in_channels=128).num_groups
@@ -258,9 +261,10 @@ class PracticalGroupNorm(GroupNorm):
         if weight_standardization and in_channels is not None:
             raise InputError(
                 f"PracticalGroupNorm({num_channels}, in_channels={in_channels}, weight_standardization=True): to "
-                f"standardize its convolution the norm has to meet it, and takes in_channels from it. Leave one out"
+                f"standardize its convolution the norm has to meet it, and then takes in_channels from it. Leave out "
+                f"one of the two"
             )
-        # Fails here, where the caller sees it, for sizes that have no number of groups.
+        # Sizes that have no number of groups raise an error here, where the caller sees it.
         num_groups = practical_num_groups(1 if in_channels is None else in_channels, num_channels, gain_ratio)
         super().__init__(
             num_groups, num_channels, eps, affine, device, dtype, weight_standardization=weight_standardization

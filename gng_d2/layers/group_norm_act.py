@@ -12,7 +12,7 @@ __all__ = ["GroupNormAct", "PracticalGroupNormAct"]
 
 class _WithActivation:
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # as in GroupNorm, whose forward TorchScript cannot call from here
+        if not torch.jit.is_scripting():  # repeats GroupNorm.forward, because TorchScript cannot call it from here
             if isinstance(input, Proxy):
                 return call_as_leaf(self, input)
         return self.act(self.drop(self._normalize(input)))

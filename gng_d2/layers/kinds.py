@@ -9,18 +9,18 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 __all__ = ["NO_LAYER", "Producer", "describe", "is_of_single_images", "layer_shape", "layer_sizes", "num_channels"]
 __all__ += ["num_groups", "own"]
 
-# what a norm has for its weight layer that follows none, or several
+# the weight_layer of a norm that follows no weight layer, or several
 NO_LAYER = "no single weight layer"
 
 
 class Producer(NamedTuple):
-    """What made a tensor: a weight layer, or an op that is none and has no sizes."""
+    """What made a tensor: a weight layer, or another op, which has no sizes."""
 
     op: str
     n_in: int | None = None
     n_out: int | None = None
     layer: nn.Module | None = None  # the module that called the op, where the model was run
-    weight: Any = None  # in training autograd's node of the parameter that is the weight; None where none is
+    weight: Any = None  # in training autograd's node of the weight; None where the weight is not a parameter
 
     @property
     def is_layer(self) -> bool:
@@ -38,9 +38,9 @@ _SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
 def own(module: nn.Module, name: str) -> Any:
-    """What ``module`` or its class has by that name, or None.
+    """The attribute ``name`` of ``module`` or its class, or None.
 
-    A ``__getattr__`` of the user's own is not called: it may need what a module under construction does not have yet.
+    A ``__getattr__`` that the user wrote is not called, because it may fail while the module is under construction.
     """
     kept = vars(module)
     for names in (kept, *(kept.get(kind) or {} for kind in ("_parameters", "_buffers", "_modules"))):
@@ -51,7 +51,7 @@ def own(module: nn.Module, name: str) -> Any:
         return value
     try:
         return value.__get__(module)  # the weight of a parametrized layer
-    except Exception:  # of any kind: it is the user's code
+    except Exception:  # the user's code may raise any error
         return None
 
 
@@ -61,7 +61,7 @@ def num_channels(module: nn.Module) -> int | None:
         return module.num_channels
     if isinstance(module, _NormBase):
         return module.num_features
-    if type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d"):  # not every one has num_features
+    if type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d"):  # not all of these have num_features
         weight = own(module, "weight")
         return weight.numel() if isinstance(weight, Tensor) else None
     if type(module).__name__ == "LayerNorm":
@@ -75,7 +75,7 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(n_in, n_out) of what has such attributes, also of a layer under construction, which has no weight yet."""
+    """(n_in, n_out) of a module that has such attributes, also while it is under construction and has no weight."""
     for names in _SIZES:
         n_in, n_out = (own(module, name) for name in names)
         if n_in and n_out:
@@ -89,13 +89,13 @@ def describe(layer: nn.Module) -> str:
 
 
 def num_groups(norm: nn.Module) -> int | None:
-    """Groups of a group or layer norm; None for a norm over the batch."""
+    """The number of groups of a group norm or layer norm; None for a norm over the batch."""
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups
     return 1 if type(norm).__name__ == "LayerNorm" else None
 
 
 def is_of_single_images(module: nn.Module) -> bool:
-    """Whether it normalizes each image by itself; also Detectron2's and timm's LayerNorms of channels."""
+    """Whether it normalizes each image separately. Detectron2's and timm's LayerNorms of channels do, too."""
     kinds = nn.GroupNorm, nn.LayerNorm, _InstanceNorm
     return isinstance(module, kinds) or "LayerNorm" in type(module).__name__

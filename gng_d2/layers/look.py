@@ -1,7 +1,7 @@
-"""Which layer made the tensor that reaches a norm, as autograd recorded it: what a norm looks at while it trains.
+"""Find out from autograd's record which layer made the input of a norm, while the norm trains.
 
-Only names, shapes and plain numbers of autograd's nodes are read. A saved tensor never is: to unpack one computes it
-again, or fails, where activations are checkpointed.
+This reads only names, shapes and plain numbers of autograd's nodes. It never reads a saved tensor: where activations
+are checkpointed, unpacking one would recompute it, or fail.
 """
 
 import logging
@@ -26,22 +26,22 @@ MEND = (
 )
 
 
-# a function of the user's own may hold a weight, but for these
+# an autograd.Function that the user wrote may hold a weight, unless its name contains one of these
 _HAS_NO_LAYER = re.compile("Norm|Relu|Pool")
 _PARAMETER = Producer("a parameter")
-# nodes behind one another, before which a history is not followed
+# a history is followed back through at most so many nodes
 _DEPTH = 150
 
 
 def made_by(tensor: Tensor) -> Producer | None:
-    """The layer whose output ``tensor`` is, the op that made it and is none, or None where that cannot be seen.
+    """What made ``tensor``: a weight layer or another op; None where the record does not show it.
 
     Examples::
         >>> x = nn.Conv2d(24, 8, 1)(torch.ones(1, 24, 2, 2))
         >>> made_by(x.flatten(2))[:3], made_by(x.relu()).op, made_by(x.detach())
         (('Convolution', 24, 8), 'Relu', None)
     """
-    if not hasattr(tensor.grad_fn, "_input_metadata"):  # not in every version of PyTorch
+    if not hasattr(tensor.grad_fn, "_input_metadata"):  # some versions of PyTorch lack it
         return None
     found = _Graph().origin(tensor.grad_fn, tensor.output_nr)
     return None if found is None else found.made
@@ -50,7 +50,7 @@ def made_by(tensor: Tensor) -> Producer | None:
 class _Graph:
     """What autograd recorded, back to the last weight layers.
 
-    A frozen part, an input and a plain number look alike in it: there is no node, and None stands for their origin.
+    A frozen part, an input and a plain number look the same here: they have no node, so their origin is None.
     """
 
     def __init__(self):
@@ -68,17 +68,17 @@ class _Graph:
         shape = tuple(node._input_metadata[index].shape)
         if op == "Convolution":
             return self._convolution(op, node, shape, value)
-        if hasattr(node, "variable"):  # what has a gradient of its own
+        if hasattr(node, "variable"):  # a leaf: a tensor that gets a gradient itself
             parameter = isinstance(node.variable, nn.Parameter)
             return Origin(_PARAMETER if parameter else None, shape, shape, parameters=2 * parameter, value=node)
         edges = [] if depth > _DEPTH else node.next_functions
         operands = [self.origin(*edge, depth + 1) for edge in edges]
-        if op == "BackwardHookFunction":  # of a module with a full backward hook
+        if op == "BackwardHookFunction":  # the node of a module with a full backward hook
             return operands[index]
         if depth > _DEPTH or (isinstance(node, BackwardCFunction) and not _HAS_NO_LAYER.search(op)):
             return unseen(operands, shape, value)
         found = origin(op, operands, shape, value)
-        if op_kind(op) == "copyslices":  # what was written does not show
+        if op_kind(op) == "copyslices":  # autograd does not show what was written
             return found._replace(made=None)
         return found
 
@@ -97,10 +97,10 @@ class _Graph:
 
 
 def look(norm: nn.Module, input: Tensor) -> None:
-    """Compare the layer that made ``input`` with the one that ``norm`` took for it; an unbound ``norm`` takes it.
+    """Compare the layer that made ``input`` with the layer that ``norm`` is bound to; bind ``norm`` if it is not bound.
 
     Raises:
-        InputError: they differ in what ``norm`` depends on, or no single layer made ``input``.
+        InputError: the layers differ in what ``norm`` depends on, or no single layer made ``input``.
     """
     made = made_by(input)
     if made is None:
@@ -119,23 +119,24 @@ def look(norm: nn.Module, input: Tensor) -> None:
 def _warn_if_never_seen(norm):
     if norm.follows_registration and not norm._looks:
         _warn_once(
-            f"{module_path(norm)}: which layer makes the input of this {norm.norm_name()} does not show in training. "
-            f"It follows {norm.weight_layer} for the order of registration alone. gng_d2.bind_norms(model, "
-            f"example_inputs) sees it"
+            f"{module_path(norm)}: training does not show which layer makes the input of this {norm.norm_name()}. "
+            f"It follows {norm.weight_layer} only because of the order of registration. gng_d2.bind_norms(model, "
+            f"example_inputs) finds the layer"
         )
 
 
 def _bind(norm, made):
     if not made.is_layer:
         raise norm.unbound_error(f"its input is made by {made}, which has no weight")
-    if norm.weight_standardization:  # its convolution has already run
+    if norm.weight_standardization:  # too late: its convolution has already run
         return
     norm.bind(made.n_in, str(made))
     _warn_once(
         "PracticalGroupNorm layers that met no weight layer when the model was built take their groups in this "
-        "training step, from the layers that made their inputs. Frozen layers do not show here: what one adds is taken "
-        "for an input. Copies of the model that were made earlier (EMA, replicas) are not bound: "
-        "gng_d2.bind_norms(model, example_inputs), called before them, binds all, and sees frozen layers"
+        "training step, from the layers that made their inputs. Training does not show frozen layers: their outputs "
+        "look like inputs of the model. Copies of the model that were made earlier (EMA, replicas) are not bound. "
+        "gng_d2.bind_norms(model, example_inputs), called before the copies are made, binds all norms, also behind "
+        "frozen layers"
     )
 
 
@@ -143,7 +144,7 @@ def _compare_with_given(norm, made):
     if made.is_layer and made.n_in != norm.in_channels:
         path, layer = _paths(norm, made)
         _warn_once(
-            f"{path}: this norm was given in_channels={norm.in_channels}, which stands, but the layer that made its "
+            f"{path}: this norm was given in_channels={norm.in_channels} and keeps it, but the layer that made its "
             f"input, {layer}, has {made.n_in}"
         )
 
@@ -175,12 +176,12 @@ def _compare(norm, made):
 
 
 def _is_raw(made):
-    """Whether its weight is a parameter, and not what is left of one by WS (which leaves single numbers)."""
+    """Whether its weight is a parameter as it is. Of a standardized one, autograd shows single numbers at most."""
     return made.weight is not None and made.weight.variable.numel() > made.weight.variable.shape[0]
 
 
 def _paths(norm, made):
-    """Of ``norm``, and what made its input: "neck.conv (Conv2d(512, 64))", where its weight is a parameter."""
+    """The paths of ``norm`` and of what made its input, such as "neck.conv (Conv2d(512, 64))", where known."""
     modules = live_modules()
     path = module_path(norm, modules)
     owner = None if made.weight is None else owner_of(made.weight.variable, modules)

@@ -1,4 +1,4 @@
-"""Where a module stands in its model, for messages: found by a search of all live objects, so never in a fast path."""
+"""The path of a module in its model, for messages. It takes a search of all live objects, which is slow."""
 
 import gc
 import sys
@@ -11,12 +11,12 @@ __all__ = ["live_modules", "module_path", "owner_of"]
 
 
 def module_path(module: nn.Module, modules: list[nn.Module] | None = None) -> str:
-    """The dotted name of ``module`` below the outermost of ``modules`` that holds it; its class where none does.
+    """The dotted name of ``module`` in the outermost of ``modules`` that holds it; its class name if none holds it.
 
     Args:
-        modules: by default all live ones.
+        modules: where to search; by default, all live modules.
     """
-    if "torch._dynamo" in sys.modules:  # else torch.compile, if it runs this, walks into the search
+    if "torch._dynamo" in sys.modules:  # otherwise torch.compile would trace the search
         return torch._dynamo.disable(_module_path)(module, modules)
     return _module_path(module, modules)
 
@@ -35,7 +35,7 @@ def _module_path(module, modules):
 
 
 def owner_of(parameter: Tensor, modules: list[nn.Module]) -> nn.Module | None:
-    """The one of ``modules`` that has ``parameter``; None where none has."""
+    """The module among ``modules`` that has ``parameter``, or None."""
     for module in modules:
         if any(p is parameter for p in module.__dict__.get("_parameters", {}).values()):
             return module

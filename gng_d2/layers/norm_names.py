@@ -25,14 +25,14 @@ _THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm"
 
 
 def norm_from_name(name: str) -> Callable | None:
-    """What makes the norm ``name`` from a channel number; None where ``name`` is none of ours.
+    """A function that makes the norm ``name`` for a number of channels; None where ``name`` is not one of ours.
 
     ============  =================================================================
     ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
     ``GN``        :class:`~gng_d2.layers.GroupNorm` with 32 groups
     ``GN<k>``     the same with k groups
-    ``GN/<c>``    the same with c channels in each group, ``GN/1`` being instance norm
-    ``...+WS``    one of them whose convolution is weight-standardized
+    ``GN/<c>``    the same with c channels in each group; ``GN/1`` is instance norm
+    ``...+WS``    any of these, with a weight-standardized convolution
     ============  =================================================================
 
     Examples::
@@ -55,7 +55,7 @@ def norm_from_name(name: str) -> Callable | None:
 
 
 def _with_groups(num_groups, num_channels, **options):
-    """Whether the groups divide the channels is checked when the norm meets its layer, which the error then names."""
+    """Divisibility is checked when the norm meets its layer, so that the error can name the layer."""
     norm = GroupNorm(1, num_channels, **options)
     norm.num_groups = num_groups
     return norm
@@ -74,7 +74,7 @@ def _with_channels_per_group(channels, num_channels, **options):
 
 
 def norm_name(norm: nn.Module) -> str:
-    """The name by which a config asks for such a norm; its class where it has none.
+    """The name by which a config asks for such a norm; its class name where there is none.
 
     Examples::
         >>> norm_name(PracticalGroupNorm(64, weight_standardization=True)), norm_name(nn.GroupNorm(4, 64))
@@ -88,7 +88,7 @@ def norm_name(norm: nn.Module) -> str:
 
 
 def norm_in_path(name: str) -> str:
-    """``name`` as part of a file's or folder's name: ``GN/16`` is "GN_16", as a ``/`` would begin a folder."""
+    """``name`` for use in file names: ``GN/16`` becomes "GN_16", because a ``/`` would begin a folder."""
     return name.replace("/", "_")
 
 
@@ -124,10 +124,10 @@ _extended: list[Callable] = []  # Detectron2's get_norm, once it is extended
 
 
 def extend_get_norm() -> None:
-    """Make Detectron2's ``get_norm`` know our names, wherever it was imported to already.
+    """Add our names to Detectron2's ``get_norm``, also where it was imported already.
 
-    Its modules import the function by name, so the function itself has to change: its code is
-    replaced, and what it was goes on under ``gng_d2_original``. Does nothing the second time.
+    Detectron2's modules import the function by name, so the function itself has to change: its code is
+    replaced, and ``gng_d2_original`` keeps the original function. A second call does nothing.
     """
     from detectron2.layers import batch_norm
 
@@ -145,8 +145,8 @@ def extend_get_norm() -> None:
     _extended.append(function)
 
     def extended(norm, out_channels):
-        # It runs with the globals of the module of the function whose code it becomes. That function is not asked for
-        # by its name, which another package may have given to one of its own since.
+        # This code runs as the code of Detectron2's function, with the globals of that function's module, so it imports
+        # what it needs. It takes the function from a list, because another package may have reused its name.
         from gng_d2.layers.norm_names import _extended, get_norm
 
         return get_norm(norm, out_channels, _extended[0].gng_d2_original)

@@ -1,8 +1,8 @@
 """Which layer's output a tensor is: one rule, for training and for a run without gradients.
 
-:mod:`.look` reads what autograd recorded, :mod:`.producers` watches the ops of a run. Both see the same ops, those of
-PyTorch's dispatcher, and hand each one to :func:`origin`, so that they decide alike. The rule is the table in
-docs/any-model.md.
+:mod:`.look` reads what autograd recorded, :mod:`.producers` watches the ops of a run. Both see the same
+ops of PyTorch's dispatcher and pass each op to :func:`origin`, so that they always agree. docs/any-model.md has the
+rule as a table.
 """
 
 import re
@@ -19,37 +19,37 @@ __all__ = ["Origin", "UnseenLayer", "layer_output", "op_kind", "origin", "unseen
 class Origin(NamedTuple):
     """What is known of a tensor."""
 
-    # the layer whose output it is, or an op that is none; None: it cannot be seen
+    # the layer whose output it is, or another op; None if this is unknown
     made: Producer | None
     shape: tuple[int, ...]
     size: tuple[int, ...]  # its shape before it was expanded
-    # the last weight layers in its history, on whatever way; two stand for any more
+    # the last weight layers in its history, on all paths; at most two are kept, which stand for several
     layers: frozenset = frozenset()
     parameters: int = 0  # 2: a parameter, or a view of one; 1: made of parameters without a weight layer
-    value: Any = None  # which tensor it is: views and copies have the same
-    source: Callable[[], "Origin | None"] | None = None  # of a layer's output: gives the layer's input
+    value: Any = None  # identifies the tensor; its views and copies have the same value
+    source: Callable[[], "Origin | None"] | None = None  # for a layer's output: returns the origin of the layer's input
 
 
 class UnseenLayer:
     """Stands among an origin's layers for an op that may hold a weight."""
 
 
-# what leaves the values, or all of a channel's values, as they are; a norm's input may have any scale and sign
+# ops that keep the values, or whole channels, as they are; scale and sign of a norm's input do not matter
 _KEPT = set(
     "view unsafeview reshapealias transpose t permute squeeze unsqueeze expand alias clone detach liftfresh tocopy "
     "copy neg flip roll nativedropout fuseddropout".split()
 )
-# what takes or adds some values: channels, or positions alone
+# ops that take or add some values: channels, or only positions
 _CUTS = set(
     "slice select split splitwithsizes unsafesplit unsafesplitwithsizes unbind index indexselect constantpadnd "
     "reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d replicationpad3d".split()
 )
-# sums, products and choices; in the second kind only the first operand can be the layer's output that stays one
+# sums, products and choices; in _OF_FIRST only the first operand can be the layer's output whose origin is kept
 _SUMS = set("add sub rsub addcmul lerp".split())
 _OF_ANY = _SUMS | set("mul maximum minimum fmax fmin where".split())
 _OF_FIRST = set("div addcdiv maskedfill maskedscatter indexput indexadd copyslices".split())
 _PRODUCTS = set("mm bmm addmm baddbmm".split())
-# what repeats the only value of a channel at each position
+# ops that repeat the only value of a channel at each position
 _REPEATS = re.compile("^(expand|repeat|upsample)")
 _HOLDS_NO_LAYER = re.compile("norm|^(cat|stack)$")
 
@@ -61,12 +61,12 @@ def op_kind(name: str) -> str:
 
 
 def origin(op: str, operands: Sequence[Origin | None], shape: tuple[int, ...], value: Any) -> Origin | None:
-    """That of what ``op``, which is no convolution, makes of ``operands``.
+    """The origin of the output of ``op``, which is not a convolution, on ``operands``.
 
     Args:
-        operands: its tensors of numbers that are not whole, in their order. None: nothing is known of it. Plain numbers
-            may be left out.
-        shape, value: of what it makes.
+        operands: the origins of its floating-point tensors, in order; None where nothing is known. Plain numbers may be
+            left out.
+        shape, value: those of the output.
     """
     kind = op_kind(op)
     if kind in _KEPT or kind in _CUTS:
@@ -78,7 +78,7 @@ def origin(op: str, operands: Sequence[Origin | None], shape: tuple[int, ...], v
     known = [o for o in operands if o is not None]
     made = Origin(Producer(op), shape, shape, _layers(known), value=value)
     weights = [o for o in known if o.parameters == 2 and len(o.shape) > 1]
-    if weights and len(weights) < len(operands) and not _HOLDS_NO_LAYER.search(kind):  # a layer of another kind
+    if weights and len(weights) < len(operands) and not _HOLDS_NO_LAYER.search(kind):  # another kind of layer
         return made._replace(layers=made.layers | {value})
     same = len(known) == 1 and (shape == known[0].shape or _REPEATS.search(kind))
     return made._replace(
@@ -88,7 +88,7 @@ def origin(op: str, operands: Sequence[Origin | None], shape: tuple[int, ...], v
 
 
 def unseen(operands: Sequence[Origin | None], shape: tuple[int, ...], value: Any) -> Origin:
-    """The origin of what an op makes that may be a layer."""
+    """The origin of the output of an op that may be a layer."""
     return Origin(None, shape, shape, _layers(operands) | {UnseenLayer()}, value=value)
 
 
@@ -106,14 +106,14 @@ def layer_output(
 
 
 def _layers(operands):
-    """Of all ``operands``. Two are enough to know that there are several."""
+    """The layers of all ``operands``. Two are kept at most, which shows that there are several."""
     found = frozenset().union(*(o.layers for o in operands if o is not None))
     unseen_ones = list(filter(_is_unseen, found))
     return found if len(found) < 3 else frozenset([*unseen_ones[:1], *(found - {*unseen_ones})][:2])
 
 
 def _parameters(operands, shape):
-    """1 if what is made of ``operands`` is made of parameters alone, as far as its size tells, else 0."""
+    """1 if the result was computed from parameters alone, as far as sizes show it, else 0."""
     made_of = [prod(o.shape) for o in operands if o is not None and o.parameters]
     return int(
         made_of != [] and not _layers(operands) and (len(made_of) == len(operands) or max(made_of) >= prod(shape))
@@ -140,13 +140,13 @@ def _kept(op, operand, shape):
 
 
 def _size_before(size, shape):
-    """``size``, if ``shape`` is what it becomes where single values are repeated, or where nothing is."""
+    """``size``, if repeating single values turns it into ``shape``, else ``shape``."""
     repeated = len(size) <= len(shape) and all(s in (1, t) for s, t in zip(reversed(size), reversed(shape)))
     return size if repeated else shape
 
 
 def _product(op, operands, shape, value):
-    """Of two matrices. It is a layer if one of them is made of parameters, and the other is not as surely."""
+    """The product of two matrices. It is a layer if one matrix is more certainly made of parameters than the other."""
     left, right = operands[-2:]
     ranks = [0 if o is None else o.parameters for o in (left, right)]
     if ranks == [2, 2]:
@@ -155,7 +155,7 @@ def _product(op, operands, shape, value):
         made = layer_output(op, right.shape[-2:], right, lambda: left, shape, value)
     elif ranks[0] == 2 or (ranks[0] and right is not None):
         made = layer_output(op, left.shape[:-3:-1], left, lambda: right, shape, value)
-    elif None in (left, right) or any(map(_is_unseen, _layers((left, right)))):  # it may be a frozen weight
+    elif None in (left, right) or any(map(_is_unseen, _layers((left, right)))):  # one of them may be a frozen weight
         made = unseen((left, right), shape, value)
     else:
         made = Origin(Producer(op), shape, shape, _layers((left, right)), value=value)
@@ -164,7 +164,7 @@ def _product(op, operands, shape, value):
 
 
 def _combined(op, operands, shape, value):
-    """A sum, a product or a choice: of a layer's output and what does not count beside it, or of several."""
+    """A sum, product or choice. It keeps the origin of a layer's output if the other operands do not count."""
     counted = [o for o in operands if o is not None and o.layers and _is_full(o.size, shape)]
     hidden = any(o is None or (o.made is None and not o.layers) for o in operands)
     if not counted:
@@ -179,7 +179,7 @@ def _combined(op, operands, shape, value):
     else:
         kept = next((o for o in able if all(p is o or _is_adapter(p, o) for p in counted)), None)
     if kept is not None:
-        if hidden and op_kind(op) in _SUMS and _is_adapter(kept):  # beside a frozen layer
+        if hidden and op_kind(op) in _SUMS and _is_adapter(kept):  # it may be the adapter of a frozen layer
             return Origin(None, shape, shape, layers, value=value)
         return kept._replace(shape=shape, size=shape, value=kept.value if len(counted) == 1 else value)
     if len(counted) == 1 and not _is_layer(counted[0]):
@@ -194,7 +194,7 @@ def _is_full(size, shape):
 
 
 def _is_adapter(added, layer=None):
-    """Whether it comes through two weight layers alone, the first a bottleneck, from the input of ``layer``."""
+    """Whether ``added`` is made from the input of ``layer`` by just two weight layers, the first a bottleneck."""
     down = added.source() if _is_layer(added) else None
     if not _is_layer(down) or down.made.n_out >= min(down.made.n_in, added.made.n_out):
         return False

@@ -1,4 +1,4 @@
-"""Which layer makes the input of each norm, found by running the model: any code, frozen or not, on meta too."""
+"""Find out which layer makes the input of each norm by running the model. Frozen models and the meta device will do."""
 
 import random
 import re
@@ -26,21 +26,21 @@ __all__ = ["calls_with", "find_producers", "unchanged"]
 def find_producers(
     model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any
 ) -> dict[nn.Module, list[Producer | None]]:
-    """Run ``model`` and return, for each norm that ran, what made its input, call by call; None: it cannot be seen.
+    """Run ``model`` and return what made the input of each norm in each of its calls, None where that is unknown.
 
-    The model runs in eval mode and without gradients, and afterwards is what it was: its modes, its buffers, and the
-    state of the random number generators.
+    The model runs in eval mode and without gradients. Its modes, its buffers, and the random number generators are
+    restored afterwards.
 
     Args:
-        example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument. Where it cannot be called so, and
-            the first thing in a tuple or list is a tensor, that is the only argument: a loader's (images, labels).
-            Tensors are moved to the model's device.
+        example_inputs: what the model is called with. A tuple holds positional arguments, a dict keyword arguments;
+            anything else (a tensor, Detectron2's list of dicts) is the only argument. If that call fails and the
+            first thing in a tuple or list is a tensor, the model is called with this tensor alone, so a loader's
+            (images, labels) will do. Tensors are moved to the model's device.
 
     Raises:
         InputError: the model cannot be run with them.
     """
-    model = model._modules.get("_orig_mod", model)  # not what torch.compile made of it
+    model = model._modules.get("_orig_mod", model)  # the model that torch.compile wrapped
     device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
     with torch.inference_mode(False):
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
@@ -58,12 +58,12 @@ def find_producers(
         ):
             try:
                 with watch:
-                    model.eval()  # what it returns is not asked for: a train() of the user's own may return nothing
+                    model.eval()  # not chained: a train() that the user wrote may return nothing
                     model(*args, **kwargs)
                 return found
             except InputError:
                 raise
-            except Exception as error:  # of any kind: it is the user's code
+            except Exception as error:  # the user's code may raise any error
                 failed = error
     raise InputError(
         f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer makes the "
@@ -72,13 +72,13 @@ def find_producers(
 
 
 def _eager():
-    """A context in which the parts of a model that torch.compile made run uncompiled, so that their ops are seen."""
+    """A context in which the compiled parts of a model run uncompiled, so that their ops are seen."""
     set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)  # since PyTorch 2.6
     return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def calls_with(inputs):
-    """The ways to call a model with ``inputs``, as (args, kwargs): the first that works is meant."""
+    """The ways to call a model with ``inputs``, as (args, kwargs). The first one that works is used."""
     if isinstance(inputs, dict):
         yield (), inputs
         return
@@ -87,20 +87,19 @@ def calls_with(inputs):
         yield (inputs[0],), {}
 
 
-# PyTorch 2.0 calls no hook of a module that raises, which matters where the model catches that
+# PyTorch 2.0 does not call the hooks of a module that raises. This matters where the model catches the error
 _ALWAYS = {"always_call": True} if "always_call" in signature(nn.Module.register_forward_hook).parameters else {}
-# makes numbers of its own, whatever tensor it is given for the shape or to write to
+# ops that make new numbers; their tensors only give a shape, or are written to
 _MAKES_NUMBERS = re.compile("like$|^(new|fill|zero|uniform|normal|bernoulli|random|exponential|empty)")
 _IS_EMPTY = re.compile("::(new_)?empty")
 _CONVOLUTION = re.compile("^_?convolution|deform_conv2d")
 
 
 class _Watch(TorchDispatchMode):
-    """While entered, knows the origin of each tensor.
+    """Knows the origin of each tensor while the context is entered.
 
-    A tensor is known by its storage and the place that it has in it: no object that Python holds is the same before and
-    after PyTorch's dispatcher. Storages are referred to weakly: their memory is free to go, and their identity is not
-    taken again.
+    A tensor is identified by its storage and its place there, because Python's tensor objects change on the way through
+    PyTorch's dispatcher. Weak references to storages let their memory go, and keep their identity from being reused.
     """
 
     supports_higher_order_operators = True
@@ -108,7 +107,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.running: list[nn.Module] = []
-        # storage -> its reference, the origin of the whole of it, and those of the views
+        # storage -> its reference, the origin of the whole storage, and the origins of its views
         self._known: dict[int, tuple[StorageWeakRef, Origin, dict[tuple, Origin]]] = {}
 
     def take(self, tensors: Iterable[Tensor], what: str) -> None:
@@ -121,7 +120,7 @@ class _Watch(TorchDispatchMode):
         if nn.parameter.is_lazy(tensor):
             return Origin(None, (), ())
         storage, shape = _storage(tensor), tuple(tensor.shape)
-        if isinstance(tensor, nn.Parameter):  # of the model, or made for a lazy layer while it runs
+        if isinstance(tensor, nn.Parameter):  # a parameter of the model, or one that a lazy layer just made
             return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
         if storage is None or storage.cdata not in self._known:
             return Origin(None, shape, shape)
@@ -132,7 +131,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):
             return func(*args, **kwargs)
-        with self:  # what inference mode does not take apart
+        with self:  # composite ops, which inference mode does not decompose
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -156,7 +155,7 @@ class _Watch(TorchDispatchMode):
             sizes = given[0].shape[1], shape[1]
             found = layer_output(op.rpartition("::")[2], sizes, weight, lambda: source, shape, value)
         elif _IS_EMPTY.search(op):
-            found = Origin(None, shape, shape, value=value)  # what is written there may be hidden
+            found = Origin(None, shape, shape, value=value)  # something that is not seen may be written there
         else:
             found = origin(op, operands, shape, value)
         if value in found.layers and found.made is not None and found.made.is_layer:
@@ -173,7 +172,7 @@ class _Watch(TorchDispatchMode):
         self._known[storage.cdata][2][_place(tensor)] = found
 
     def _write(self, tensor, found):
-        """``tensor`` is ``found`` now, and what stands in the same storage changes with it."""
+        """Note that ``tensor`` has the origin ``found`` now, which changes all tensors in the same storage."""
         storage = _storage(tensor)
         if storage is None:
             return
@@ -212,7 +211,7 @@ def _place(tensor):
 
 @contextmanager
 def _noting(model, norms, watch):
-    """Gives what made the input of each of ``norms`` when it ran, call by call."""
+    """Yield a dict that is filled, while the model runs, with what made the input of each of ``norms`` in each call."""
     found: dict[nn.Module, list[Producer | None]] = {}
 
     def before(module, args, kwargs):
@@ -225,7 +224,7 @@ def _noting(model, norms, watch):
 
     hooks = []
     for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+        if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.append(module.register_forward_hook(after, **_ALWAYS))
     try:
@@ -242,7 +241,7 @@ def _tensors_of(model):
 
 @contextmanager
 def unchanged(model):
-    """Whatever happens within, ``model`` and the random number generators are the same again after it."""
+    """A context that restores ``model`` and the random number generators at its end, whatever happens in it."""
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
     buffers = [

@@ -1,4 +1,4 @@
-"""Our norms in the table by which PyTorch's eager quantization knows modules."""
+"""Add our norms to the table of modules that PyTorch's eager quantization knows."""
 
 import sys
 
@@ -12,8 +12,8 @@ __all__ = ["extend_quantization"]
 def extend_quantization() -> None:
     """Have ``torch.ao.quantization.convert`` treat our norms as it treats :class:`torch.nn.GroupNorm`.
 
-    It looks modules up by their exact class, and would leave what ``get_norm("GN")`` makes, which is a class of ours,
-    in float. Does nothing where ``torch.ao.quantization`` is not imported.
+    PyTorch looks modules up by their exact class, so it would leave our norms, such as what ``get_norm("GN")`` makes,
+    in float. This does nothing if ``torch.ao.quantization`` is not imported.
     """
     mappings = sys.modules.get("torch.ao.quantization.quantization_mappings")
     table = getattr(mappings, "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS", {})

@@ -1,12 +1,12 @@
-"""What a state_dict says of each norm beside its weights: its groups, and whether its convolution is standardized.
+"""The record of each norm in a state_dict: its groups, and whether its convolution is standardized.
 
-Group norm's weights fit any number of groups. So each norm writes a record into the ``_metadata`` of the state_dict,
-which adds no key, and compares it when it is loaded, by whichever program.
+The weights of a group norm fit any number of groups. So each norm writes a record into the ``_metadata`` of the
+state_dict, which adds no key, and compares itself with the record when any program loads the weights.
 
-The record travels through ``torch.save``, ``torch.load`` (``weights_only`` too), the checkpointers of fvcore and
-Detectron2 for .pth, a stripped ``module.``, ``deepcopy``, EMA. It is lost by ``dict(state_dict)`` and any
-comprehension, in a .pkl, in safetensors and in TorchScript. After ``model.state_dict().update(file)``, and in a
-distributed checkpoint, it is the record of the model itself, which then fits whatever the file holds.
+The record survives ``torch.save``, ``torch.load`` (``weights_only`` too), fvcore's and Detectron2's checkpointers
+for .pth, a stripped ``module.``, ``deepcopy`` and EMA. It is lost in ``dict(state_dict)`` and any comprehension, in a
+.pkl, in safetensors and in TorchScript. After ``model.state_dict().update(file)``, and in a distributed checkpoint, the
+record is that of the model itself, so the comparison finds no difference whatever the file holds.
 """
 
 import logging
@@ -27,8 +27,8 @@ Record = dict[str, object]
 def norm_record(norm: nn.Module) -> Record:
     """The record of one of our norms.
 
-    Keys: ``num_groups`` and ``in_channels`` (None: not known), ``weight_standardized``: True, False, or "folded"
-    where the weights of its convolution were standardized for good.
+    Its keys are ``num_groups`` and ``in_channels`` (None if unknown), and ``weight_standardized``: True, False, or
+    "folded" if the standardized weights were written into the convolution.
     """
     folded = getattr(norm, "weight_standardization_folded", False)
     return {
@@ -39,19 +39,19 @@ def norm_record(norm: nn.Module) -> Record:
 
 
 def write_record(norm: nn.Module, state_dict: Mapping, prefix: str) -> None:
-    """Write the record of ``norm``, whose keys begin with ``prefix``: for its ``_save_to_state_dict``."""
+    """Write the record of ``norm``, whose keys begin with ``prefix``. Its ``_save_to_state_dict`` calls this."""
     if hasattr(state_dict, "_metadata"):
         put_records(state_dict, {prefix[:-1]: norm_record(norm)})
 
 
 def put_records(state_dict: Mapping, records: Mapping[str, Record]) -> None:
-    """Write records by the norms' names into a state_dict that has ``_metadata``."""
+    """Write ``records``, a dict by the norms' names, into a state_dict that has ``_metadata``."""
     for name, record in records.items():
         state_dict._metadata[name] = {**state_dict._metadata.get(name, {}), _KEY: record}
 
 
 def records_of(state_dict: Mapping) -> dict[str, Record]:
-    """The records in a state_dict by the norms' names, without those that nobody could have written."""
+    """The valid records in a state_dict, by the norms' names."""
     metadata = getattr(state_dict, "_metadata", None)
     if not isinstance(metadata, Mapping):
         return {}
@@ -67,18 +67,18 @@ def _valid(record):
     return record if sizes and (type(standardized) is bool or str(standardized) == "folded") else None
 
 
-# what a norm has for its weight layer whose groups come from a record
+# the weight_layer of a norm whose groups come from a record
 _RECORD = "the layer of a checkpoint's record"
 
 
 def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Mapping, load: list) -> None:
-    """Compare ``norm`` with the record of the weights that it loads; a PGN without groups takes those of the record.
+    """Compare ``norm`` with the record of the weights that it loads. A PGN without groups takes the record's groups.
 
-    For its ``_load_from_state_dict``. What many norms of a load have in common is logged once, for the first of them.
+    Its ``_load_from_state_dict`` calls this. A message that holds for many norms is logged once, for the first.
 
     Args:
-        load: the list of errors that PyTorch passes to each module of one ``load_state_dict``. Its identity tells one
-            load from the next.
+        load: the list of errors that PyTorch passes to each module of one ``load_state_dict``. It shows where
+            one load ends and the next begins.
     """
     record = _valid(local_metadata.get(_KEY))
     if f"{prefix}weight" not in state_dict if norm.affine else record is None:
@@ -99,8 +99,8 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
         here = describe_record(here)
         _log_once(load, logging.WARNING, f"{name}: {here} here, {there} where its weights were trained")
     elif takes and norm.in_channels is None:
-        taken = f"{name}: this PGN takes {there} from the record of its weights, which is not that of a PGN"
-        _log_once(load, logging.WARNING, f"{taken}. Training or gng_d2.bind_norms compares its real layer")
+        taken = f"{name}: this PGN takes {there} from the record of its weights, which another kind of norm wrote"
+        _log_once(load, logging.WARNING, f"{taken}. Training or gng_d2.bind_norms compares them with its real layer")
 
 
 _logged: dict[int, list] = {}  # level -> the load of the last message
@@ -113,13 +113,13 @@ def _log_once(load, level, message):
 
 
 def fits(recorded: Record, here: Record) -> bool:
-    """Whether weights of the one norm compute the same in the other. Folded weights are plain ones."""
+    """Whether weights of one norm compute the same in the other. Folded weights count as plain ones."""
     standardized = [record["weight_standardized"] is True for record in (recorded, here)]
     return recorded["num_groups"] == here["num_groups"] and standardized[0] == standardized[1]
 
 
 def describe_record(record: Record | None) -> str:
-    """For instance "8 groups and WS"; None: "no norm"."""
+    """Describe a record, for instance "8 groups and WS"; None is "no norm"."""
     if record is None:
         return "no norm"
     if record["num_groups"] is None:

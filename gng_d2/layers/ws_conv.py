@@ -20,7 +20,7 @@ from .module_path import module_path
 
 __all__ = ["WS", "WSConv2d", "plain_class", "standardize", "unstandardize"]
 
-# what the name of a norm ends in whose convolution is weight-standardized
+# the end of the name of a norm that standardizes its convolution
 WS = "+WS"
 
 if HAS_DETECTRON2:
@@ -28,7 +28,7 @@ if HAS_DETECTRON2:
 else:
 
     class Conv2d(nn.Conv2d):  # type: ignore[no-redef]
-        """What of Detectron2's ``Conv2d`` is needed where it is not installed."""
+        """What is needed of Detectron2's ``Conv2d``, where Detectron2 is not installed."""
 
         def __init__(self, *args, norm=None, activation=None, **kwargs):
             super().__init__(*args, **kwargs)
@@ -47,8 +47,8 @@ else:
 class WSConv2d(Conv2d):
     """Detectron2's ``Conv2d`` that convolves with the standardized weight.
 
-    ``weight`` stays the raw parameter: initializers, checkpoints, optimizers and weight decay see what they
-    always see. Arguments and shapes are those of :class:`detectron2.layers.Conv2d`, and ``padding_mode`` is that of
+    ``weight`` stays the raw parameter, so that initializers, checkpoints, optimizers and weight decay work as
+    always. Arguments and shapes are those of :class:`detectron2.layers.Conv2d`, and ``padding_mode`` is that of
     :class:`torch.nn.Conv2d`.
 
     Examples::
@@ -59,9 +59,9 @@ class WSConv2d(Conv2d):
 
     __constants__ = [*nn.Conv2d.__constants__, "applies_norm"]
 
-    # False in what was an nn.Conv2d, which applies no norm, not even one that is its child
+    # False if it was an nn.Conv2d before, which does not apply a norm even if it has one as a child
     applies_norm: bool = True
-    # among the ways in which a convolution runs, the innermost
+    # the innermost of the ways in which a convolution can run
     order = 0
 
     @classmethod
@@ -85,18 +85,19 @@ class WSConv2d(Conv2d):
         return x
 
 
-WSConv2d._way_of_running = WSConv2d  # and not that of its subclasses, whose forward may be another
+WSConv2d._way_of_running = WSConv2d  # not inherited: a subclass may have another forward
 
 
 def standardize(layer: nn.Module, norm_name: str) -> None:
     """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
 
-    By its class, as PyTorch's lazy modules do: the layer may be under construction, and its parameters,
-    children and hooks stay. Nothing but the weight changes: Detectron2's ``Conv2d`` pads with zeros whatever its
-    ``padding_mode``, so that is set to "zeros"; ``nn.Conv2d`` pads by its own, and applies no norm.
+    The layer gets another class, as PyTorch's lazy modules do, so it may be under construction, and its parameters,
+    children and hooks stay. It computes the same but for the weight: Detectron2's ``Conv2d`` ignores its
+    ``padding_mode`` and pads with zeros, so the mode becomes "zeros"; an ``nn.Conv2d`` keeps its mode and applies no
+    norm.
 
     Raises:
-        InputError: for anything but exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
+        InputError: the class of ``layer`` is not exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
     """
     if has(layer, WSConv2d):
         return
@@ -121,7 +122,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
 
 
 def plain_class(layer):
-    """The class whose forward is that of ``layer``, but for the standardization; None where there is none."""
+    """The class whose forward differs from that of ``layer`` only in the standardization; None if there is none."""
     if not layer.applies_norm:
         return nn.Conv2d
     if layer.padding_mode == "zeros":
@@ -130,6 +131,6 @@ def plain_class(layer):
 
 
 def unstandardize(layer: WSConv2d) -> None:
-    """Turn ``layer`` back into what it was before :func:`standardize`."""
+    """Undo :func:`standardize`."""
     remove(layer, WSConv2d)
     layer.__dict__.pop("applies_norm", None)

@@ -1,4 +1,4 @@
-"""Each norm of a model is bound to the layer that makes its input when the model runs."""
+"""Bind each norm of a model to the layer that makes its input when the model runs."""
 
 import logging
 from contextlib import contextmanager
@@ -21,26 +21,26 @@ __all__ = ["bind_norms", "bind_to_producers", "runnable"]
 def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
 
-    Registration sees the order in which a model was built; this sees what it does, so any code will do. Call it before
-    the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/any-model.md. A norm that no single
-    weight layer feeds (after a residual sum, a concatenation, a pooling, an activation, on the model's input) takes
-    its own width as its input channels, so that PGN has one group there; its weight layer is "no single weight layer"
-    in its repr and in :func:`gng_d2.norm_table`. A norm whose layer cannot be seen (behind a function in NumPy) is
-    unbound, where only the order of registration had bound it. Norms whose ``in_channels`` were given keep them, and
+    Registration only sees the order in which a model was built. This runs the model, so any code will do. Call it
+    before the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/any-model.md. A norm that no
+    single weight layer feeds (after a residual sum, a concatenation, a pooling, an activation, on the model's input)
+    takes its own width as its input channels, so that PGN has one group there; its weight layer is "no single weight
+    layer" in its repr and in :func:`gng_d2.norm_table`. A norm whose layer cannot be found (behind a function in NumPy)
+    is unbound if only the order of registration had bound it. Norms whose ``in_channels`` were given keep them, and
     norms that the run does not reach stay as they are (:func:`unbound_norms`). A warning in the log names each norm
     whose number of groups changes.
 
     The model runs once, in eval mode and without gradients, on its own device, also on meta. Its weights, buffers and
-    modes and the random number generators are afterwards what they were.
+    modes and the random number generators are restored afterwards.
 
     Args:
-        example_inputs: what the model is called with. A tuple: its positional arguments; a dict: its keyword arguments;
-            anything else (a tensor, Detectron2's list of dicts): its only argument. A loader's (images, labels) will
-            do, where the model takes the images alone.
+        example_inputs: what the model is called with. A tuple holds positional arguments, a dict keyword arguments;
+            anything else (a tensor, Detectron2's list of dicts) is the only argument. A loader's (images, labels) will
+            do if the model takes the images alone.
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers that would give it different
-            groups, or a layer cannot be standardized. No norm is bound then.
+            groups, or a layer cannot be standardized. Then no norm is bound.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))
@@ -67,7 +67,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         f"{NO_LAYER} ({', '.join(without) or '-'}); {len(unbound)} stay unbound ({', '.join(unbound) or '-'})"
     )
     changed = [
-        f"{names[norm]}: {groups} -> {norm.num_groups or 'none, as its layer cannot be seen'}"
+        f"{names[norm]}: {groups} -> {norm.num_groups or 'none, because its layer cannot be found'}"
         for norm, groups in before.items()
         if groups not in (None, norm.num_groups)
     ]
@@ -78,7 +78,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 @contextmanager
 def runnable(norms):
-    """While within, all ``norms`` have one group, with which each of them can run."""
+    """A context in which all ``norms`` have one group, so that each of them can run."""
     kept = {norm: (norm.num_groups, norm.weight_layer) for norm in norms}
     for norm in kept:
         norm.num_groups, norm.weight_layer = 1, norm.weight_layer or NO_LAYER
@@ -90,7 +90,7 @@ def runnable(norms):
 
 
 def _layers(norm, name, producers) -> list[Producer]:
-    """The weight layers that made the inputs of ``norm``; none, if something else made one of them."""
+    """The weight layers that made the inputs of ``norm``; an empty list if something else made one of them."""
     layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
     others = [made.op for made in producers if made.n_out != norm.num_channels]
     depends_on = {made.n_in for made in layers} | {norm.num_channels for _ in others}
@@ -117,7 +117,7 @@ def bind_to_producers(norm, producers):
 
 
 def _give_back_weights(model, norms, layers):
-    """Convolutions that were standardized for ``norms``, but are none of the ``layers``, are plain ones again."""
+    """Make convolutions plain again that were standardized for ``norms`` but are not among ``layers``."""
     norms = {norm for norm in norms if norm.weight_standardization}
     standardized = {layer for _, norm, _, layer in named_norms(model) if norm in norms}
     for layer in standardized - set(layers):

@@ -1,4 +1,4 @@
-"""Group norms take the place of a trained network's batch norms: each gets the affine that suits its groups."""
+"""Fit the affines of group norms that replace a trained network's batch norms."""
 
 import copy
 import logging
@@ -22,9 +22,9 @@ __all__ = ["calibrate", "calibrate_norms", "convert_and_calibrate"]
 
 _log = logging.getLogger(__name__)
 
-FEWEST_NUMBERS = 16  # of a channel: a norm that saw fewer keeps its affine
-SMALLEST_DEVIATION = 1e-3  # of a normalized channel: a smaller one has no signal that a weight could bring back
-LARGEST_WEIGHT = 10  # times the largest of the reference's norm
+FEWEST_NUMBERS = 16  # a norm that saw fewer numbers of a channel keeps its affine
+SMALLEST_DEVIATION = 1e-3  # a normalized channel with a smaller deviation has no signal that a weight could restore
+LARGEST_WEIGHT = 10  # as a multiple of the largest weight of the reference's norm
 
 
 def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.Module:
@@ -36,15 +36,15 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
     deviation that it has in ``reference``, and the run goes on with that output. Nothing is trained. The fewer groups
     a norm has, the more of the network survives.
 
-    Both networks run in eval mode, without gradients and without autocast. Afterwards they are what they were, but for
-    the values of the affines: these stay the same parameters, and frozen ones stay frozen. A group norm keeps its
-    affine, and the log lists it, if ``reference`` has no norm of its name or too few numbers reach it. A channel that
-    carries no signal after the group norm takes weight 0 and the reference's mean. No weight is larger than 10 times
-    the largest of the reference's norm, and a weight that is 0 in ``reference`` is 0.
+    Both networks run in eval mode, without gradients and without autocast. Afterwards only the values of the affines
+    have changed: they stay the same parameters, and frozen ones stay frozen. A group norm keeps its affine, and the log
+    lists it, if ``reference`` has no norm of its name or too few numbers reach it. A channel that carries no signal
+    after the group norm takes weight 0 and the reference's mean. No weight is larger than 10 times the largest of the
+    reference's norm, and a weight that is 0 in ``reference`` is 0.
 
     Each norm then has an attribute ``calibration_error``, which :func:`~gng_d2.norm_table` shows. It is how far the
     norm's output is from the reference's, in deviations of the reference's output: 0 where they are equal, 1.4 where
-    they have nothing in common. So it tells where a network was lost.
+    they have nothing in common. So it shows at which norm a network was lost.
 
     Args:
         model: its group norms are of :class:`torch.nn.GroupNorm` or a class that extends it.
@@ -59,8 +59,8 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
         ``model``.
 
     Raises:
-        InputError: the networks are not the same but for their norms, or cannot be run with ``inputs``. The affines
-            are then what they were.
+        InputError: the networks differ in more than their norms, or cannot be run with ``inputs``. The affines
+            are then unchanged.
 
     Examples::
         >>> reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -79,7 +79,7 @@ def calibrate(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], without: Collection[str] = ()
 ) -> nn.Module:
     """:func:`calibrate_norms` on ``batches``, as if ``reference`` had no norms with the names ``without``."""
-    model, reference = (getattr(m, "_orig_mod", m) for m in (model, reference))  # not what torch.compile made of it
+    model, reference = (getattr(m, "_orig_mod", m) for m in (model, reference))  # the model that torch.compile wrapped
     pairs = {pair.name: pair for pair in _pairs(model, reference, without)}
     batches = list(batches)
     if not batches:
@@ -96,7 +96,7 @@ def calibrate(
 
 
 def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
-    """``convert(model)``, calibrated. All that may fail happens to a copy, and the reference is ``model`` itself."""
+    """Return ``convert(model)``, calibrated. What may fail is done to a copy, with ``model`` as the reference."""
     calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
     with _once():
         convert(model)
@@ -110,7 +110,7 @@ def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.M
 
 @contextmanager
 def _once():
-    """What the conversion of the copy has logged is not logged again."""
+    """A context in which a second conversion does not repeat the log of the first."""
     log = logging.getLogger(__package__ + ".convert_norms")
     was_disabled, log.disabled = log.disabled, True
     try:
@@ -160,8 +160,8 @@ def _three(names):
 
 
 def _sweep(pairs, model, reference, batches):
-    """Run all batches. A norm that takes part several times gets its affine at the end, and what comes after it was
-    computed with another, so all run again until no such affine changes."""
+    """Run all batches. A norm that is used several times gets its affine at the end, when the norms after it have
+    seen outputs of the old affine. So the batches run again until no such affine changes."""
     for _ in range(2 + len(pairs)):
         for pair in pairs.values():
             pair.begin()
@@ -183,7 +183,7 @@ class _Pair:
 
     def __init__(self, name: str, norm: nn.GroupNorm, reference: nn.Module):
         self.name, self.norm, self.reference = name, norm, reference
-        self.is_repeated = False  # whether a pass, or passes of their own, come to it several times
+        self.is_repeated = False  # whether one pass, or separate passes, reach it several times
         self.dead = 0  # channels without signal
         self.error: float | None = None
         self._sums: Tensor | None = None  # of this sweep
@@ -194,7 +194,7 @@ class _Pair:
         self._sums = None
 
     def take(self, passes: list[tuple[Pass, Pass]]) -> None:
-        """These passes have reached the norm; those of the model stopped with its input."""
+        """Take the norm's input and the reference's output from passes that have stopped there."""
         self.is_repeated = self.is_repeated or self._sums is not None
         for model, reference in passes:
             input, output = model.tensor, reference.tensor
@@ -220,7 +220,7 @@ class _Pair:
         return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self._sums[0, 0] < FEWEST_NUMBERS else None
 
     def settle(self) -> bool:
-        """Write the affine that follows from the sums; whether it is another than before."""
+        """Write the affine that follows from the sums, and return whether it changed."""
         norm, changed = self.norm, False
         if self._before is None:
             weight, bias = torch.ones_like(self._sums[0]), torch.zeros_like(self._sums[0])
@@ -264,7 +264,7 @@ def _deviations(sums):
 
 
 def _relative_error(sums, weight, bias):
-    """Of weight x + bias, from y: root of the mean square, in deviations of y."""
+    """The root mean square of weight x + bias - y, in deviations of y."""
     number, x, y, xx, yy, xy = sums
     squares = weight**2 * xx + yy + number * bias**2 + 2 * (weight * bias * x - weight * xy - bias * y)
     spread = (number * _deviations(sums)[1] ** 2).sum()

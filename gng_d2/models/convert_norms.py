@@ -1,4 +1,4 @@
-"""Group norm in a model that exists: its norms are turned into ours where they stand."""
+"""Turn the norms of an existing model into ours, in place."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ __all__ = ["convert_norms"]
 
 _log = logging.getLogger(__name__)
 
-# Whose forward is a normalization with an affine, and nothing else but their own drop and act: library and class.
+# Library and class of norms whose forward is a normalization with an affine, and at most their own drop and act.
 # FrozenBatchNorm2d is copied from project to project, always with the same formula.
 _REPLACED = {
     *("torch._BatchNorm", "torch.SyncBatchNorm", "torch.GroupNorm", "gng_d2.GroupNorm", "gng_d2._WithActivation"),
@@ -43,14 +43,15 @@ def convert_norms(
 ) -> nn.Module:
     """``model`` with its batch norms and group norms turned into the norm of that name, in place.
 
-    It is for models that take no norm's name: those of torchvision, timm, segmentation_models_pytorch, or
-    one's own. Each norm is changed where it stands, as PyTorch's lazy modules are: a norm in two places stays
-    one, parameters stay the same objects (so device, dtype, ``requires_grad`` and an optimizer made before
-    stay), and so do eps, mode, hooks, and the activation and dropout inside timm's norms. Affine weights are
-    kept where they mean the same: those of a group norm, and those that are all 0 (a block that begins as its
-    shortcut). Any other affine begins at weight 1 and bias 0, and where it was a buffer (FrozenBatchNorm) it
-    trains if the weight layer does. Layer norms, instance norms, and a norm whose class has a forward of its
-    own are left. One line of the log says what became of which norm.
+    It is for models whose norms cannot be chosen by name: those of torchvision, timm,
+    segmentation_models_pytorch, or your own. Each norm is changed in place, as PyTorch's lazy modules are: a
+    norm used in two places stays one norm, parameters stay the same objects (so device, dtype,
+    ``requires_grad`` and an optimizer made before stay), and so do eps, mode, hooks, and the activation and
+    dropout inside timm's norms. Affine weights are kept where they mean the same: those of a group norm, and
+    those that are all 0 (a block that begins as its shortcut). Any other affine begins at weight 1 and bias 0,
+    and where it was a buffer (FrozenBatchNorm) it trains if the weight layer does. Layer norms, instance
+    norms, and norms whose class has another forward are left as they are. One line of the log says what became
+    of each norm.
 
     Args:
         model: any model. Convert it before it is wrapped (DDP), compiled, or copied (EMA).
@@ -72,7 +73,7 @@ def convert_norms(
 
     Raises:
         InputError: the name is none of ours, its number of groups does not divide a norm's width, or the model
-            cannot be calibrated. The model is then as it was.
+            cannot be calibrated. The model is then unchanged.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
@@ -93,7 +94,7 @@ def convert_norms(
 
 
 def _plan(model, norm, places):
-    """The changes to make; why which other norms are left, by their names; how many are such norms already."""
+    """The changes to make; why other norms are left, by their names; and how many norms need no change."""
     changes: list[_Change] = []
     left: dict[str, str] = {}
     already = 0
@@ -133,7 +134,7 @@ def _no_batch_of_one(old):
 
 
 def _change(name, norm, old, found):
-    """What ``old`` becomes: a norm without an affine, as that of ``old`` stays."""
+    """What ``old`` becomes: a norm without an affine, because ``old`` keeps its own."""
     width, base = num_channels(old), norm.removesuffix(WS)
     options = {"eps": old.eps, "affine": False}
     if base == "PGN":
@@ -157,7 +158,7 @@ def _change(name, norm, old, found):
 
 
 def _can_be_standardized(found):
-    if found.producers is None:  # bind_norms may find it
+    if found.producers is None:  # bind_norms may find the layer later
         return True
     kinds = [original_class(producer.layer) for producer in found.producers]
     return bool(kinds) and all(kind in (nn.Conv2d, Conv2d, WSConv2d) for kind in kinds)
@@ -170,7 +171,7 @@ class _Change:
     name: str
     old: nn.Module
     new: GroupNorm
-    groups: int | None  # by the name alone, whatever the size of the input; None: not known yet
+    groups: int | None  # those of the norm's name, for an input of any size; None: not known yet
     found: Place
 
     def __post_init__(self):
@@ -184,7 +185,7 @@ class _Change:
         return self.new.num_channels // groups * math.prod(self.found.size) if groups and self.found.size else math.inf
 
     def make_groups_larger(self):
-        """Behind a global pooling: until each group holds enough numbers, or there is one."""
+        """Behind a global pooling: take fewer groups, until each holds enough numbers or only one is left."""
         width, new = self.new.num_channels, self.new
         if self.groups and self.numbers_in_a_group() < NUMBERS_IN_A_GROUP:
             most = max(width * math.prod(self.found.size) // NUMBERS_IN_A_GROUP, 1)
@@ -198,14 +199,14 @@ class _Change:
         return f"({', '.join(map(str, ('N', self.new.num_channels, *self.found.size)))})"
 
     def obstacle(self):
-        """Why the norm is left: normalization of a single number does not depend on the input."""
+        """Why the norm is left: the result of normalizing a single number does not depend on the input."""
         if self.numbers_in_a_group() > 1:
             return None
         why = f"{type(self.old).__name__} on an input {self.shape()} with one number in each group"
         return why + _no_batch_of_one(self.old) + f": {_TRAINING_SIZE}" * (not self.found.is_pooled)
 
     def is_made(self):
-        """Whether ``old`` is that norm and bound; by the order of registration alone, its layer must not be another."""
+        """Whether ``old`` is that norm already and is bound, and no other layer was seen to feed it."""
         old, new = self.old, self.new
         if not isinstance(old, GroupNorm) or norm_name(old) != norm_name(new) or old.in_channels is None:
             return False
@@ -251,7 +252,7 @@ _TRAINING_SIZE = "give example_inputs of the size that you train on"
 
 
 def _report(norm, already, changes, left, has_run):
-    """One line on what became of which norm."""
+    """Log one line that says what became of each norm."""
     fresh = sum(change.is_fresh for change in changes)
     became = [(change.name, change.old) for change in changes]
     listed = {

@@ -1,4 +1,4 @@
-"""Standardized weights are written into plain convolutions, for inference."""
+"""Write standardized weights into plain convolutions, for inference."""
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        InputError: for a layer that cannot be folded without changing what the model computes, by its name. The model
-            is then as it was.
+        InputError: folding would change what the model computes; the message names the layer. The model is then
+            unchanged.
 
     Examples::
         >>> model = torch.nn.Sequential(WSConv2d(16, 32, 3), torch.nn.ReLU())
@@ -45,7 +45,7 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
     for group in sharing.values():
         raw = group[0].weight
         with torch.no_grad():
-            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # in the layout of raw
+            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
         weight = nn.Parameter(weight, raw.requires_grad)
         for layer in group:
             layer.weight = weight
@@ -61,18 +61,18 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
 
 def _is_folded(layer):
     folded = isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False)
-    return folded and not isinstance(layer, WSConv2d)  # which it becomes again before another norm
+    return folded and not isinstance(layer, WSConv2d)  # a folded layer becomes one again before another norm
 
 
 def _obstacle(layer):
-    """Why a plain convolution would not compute what ``layer`` does; None if it would."""
+    """Why a plain convolution would not compute what ``layer`` computes; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
     if not has(layer, WSConv2d) or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (
-            "its weight is no parameter, but computed, as by torch.nn.utils.prune, weight_norm or spectral_norm. "
+            "its weight is not a parameter but computed, as by torch.nn.utils.prune, weight_norm or spectral_norm. "
             "Remove that first (prune.remove, remove_weight_norm, remove_spectral_norm)"
         )
     if layer.weight.is_meta:
@@ -83,11 +83,11 @@ def _obstacle(layer):
 
 
 def _changed_since_folded(layer):
-    """Why the weight of a folded ``layer`` is no longer a standardized one; None if it is."""
+    """Why the weight of a folded ``layer`` is no longer standardized; None if it is."""
     filters = layer.weight.detach().flatten(1).double()
     if filters.is_meta or filters.shape[1] < 2:
         return None
-    std, mean = torch.std_mean(filters, 1)  # std: s / (s + 1e-5) where it was s, so less than 1 if s was small
+    std, mean = torch.std_mean(filters, 1)  # std is s / (s + 1e-5) if it was s before, so it is below 1 if s was small
     tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
     standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.1
     if standardized or not filters.any():

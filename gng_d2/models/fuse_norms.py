@@ -1,4 +1,4 @@
-"""Norm, shortcut and activation in one op, in modules whose forward is known."""
+"""Run norm, shortcut and activation in one op, in modules whose forward is known."""
 
 import logging
 import re
@@ -45,7 +45,7 @@ _FORWARDS = {
         "conv1 bn1 act1 maxpool ?grad_checkpointing ?torch.jit.is_scripting ?checkpoint_seq layer1 layer2 layer3 layer4"
     ),
 }
-_FPN = "detectron2.modeling.backbone.fpn.FPN.forward"  # which _run_fpn repeats
+_FPN = "detectron2.modeling.backbone.fpn.FPN.forward"  # _run_fpn repeats its code
 _FORWARDS[_FPN] = (
     "bottom_up lateral_convs in_features append output_convs enumerate zip F.interpolate _fuse_type insert top_block "
     "in_feature _out_features index extend len"
@@ -73,14 +73,14 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
     Parameters, buffers, hooks and the keys of the state_dict stay; the class of a module is replaced by a subclass of
     it, so that copies and pickles work. A norm still checks its input. At each call the module runs its own forward
-    instead where a hook is to see one of the modules that are run as one, and while it is compiled, exported or traced.
+    instead if one of the fused modules has a hook, and while it is compiled, exported or traced.
 
     Args:
         model: changed in place. Its norms are group norms already, for instance by :func:`convert_norms`.
         enable: False undoes it.
 
     Returns:
-        ``model``. The modules, and those with a norm that is not fused, are logged.
+        ``model``. The log names the modules, and those with a norm that is not fused.
 
     Raises:
         InputError: ``model`` has no norm that can be fused.
@@ -141,7 +141,7 @@ class _Fused(StandIn):
 
 @cache
 def _known(cls):
-    """(method, its full name) of the method of ``cls`` that runs norms in a way that is known; None: there is none."""
+    """(name, full name) of the method of ``cls`` that runs norms in a known way; None if there is none."""
     for name in _METHODS:
         method = getattr(cls, name, None)
         if method in (nn.Sequential.forward, Conv2d.forward):
@@ -166,13 +166,13 @@ def _fused_norms(module):
 
 
 class _Added(NamedTuple):
-    """A step that adds what ``shortcut`` makes of the input of all steps; None: that input."""
+    """A step that adds ``shortcut(x)``, where x is the input of all steps; it adds x if ``shortcut`` is None."""
 
     shortcut: Callable[[Tensor], Tensor] | None
 
 
 def _steps(module):
-    """What ``module`` does with its input, one after another; nothing where it now goes another way."""
+    """The steps that ``module`` takes with its input, in order; none if its forward now takes another branch."""
     forward = _known(original_class(module))[1]
     if forward is Conv2d.forward:
         return _steps_of_convolution(module)
@@ -200,7 +200,7 @@ def _convolve(conv, x):
 
 
 def _groups(steps, is_hooked):
-    """Lists of steps: a norm with the shortcut and the activation that it runs with, any other step alone."""
+    """Lists of steps: a norm together with the shortcut and activation that follow it; any other step alone."""
     groups, waiting = [], deque(_flat(steps, is_hooked))
     while waiting:
         groups.append([waiting.popleft()])
@@ -213,7 +213,7 @@ def _groups(steps, is_hooked):
 
 
 def _flat(steps, is_hooked):
-    """The steps that do something; a convolution of Detectron2's as its own ones, where an activation may follow it."""
+    """The steps that do something. Detectron2's convolutions, if an activation may follow, are split."""
     for step in steps:
         if step is None or (type(step) is nn.Identity and not is_hooked(step)):
             continue
@@ -238,7 +238,7 @@ def _activation(step):
 
 
 def _is_hooked(step):
-    """Whether calling it does more than its forward: hooks of it, a forward of its own, or norms computed again."""
+    """Whether calling it does more than its class's forward: it has hooks, its own forward, or recomputed norms."""
     if not isinstance(step, nn.Module):
         return False
     own = vars(step)

@@ -20,7 +20,7 @@ _FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _a
 
 
 def policy_without(changed_in_place: Collection[int]) -> Callable:
-    """The policy of a checkpoint that keeps outputs whose elements cost most, but not those at these places."""
+    """The policy of a checkpoint that keeps the outputs whose elements cost most, except those at the given places."""
     counts = {False: 0, True: 0}
 
     def policy(context, op, *args, **kwargs):
@@ -34,13 +34,13 @@ def policy_without(changed_in_place: Collection[int]) -> Callable:
 
 
 class CastsOfWeights(_python_dispatch.TorchDispatchMode):
-    """Hides autocast's casts of weights from the checkpoint, which wants the same ops when a block runs again.
+    """Hides autocast's casts of weights from the checkpoint, which expects the same ops when a block runs again.
 
-    Autocast casts a weight once for all runs of a forward pass, so not in each, and once more in the backward pass.
+    Autocast casts a weight once in a forward pass, in the first run that uses it, and again in the backward pass.
     """
 
     @classmethod
-    def ignore_compile_internals(cls):  # as PyTorch's modes for checkpoints: what is compiled inside runs compiled
+    def ignore_compile_internals(cls):  # as in PyTorch's modes for checkpoints: compiled parts stay compiled
         return True
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -50,7 +50,7 @@ class CastsOfWeights(_python_dispatch.TorchDispatchMode):
 
 
 class Watch(_python_dispatch.TorchDispatchMode):
-    """Sees, when a module first runs, which of the outputs that would be kept an op then changes in place."""
+    """Notes, when a module first runs, which outputs that would be kept are later changed in place."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Watch(_python_dispatch.TorchDispatchMode):
         return output
 
     def changed(self):
-        """The places of the outputs, for instance of a convolution's before a ReLU."""
+        """The places of the changed outputs, for instance that of a convolution before an in-place ReLU."""
         outputs, self._outputs = self._outputs, []
         return frozenset(place for place, (output, version) in enumerate(outputs) if output._version != version)
 

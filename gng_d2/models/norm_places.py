@@ -22,7 +22,7 @@ from .bind_norms import runnable
 
 __all__ = ["NUMBERS_IN_A_GROUP", "Place", "find_places"]
 
-# With fewer, a group says little of its input: two numbers become +1 and -1, whatever they were.
+# Fewer numbers lose their values when they are normalized: any two become +1 and -1.
 NUMBERS_IN_A_GROUP = 16
 
 
@@ -30,15 +30,15 @@ NUMBERS_IN_A_GROUP = 16
 class Place:
     """What is known of a norm's place in the model."""
 
-    # the weight layers that feed it, alike in their sizes; empty: no single one does; None: not known
+    # the weight layers that feed it, all of the same sizes; empty: no single layer feeds it; None: not known
     producers: list[Producer] | None = None
-    shapes: list[tuple] = field(default_factory=list)  # of its inputs, where the model was run
-    size: tuple | None = None  # height and width, say, of its smallest input, where that has such
-    is_pooled: bool = False  # whether wider images leave that size as it is, behind a global pooling
+    shapes: list[tuple] = field(default_factory=list)  # the shapes of its inputs, if the model was run
+    size: tuple | None = None  # the spatial size of its smallest input, if it has one
+    is_pooled: bool = False  # whether wider images do not change that size, as behind a global pooling
 
 
 def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]:
-    """What feeds each norm: seen by running the model, else by the order of registration or the norm's record."""
+    """What feeds each norm: found by running the model, or from the order of registration or the norm's record."""
     norms = [module for module in model.modules() if _is_norm(module)]
     found = {norm: Place() for norm in norms}
     registered = defaultdict(list)
@@ -72,7 +72,7 @@ def _find_by_running(model, found, example_inputs):
         place.shapes, place.size, place.is_pooled = shapes[norm], _smallest(shapes[norm]), False
     small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
     if small:
-        with _shapes_of_inputs(small) as shapes, suppress(InputError):  # what it reaches before it fails is seen
+        with _shapes_of_inputs(small) as shapes, suppress(InputError):  # norms before the failure are still seen
             find_producers(model, (), tree_map(_wider, example_inputs))
         for norm in small:
             found[norm].is_pooled = _smallest(shapes[norm]) == found[norm].size
@@ -83,7 +83,7 @@ def _smallest(shapes):
 
 
 def _wider(x):
-    """Images twice as wide, and wide enough for any stride to leave more than one pixel."""
+    """Images at least twice as wide, so that more than one pixel is left after all strides."""
     if not isinstance(x, Tensor) or x.dim() < 3:
         return x
     return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
@@ -105,7 +105,7 @@ def _shapes_of_inputs(norms):
 
 
 def _is_norm(module):
-    """Whether it normalizes, and holds no norm or other module with parameters."""
+    """Whether it is a norm and contains no other module with parameters."""
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return True
     if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):

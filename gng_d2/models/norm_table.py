@@ -18,16 +18,16 @@ __all__ = ["CalibratedNormRow", "NormRow", "NormTable", "norm_summary", "norm_ta
 
 @dataclass(frozen=True)
 class NormRow:
-    """One norm of a model, with its weight layer and its groups. None is what is not known or does not apply."""
+    """One norm of a model, with its weight layer and its groups. None: the value is unknown or does not apply."""
 
     name: str  # its path in the model
-    norm: str  # by which a config asks for it, such as "PGN+WS"; its class where it has no such name
-    layer: str | None  # path of its weight layer, or what the norm knows of it: "Conv2d(256, 64)"
+    norm: str  # the name by which a config asks for it, such as "PGN+WS"; its class name if there is none
+    layer: str | None  # the path of its weight layer, or a description such as "Conv2d(256, 64)"
     n_in: int | None  # input channels of that layer; the norm's own width where no single layer feeds it
     n_out: int | None  # output channels of that layer
     num_groups: int | None
     ideal_num_groups: float | None  # Eq. 32
-    isometry_ratio: float | None  # K, Eq. 31: of the variance of the gradient before the block to that after it
+    isometry_ratio: float | None  # K, Eq. 31: the gradient's variance before the block over that after it
     weight_standardized: bool
 
 
@@ -57,7 +57,7 @@ class NormTable(list[NormRow]):
 def norm_table(model: nn.Module) -> NormTable:
     """One row for each norm of ``model``, in its order: norms of ours, of PyTorch and of Detectron2.
 
-    Any model will do, also on the meta device. What it returns is a list that prints as a table;
+    Any model will do, also on the meta device. The result is a list that prints as a table;
     ``dataclasses.asdict(row)`` is a row for JSON.
 
     Examples::
@@ -92,7 +92,7 @@ def _row(name, norm, layer_name, layer):
 
 
 def norm_summary(model: nn.Module) -> str:
-    """One line for a log: how many norms ``model`` has, with how many groups, and which have none.
+    """One line for a log: how many norms ``model`` has, their groups, and which norms have no groups.
 
     Examples::
         >>> norm_summary(nn.Sequential(nn.Conv2d(64, 128, 3), nn.GroupNorm(32, 128), nn.BatchNorm2d(128)))

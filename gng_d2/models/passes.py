@@ -1,4 +1,4 @@
-"""Forward passes that run side by side: each stops at every norm until the others have come there."""
+"""Forward passes that run side by side: each one stops at every norm and waits for the others."""
 
 from collections.abc import Callable, Sequence
 from threading import Semaphore, Thread, current_thread
@@ -13,20 +13,20 @@ from gng_d2.layers.producers import calls_with
 
 __all__ = ["Pass", "run_in_step", "stop_after", "stop_before"]
 
-# PyTorch gives each thread that computes on the CPU threads of its own, which it keeps: of all passes at most so many
+# PyTorch gives each thread that computes on the CPU its own threads and keeps them; all passes get at most so many
 MOST_THREADS = 256
 
 
 class Pass(Thread):
-    """A forward pass of ``model`` in a thread that never runs while another does: a coroutine through any code.
+    """A forward pass of ``model`` in its own thread. Only one pass runs at a time, as with coroutines.
 
     It has no gradients and no autocast, and stops where :meth:`stop` is called until :meth:`go_on` is.
     """
 
     def __init__(self, model: nn.Module, inputs: Any):
         super().__init__(daemon=True)
-        self.at: str | None = None  # where it stopped; None: it ended
-        self.tensor: Tensor | None = None  # that it stopped with
+        self.at: str | None = None  # the norm where it stopped; None: it has ended
+        self.tensor: Tensor | None = None  # the tensor at this norm
         self.error: BaseException | None = None
         self.num_threads = 1
         self._model, self._inputs = model, inputs
@@ -54,7 +54,7 @@ class Pass(Thread):
                 try:
                     self._model(*args, **kwargs)
                     return
-                except Exception as error:  # of any kind: it is the user's code
+                except Exception as error:  # the user's code may raise any error
                     failed = failed or error
                     if self._has_begun:
                         break
@@ -87,18 +87,18 @@ class Pass(Thread):
 
 
 class _CancelledPass(BaseException):
-    """Nobody waits for this pass any more."""
+    """The pass was cancelled."""
 
 
 def stop_before(name: str, norm: nn.Module):
-    """A hook by which passes stop at ``norm`` with its input."""
+    """Add a hook by which passes stop at ``norm`` with its input."""
     return norm.register_forward_pre_hook(
         lambda _, args, kwargs: _stop(name, *args, *kwargs.values()), with_kwargs=True
     )
 
 
 def stop_after(name: str, norm: nn.Module):
-    """A hook by which passes stop at ``norm`` with its output, before the dropout and activation of timm's norms."""
+    """Add a hook by which passes stop at ``norm`` with its output, before dropout and activation of timm's norms."""
     if "drop" in norm._modules:
         return norm.drop.register_forward_pre_hook(lambda _, args: _stop(name, *args))
     return norm.register_forward_hook(lambda _, args, output: _stop(name, output))
@@ -110,8 +110,8 @@ def _stop(name, tensor):
 
 
 def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list[tuple[Pass, Pass]]], None]) -> None:
-    """Run the two passes of each pair from stop to stop. Once all have stopped, those that stand at the same place go
-    on after ``at_stop(place, pairs)``; the others wait for their turn.
+    """Run the two passes of each pair from stop to stop. Once all have stopped, ``at_stop(place, pairs)`` is
+    called for those at one place, and these go on; the others wait for their turn.
 
     Raises:
         InputError: the passes of a pair stop at different places, or cannot be run.
@@ -127,7 +127,7 @@ def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list
             for model, reference in pairs:
                 if model.at != reference.at:
                     raise InputError(
-                        f"inputs: with them the model comes to {model.at or 'its end'} where the reference comes to "
+                        f"inputs: with them the model reaches {model.at or 'its end'} when the reference reaches "
                         f"{reference.at or 'its end'}. Both must be the same network"
                     )
             place = next(model.at for model, _ in pairs if model.at)
@@ -140,4 +140,4 @@ def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list
         for one in passes:
             if one.is_alive():
                 one.cancel()
-        torch.set_num_threads(num_threads)  # which is of threads to come, too
+        torch.set_num_threads(num_threads)  # the number holds for new threads, too

@@ -1,4 +1,4 @@
-"""A model of PyTorch's own classes, for what knows a module by its exact class."""
+"""Turn our modules into PyTorch's own classes, for tools that look modules up by their exact class."""
 
 from torch import nn
 
@@ -30,8 +30,8 @@ def to_plain(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        InputError: a norm has no groups yet or is of a subclass of ours, or a weight cannot be folded; says which.
-            The model is then as it was.
+        InputError: a norm has no groups yet or is of a subclass of ours, or a weight cannot be folded. The
+            message names it, and the model is then unchanged.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 32, 3), PracticalGroupNorm(32, weight_standardization=True))

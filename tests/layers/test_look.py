@@ -335,7 +335,7 @@ def test_what_cannot_be_seen_is_silent_until_the_looks_end(caplog):
         model(image(64))
     assert not caplog.records
     model(image(64))
-    assert "this PGN does not show in training. It follows Conv2d(24, 8) for the order" in caplog.text
+    assert "this PGN. It follows Conv2d(24, 8) only because of the order" in caplog.text
     with pytest.raises(InputError, match="never met a weight layer"):
         pgn(8)(h)
     bind_norms(model, image(64))

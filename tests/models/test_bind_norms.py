@@ -246,7 +246,7 @@ class BehindNumpy(nn.Module):
 def test_what_rests_on_registration_and_cannot_be_seen_is_unbound_and_listed(caplog):
     model = bind_norms(BehindNumpy(pgn(8)), image(64))
     assert unbound_norms(model) == ["norm"] and model.norm.in_channels is None
-    assert "changed the number of groups of 1 norms: norm: 4 -> none, as its layer cannot be seen" in caplog.text
+    assert "changed the number of groups of 1 norms: norm: 4 -> none, because its layer cannot be found" in caplog.text
     model = bind_norms(BehindNumpy(pgn(8, weight_standardization=True)), image(64))
     assert unbound_norms(model) == ["norm"] and type(model.decoy) is nn.Conv2d
     model = convert_norms(BehindNumpy(nn.BatchNorm2d(8)), "PGN", image(64))

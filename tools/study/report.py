@@ -169,8 +169,8 @@ def table(rows: list[ComparisonRow]) -> str:
 _NO_INTERVAL = "Differences of a single seed: no interval, so no conclusion."
 _INTERVALS = (
     "Mean of the differences seed by seed, with its 95 % interval (Student's t). `*`: the interval leaves out 0; "
-    "without it, the seeds alone may explain the difference. "
-    "{} made here, and of twenty that the seeds do explain, one gets a `*`."
+    "without it, the difference is within seed noise. "
+    "{} made here, and of twenty differences that are mere noise, one gets a `*`."
 )
 
 
