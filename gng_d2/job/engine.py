@@ -39,7 +39,7 @@ from .build import bind_remaining_norms, build_on_meta
 from .calibrate import calibrate_backbone
 from .checkpoint import Checkpointer, check_norms, load_model
 from .config import check_config, check_weights, find_config_file, load_config
-from .data.checks import naming_datasets, prepare_datasets
+from .data.checks import map_values, naming_datasets, prepare_datasets
 from .data.images import NamingMapper
 from .data.loader import build_train_loader, seed_step, start_at
 from .evaluators import build_evaluator, check_evaluation
@@ -111,7 +111,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
         with naming_datasets("DATASETS.TEST", [dataset_name]):
-            mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+            mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_writers(self):

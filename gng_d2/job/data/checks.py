@@ -16,12 +16,22 @@ from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
 from . import embedded
-from .images import FILES
+from .images import FILES, NamingMapper
 
-__all__ = ["prepare_datasets", "check_classes", "check_records", "compare", "learned_classes", "naming_datasets"]
+__all__ = [
+    "prepare_datasets",
+    "check_classes",
+    "check_records",
+    "compare",
+    "learned_classes",
+    "map_values",
+    "naming_datasets",
+]
 
 # where Detectron2's registrations keep what they read
 _PATHS = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir", "dirname")
+
+_FIRST = 10  # records of a test set, of which the maps are read before the training
 
 
 def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -43,6 +53,11 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name what to train on")
     check_classes(cfg, eval_only)
+    if map_values(cfg):  # the maps of the test set would be met after the training
+        mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
+        for name in cfg.DATASETS.TEST:
+            for record in itertools.islice(DatasetCatalog.get(name), _FIRST):
+                mapper(record)
 
 
 def _prepare_dataset(key, name):
@@ -132,6 +147,12 @@ def learned_classes(cfg) -> Iterator[tuple[str, int, str]]:
         yield "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, "keypoint_names"
 
 
+def map_values(cfg: CfgNode) -> tuple[int, int] | None:
+    """The number of classes in the semantic maps that the model learns from, and the value of what is not annotated."""
+    counts = [count for _, count, field in learned_classes(cfg) if field == "stuff_classes"]
+    return (counts[0], cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE) if counts else None
+
+
 def compare(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
     """Compare the ``count`` of classes that a model has by ``key`` with those ``known`` of the dataset ``name``, on
     which it ``trains`` or is only tested."""
@@ -200,6 +221,7 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
                 raise InputError(
                     f"DATASETS.TRAIN {names}: no image has {wanted}, and {cfg.MODEL.META_ARCHITECTURE} learns from them"
                 )
+        _check_heads(cfg, names, annotations)
     for annotation, record in annotations if "thing_classes" in learned else ():
         box, (key, count), image = annotation.get("bbox"), learned["thing_classes"], record.get("file_name")
         if isinstance(mapper, DatasetMapper) and (not hasattr(box, "__len__") or len(box) not in (4, 5)):  # 5: rotated
@@ -214,6 +236,17 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
             f"DATASETS.TRAIN {names}: each of the {len(annotations)} boxes is empty, for instance "
             f"{list(annotations[0][0]['bbox'])} of {annotations[0][1].get('file_name')}. Is their bbox_mode right?"
         )
+
+
+def _check_heads(cfg, names, annotations):
+    """The loaders of Detectron2 leave out a segmentation that is empty."""
+    for key, wanted in (("MASK_ON", "segmentation"), ("KEYPOINT_ON", "keypoints")):
+        without = [record for annotation, record in annotations if wanted not in annotation]
+        if cfg.MODEL[key] and without:
+            raise InputError(
+                f"DATASETS.TRAIN {names}: {len(without)} of {len(annotations)} annotations have no {wanted}, for "
+                f"instance one of {without[0].get('file_name')}. Set MODEL.{key} to False, or add them"
+            )
 
 
 def _has_area(annotation):

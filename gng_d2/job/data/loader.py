@@ -24,7 +24,7 @@ from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from .checks import check_records, naming_datasets
+from .checks import check_records, map_values, naming_datasets
 from .images import NamingMapper, read_image
 
 __all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
@@ -114,7 +114,7 @@ def build_train_loader(cfg: CfgNode):
         parts = _train_loader_from_config(cfg)
     check_records(cfg, parts["dataset"], parts["mapper"])
     _take_rle_masks(parts["dataset"], parts["mapper"])
-    parts["mapper"] = NamingMapper(parts["mapper"])
+    parts["mapper"] = NamingMapper(parts["mapper"], map_values(cfg))
     if cfg.SEED < 0:
         return build_detection_train_loader(**parts)
 

@@ -319,6 +319,69 @@ def test_a_broken_semantic_map_is_named_and_not_its_image(register, tmp_path):
         next(iter(build_train_loader(cfg)))
 
 
+@pytest.fixture
+def maps(register, tmp_path):
+    """Registers a semantic dataset with this map, given as an image of Pillow, and returns a config for it."""
+
+    def with_map(image, *overrides):
+        image.save(tmp_path / "labels.png")
+        register("maps", [record(tmp_path, sem_seg_file_name=str(tmp_path / "labels.png"))], evaluator_type="sem_seg")
+        small = ["SOLVER.IMS_PER_BATCH", "1", "MODEL.META_ARCHITECTURE", "SemanticSegmentor"]
+        return quick(*small, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4", "DATASETS.TRAIN", "('maps',)", *overrides)
+
+    return with_map
+
+
+def grey(*values, size=(48, 32), dtype=np.uint8):
+    return Image.fromarray(np.resize(np.array(values, dtype), size[::-1]))
+
+
+def palette(dark):
+    image = grey(0, 1, 2, 3).convert("P")
+    image.putpalette([level * (1 if dark else 60) for level in range(4) for _ in "RGB"])
+    return image
+
+
+NO_MAPS = {
+    "a class too many": (grey(0, 3, 4, 255), "labels.png has the value 4.*classes, 0 to 3, and 255"),
+    "grey levels": (grey(0, 85, 170, 255), "labels.png has the value 85"),
+    "colours": (grey(0, 1).convert("RGB"), "labels.png is not greyscale but of Pillow's mode RGB"),
+    "a palette": (palette(dark=False), "labels.png is not greyscale but of Pillow's mode P"),
+    "a palette of small values": (palette(dark=True), "labels.png is not greyscale but of Pillow's mode P"),
+    "another size": (grey(0, 1, size=(24, 16)), "0.png is 48 x 32, .*labels.png is 24 x 16"),
+}
+
+
+@pytest.mark.parametrize("image, message", NO_MAPS.values(), ids=NO_MAPS.keys())
+def test_a_map_that_is_none_is_refused_with_its_file(image, message, maps):
+    cfg = maps(image, "DATASETS.TEST", "()")
+    with pytest.raises(InputError, match=message):
+        next(iter(build_train_loader(cfg)))
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_maps_of_the_test_set_are_looked_at_before_the_training(eval_only, maps):
+    """Detectron2 counts a class that there is not as another one, without a word."""
+    with pytest.raises(InputError, match="labels.png has the value 9"):
+        prepare_datasets(maps(grey(0, 9), "DATASETS.TEST", "('maps',)"), eval_only)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_maps_with_classes_and_what_is_not_annotated_pass(dtype, maps):
+    cfg = maps(grey(0, 1, 2, 3, 255, dtype=dtype), "DATASETS.TEST", "('maps',)")
+    prepare_datasets(cfg)
+    assert set(next(iter(build_train_loader(cfg)))[0]["sem_seg"].unique().tolist()) == {0, 1, 2, 3, 255}
+
+
+@pytest.mark.parametrize("key, wanted", [("MASK_ON", "segmentation"), ("KEYPOINT_ON", "keypoints")])
+def test_annotations_without_what_a_head_learns_are_refused(key, wanted, register, tmp_path):
+    entry = record(tmp_path, (1, 1, 9, 9), (2, 2, 9, 9))
+    entry["annotations"][0].update(segmentation=[[1, 1, 9, 1, 9, 9]], keypoints=[1, 1, 2] * 17)
+    register("bare", [entry], keypoint_names=["a"] * 17, keypoint_flip_map=[])
+    with pytest.raises(InputError, match=rf"1 of 2 annotations have no {wanted}, .*0.png. Set MODEL.{key} to False"):
+        build_train_loader(detector("bare", f"MODEL.{key}", "True"))
+
+
 def test_a_fault_of_the_users_own_mapper_stays_what_it_is(tmp_path):
     with pytest.raises(ZeroDivisionError):
         NamingMapper(lambda record: 1 / 0)(record(tmp_path, (1, 1, 9, 9)))
