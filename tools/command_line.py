@@ -1,7 +1,7 @@
 """What the command lines of tools/ have in common: their outputs, KEY VALUE pairs, and how they end.
 
-It imports nothing that takes long, and the tools import what does in their ``main``. So ``--help`` is there at once,
-the warnings of other packages do not come before it, and Ctrl-C is one line from the start.
+Importing it is quick, and the tools import slow packages in their ``main``. So ``--help`` comes at once and without the
+warnings of other packages, and Ctrl-C is one line from the start.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def tool_parser(doc):
 
 
 def add_outputs(parser, json, plot=None):
-    """Give ``parser`` the flag ``--json``, and ``--plot`` where there is something to draw. Both say what in help."""
+    """Give ``parser`` the flag ``--json``, and ``--plot`` where there is something to draw. Their arguments are the help texts."""
     parser.add_argument("--json", metavar="OUT", help=json)
     if plot:
         parser.add_argument("--plot", metavar="OUT.png", type=_picture, help=plot)

@@ -6,8 +6,8 @@
         --num-gpus 8 --cluster slurm --slurm-partition gpu --parallel 3
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
-was: what finished is not run again, what was interrupted resumes, what failed is tried once more. Started
-twice at the same time on one machine, each takes the runs that the other leaves.
+was: finished runs stay, interrupted ones resume, failed ones are tried once more. Two such commands at the same
+time on one machine share the runs between them.
 
 With --cluster slurm each run is a job of Slurm, in a checkout and a DIR that all machines see. The jobs go on when
 this command ends; the same command watches them again, and submits what has no job. Ctrl-C asks whether to
@@ -37,8 +37,12 @@ def parse_args():
     parser.add_argument(
         "--norm-keys", nargs="+", metavar="KEY", help="what to vary; default: each NORM of the model that is GN or ours"
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="of each machine; without GPUs, processes; default: 1")
-    parser.add_argument("--num-machines", type=int, default=1, help="of each run; default: 1; all need DIR in common")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, help="GPUs of each machine, or processes where there are no GPUs; default: 1"
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, help="machines for each run, which must share DIR; default: 1"
+    )
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
     parser.add_argument(
         "--cluster", choices=["local", "slurm"], default="local", help="where runs are trained; default: this machine"
@@ -80,7 +84,7 @@ def _add_slurm(group):
         "--slurm-option",
         action="append",
         metavar="NAME=VALUE",
-        help="another of sbatch's, and again for one more: --slurm-option constraint=a100 --slurm-option exclusive. "
+        help="one more option of sbatch; repeat the flag for several: --slurm-option constraint=a100 --slurm-option exclusive. "
         "Without gres or gpus-... among them a job asks for --num-gpus GPUs of each machine, and with MODEL.DEVICE cpu "
         "for none",
     )

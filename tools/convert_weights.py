@@ -38,7 +38,7 @@ def parse_args():
             nargs=3,
             default=default,
             metavar="X",
-            help=f"with which the images are normalized, RGB; default: {' '.join(map(str, default))}",
+            help=f"for normalizing the images, in RGB; default: {' '.join(map(str, default))}",
         )
     args = parser.parse_args()
     if bool(args.norm) != bool(args.calibrate):

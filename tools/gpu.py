@@ -115,7 +115,7 @@ def report(paths):
 def main():
     parser = tool_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=9.0, help="in which to be done; default: %(default)g")
+    parser.add_argument("--minutes", type=float, default=9.0, help="how long it may take; default: %(default)g")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -133,7 +133,7 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: a CUDA GPU was not found by PyTorch. --device cpu tries the command at the smallest sizes")
     if args.device == "cuda" and missing(["triton"]):
-        sys.exit("error: Triton is not there: ours would be PyTorch's own ops, and the numbers those of nothing")
+        sys.exit("error: Triton is not installed, so only PyTorch's own ops could be measured")
     sys.path.insert(0, ROOT)  # gng_d2, where it is not installed
     from gng_d2.job.files import prepare_folder
 

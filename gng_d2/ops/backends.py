@@ -119,7 +119,7 @@ def is_on(backend: ModuleType, device: torch.device) -> bool:
     Ask this last, for tensors that they would take: the log says once that the kernels for CUDA are off.
     """
     if device.type == "cuda" and _enabled_kernels != "cuda":
-        if not is_compiling():  # which does not go through a logger
+        if not is_compiling():  # a compiler cannot trace a logger
             _log_that_cuda_is_off()
         return False
     return backend.works(device)

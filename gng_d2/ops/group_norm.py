@@ -89,7 +89,7 @@ def _by_kernels(input, num_groups, weight, bias, eps, activation, residual):
     backend = _backend(input, num_groups, weight, bias, eps, activation, residual)
     if backend is None:
         return None
-    if not input.is_contiguous():  # copied here, its copy is what the backward pass keeps
+    if not input.is_contiguous():  # copied before the op, so that the backward pass keeps the copy
         input = input.contiguous(memory_format=memory_format(input))
     arguments = input, weight, bias, num_groups, eps, activation, residual
     if torch.is_grad_enabled():
@@ -100,10 +100,10 @@ def _by_kernels(input, num_groups, weight, bias, eps, activation, residual):
 
 
 def _backend(input, num_groups, weight, bias, eps, activation=None, residual=None):
-    """The backend that takes these, None for PyTorch's ops.
+    """The backend that computes these arguments. None: PyTorch's ops do.
 
-    They also have the rules, and the errors, for whatever is no plain tensor, int or float. ``is_faster`` is asked
-    first because it turns small inputs away in the least time.
+    PyTorch's ops also decide what to do with anything but plain tensors, ints and floats, and raise their own errors.
+    ``is_faster`` is asked first because it turns small inputs away in the least time.
     """
     fused = activation is not None or residual is not None
     if type(num_groups) is int and num_groups > 0 and type(eps) is float and isinstance(input, Tensor):

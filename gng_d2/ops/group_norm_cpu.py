@@ -16,8 +16,8 @@ __all__ = ["DTYPES", "READS_CHANNELS_LAST", "backward", "forward", "is_faster", 
 DTYPES = (torch.float32,)
 READS_CHANNELS_LAST = False
 
-_MIN_ELEMENTS = 3 * 2**16  # below, what Python adds is more than what a second thread takes away
-_MIN_POSITIONS = 512  # below, the time goes into calls for short rows
+_MIN_ELEMENTS = 3 * 2**16  # for fewer, Python costs more time than a second thread saves
+_MIN_POSITIONS = 512  # for fewer, the calls for short rows take the time
 # where none of PyTorch's threads idles, ours is faster in the caches
 _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _PIECE = 4096  # elements that the first cache holds

@@ -4,9 +4,9 @@ Reductions run over (image, tile of channels, chunk of positions), so that they 
 number of groups is. The groups enter when the small per-channel results are merged. Every partial result has
 one writer and every sum a fixed order: the same input gives the same bits.
 
-Three passes over the data forward (moments, read, write), five backward, with an activation too; with a residual four
-and, if an activation follows it, seven. Everything is computed in float32.
-Tensors are contiguous or channels-last and keep their layout.
+The forward pass reads the data twice and writes it once; the backward pass makes five passes over the data, with or
+without an activation. With a residual these are four and, if an activation follows it, seven. Everything is computed in
+float32. Tensors are contiguous or channels-last and keep their layout.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The Triton kernels of group norm, which :mod:`.group_norm_triton` launches.
 
-A program works on one image, a tile of channels and a chunk of positions, or merges what such programs left of a group.
+A program works on one image, a tile of channels and a chunk of positions, or merges the results of such programs.
 It computes its offsets into large tensors in int64.
 """
 

@@ -23,7 +23,7 @@ def triton_works(device_index: int) -> bool:
     return HAS_TRITON and _try_triton(device_index)
 
 
-# What torch.compiler.assume_constant_result does, which first imports torch._dynamo: a second
+# torch.compiler.assume_constant_result sets this too, but first imports torch._dynamo, which takes a second.
 triton_works._dynamo_marked_constant = True
 
 

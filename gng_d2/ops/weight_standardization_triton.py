@@ -62,7 +62,7 @@ def _gradient_kernel(dy_ptr, x_ptr, dx_ptr, eps, size, BLOCK: tl.constexpr):
         sum_dy_x += dy * (x - mean)
     mean_dy = tl.sum(sum_dy, axis=0) / size
     scale = 1.0 / (std + eps)
-    # of equal weights the sum is 0
+    # where all weights of a filter are equal, the sum is 0 and so may be divided by 1
     x_factor = tl.sum(sum_dy_x, axis=0) * scale / (tl.where(std > 0, std, 1.0) * (size - 1))
     for first in range(0, size, BLOCK):
         i, inside, dy = _load(dy_ptr + row, first, size, BLOCK)
