@@ -33,7 +33,7 @@ def tool_parser(doc):
 
 
 def add_outputs(parser, json, plot=None):
-    """Give ``parser`` the flag ``--json``, and ``--plot`` where there is something to draw. Their arguments are the help texts."""
+    """Give ``parser`` the flag ``--json``, and ``--plot`` where there is something to draw, with these help texts."""
     parser.add_argument("--json", metavar="OUT", help=json)
     if plot:
         parser.add_argument("--plot", metavar="OUT.png", type=_picture, help=plot)
