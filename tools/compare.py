@@ -84,7 +84,8 @@ def _add_slurm(group):
         "--slurm-option",
         action="append",
         metavar="NAME=VALUE",
-        help="one more option of sbatch; repeat the flag for several: --slurm-option constraint=a100 --slurm-option exclusive. "
+        help="one more option of sbatch; repeat the flag for several: --slurm-option constraint=a100 "
+        "--slurm-option exclusive. "
         "Without gres or gpus-... among them a job asks for --num-gpus GPUs of each machine, and with MODEL.DEVICE cpu "
         "for none",
     )
