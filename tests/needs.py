@@ -16,7 +16,9 @@ def needs_torch(major, minor, what):
     return pytest.mark.skipif(torch.__version__ < (major, minor), reason=f"needs PyTorch {major}.{minor}: {what}")
 
 
-COMPILE = needs_torch(2, 1, "torch.compile in Python 3.11") if sys.version_info >= (3, 11) else lambda test: test
+COMPILE = pytest.mark.skipif(
+    sys.version_info >= (3, 11) and torch.__version__ < (2, 1), reason="needs PyTorch 2.1: torch.compile in Python 3.11"
+)
 KERNELS = needs_torch(2, 4, "torch.library.register_fake, for kernels of ours")
 LOOK = needs_torch(2, 5, "autograd's shapes in Python, for the look at who made a norm's input")
 RECOMPUTE = needs_torch(2, 5, "checkpoints that choose what they keep, for recompute_norms")

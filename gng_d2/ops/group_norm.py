@@ -1,6 +1,7 @@
 """Group norm, with what follows it, as fast as the hardware allows for any number of groups."""
 
 from functools import partial
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -26,11 +27,11 @@ _ACTIVATIONS = (None, "relu", "silu")
 def group_norm(
     input: Tensor,
     num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Optional[Tensor] = None,  # noqa: UP045 TorchScript of PyTorch 2.0 knows no Tensor | None
+    bias: Optional[Tensor] = None,  # noqa: UP045
     eps: float = 1e-5,
-    activation: str | None = None,
-    residual: Tensor | None = None,
+    activation: Optional[str] = None,  # noqa: UP045
+    residual: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """:func:`torch.nn.functional.group_norm` and what follows it, with no hardware left idle.
 
@@ -71,7 +72,7 @@ def group_norm(
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
-def _activate(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+def _activate(y: Tensor, activation: Optional[str], residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """What follows the norm, in PyTorch's ops."""
     if residual is not None:
         y = y + residual

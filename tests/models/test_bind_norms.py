@@ -255,7 +255,9 @@ def test_what_rests_on_registration_and_cannot_be_seen_is_unbound_and_listed(cap
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, image(64)), "compile"])
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, image(64)), pytest.param("compile", marks=COMPILE)]
+)
 def test_parts_that_are_scripted_traced_or_compiled_are_seen(make):
     part = nn.Sequential(conv(64), nn.Identity())
     part = torch.compile(part, backend="eager") if make == "compile" else make(part)

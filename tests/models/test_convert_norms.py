@@ -6,6 +6,7 @@ import torchvision
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from needs import needs_torch
 from survey_timm import brute_force_groups, check, fed_by, is_norm, randomize
 from timm import layers as timm_layers
 from torch import nn
@@ -386,6 +387,7 @@ def test_a_subclass_without_a_forward_is_replaced():
     assert type(convert_norms(Plain(8))) is PracticalGroupNorm
 
 
+@needs_torch(2, 4, "lazy modules that are made while ops are watched")
 def test_a_lazy_norm(caplog):
     model = nn.Sequential(nn.LazyConv2d(8, 1), nn.LazyBatchNorm2d())
     convert_norms(model)

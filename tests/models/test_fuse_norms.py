@@ -19,7 +19,7 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from needs import COMPILE, EXPORT, RECOMPUTE
+from needs import COMPILE, EXPORT, LOOK, RECOMPUTE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
@@ -265,6 +265,7 @@ def test_an_activation_and_all_modules_may_have_hooks(ops):
     assert ops == [RELU] * 3
 
 
+@LOOK
 def test_checks_looks_and_binding_are_as_before():
     model = fuse_norms(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 1)), PracticalGroupNorm(8), nn.ReLU()))
     x = torch.randn(2, 3, 4, 4)
