@@ -15,7 +15,7 @@ ENVIRONMENTS ?= ../gng_d2-versions
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 # a process for each core, of one thread each
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
 DEVICE ?= cuda
 MINUTES ?= 9
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)/caltech101

@@ -26,6 +26,9 @@ from study.rows import read_rows
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 ROOT = Path.cwd()
 
+# in one process: a page trains a model before it predicts with it
+pytestmark = pytest.mark.xdist_group("pages")
+
 # What makes a run of the quick configs and of the example one of seconds
 SMALL = (
     "MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 SOLVER.MAX_ITER 1 "
