@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from needs import KERNELS, needs_torch
+from recorder import Recorder
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu, triton_probe
 
@@ -67,16 +67,6 @@ def cpu_road(monkeypatch):
     with Recorder() as recorder:
         yield
     assert "gng_d2.group_norm.default" in recorder.ops
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops.append(str(op))
-        return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from needs import COMPILE, KERNELS
+from recorder import Recorder
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gng_d2.errors import InputError
 from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu
@@ -230,25 +230,6 @@ def test_activations_of_any_number(road, activation):
     ours, exact = (torch.autograd.grad(t.sum(), residual)[0] for t in (y, expected))
     finite = residual.isfinite() & (residual.abs() < 1e29)  # of silu PyTorch's slope is NaN at infinity
     torch.testing.assert_close(ours[finite], exact[finite], rtol=1e-6, atol=1e-7)
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def threads():
-    """So many that none of PyTorch's would idle in 32 groups, and some in 1."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")

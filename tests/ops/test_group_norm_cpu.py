@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gng_d2.ops import cpu_kernels, group_norm, group_norm_cpu
 
-pytestmark = KERNELS
+pytestmark = [KERNELS, pytest.mark.usefixtures("threads")]
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function
 
 if not cpu_kernels.is_compiled():
@@ -23,14 +23,6 @@ if not cpu_kernels.is_compiled():
         "there is a C compiler: install gng_d2 again"
     )
     pytest.skip("gng_d2 was installed without a C compiler", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(*shape, mean=0.0, std=1.0):
