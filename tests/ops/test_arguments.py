@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from gng_d2.ops import cpu_kernels, group_norm, standardize_weight
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 NUMBERS = {
     "0-d tensor": torch.tensor(2),
     "0-d float tensor": torch.tensor(2.0),
@@ -75,15 +77,6 @@ def assert_as_pytorch(*args, **kwargs):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
     else:
         assert ours is theirs
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """So many that some of PyTorch's would idle."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[False, True], ids=["no_grad", "grad"])
