@@ -13,7 +13,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from gng_d2.errors import InputError
+from gng_d2.job.build import bind_remaining_norms, build
 from gng_d2.job.metrics import read_metrics
+from gng_d2.job.weight_files import save_weight_file
 
 from .comparison import Comparison, Run
 from .processes import Process
@@ -160,7 +162,10 @@ def time_evaluation(comparison: Comparison) -> float:
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
         run = Run(comparison.norms[0], comparison.seeds[0], folder)
-        command = comparison.command(run)
+        weights = run.path("untrained.pth")
+        model = bind_remaining_norms(build(comparison.norm_cfg(run.norm), "cpu"))
+        save_weight_file(weights, {"model": model.state_dict()})
+        command = [*comparison.command(run), "MODEL.WEIGHTS", weights]
         command.insert(command.index("--resume"), "--eval-only")
         with Process(command, os.path.join(folder, "output.txt")) as process:
             began = None
