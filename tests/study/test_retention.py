@@ -160,14 +160,11 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
         assert [(run.seed, run.lr) for run in trained[:4]] == [(100, rate) for rate in finetune.RATES]
         assert [(run.norm, run.affine, round(run.lr, 6)) for run in trained[4:]] == [
             ("FrozenBN", "trained", 0.001),
-            ("GN1", "calibrated", 0.001),
-            ("GN1", "fresh", 0.001),
-            ("GN1", "fresh", 0.003),
-            ("GN1", "fresh", 0.01),
+            *(("GN1", affine, lr) for affine in ("calibrated", "fresh") for lr in (0.001, 0.003, 0.01)),
             ("BN", "trained", 0.001),
         ]
         reproduce(*words)
-    assert len(trained) == 10 == len(json.loads((tmp_path / "rows.json").read_text()))
+    assert len(trained) == 12 == len(json.loads((tmp_path / "rows.json").read_text()))
 
 
 @pytest.mark.slow
