@@ -16,7 +16,7 @@ from gng_d2.groups import practical_num_groups
 
 from .kinds import NO_LAYER, Producer
 from .module_path import live_modules, module_path, owner_of
-from .origin import Origin, layer_output, op_kind, origin, unseen
+from .origin import UNKNOWN, Origin, layer_output, op_kind, origin, unseen
 
 __all__ = ["MEND", "look", "made_by"]
 
@@ -43,22 +43,18 @@ def made_by(tensor: Tensor) -> Producer | None:
     """
     if not hasattr(tensor.grad_fn, "_input_metadata"):  # some versions of PyTorch lack it
         return None
-    found = _Graph().origin(tensor.grad_fn, tensor.output_nr)
-    return None if found is None else found.made
+    return _Graph().origin(tensor.grad_fn, tensor.output_nr).made
 
 
 class _Graph:
-    """What autograd recorded, back to the last weight layers.
-
-    A frozen part, an input and a plain number look the same here: they have no node, so their origin is None.
-    """
+    """What autograd recorded, back to the last weight layers."""
 
     def __init__(self):
         self._known = {}
 
-    def origin(self, node, index: int, depth: int = 0) -> Origin | None:
+    def origin(self, node, index: int, depth: int = 0) -> Origin:
         if node is None:
-            return None
+            return UNKNOWN
         if (node, index) not in self._known:
             self._known[node, index] = self._origin(node, index, depth)
         return self._known[node, index]
@@ -90,7 +86,7 @@ class _Graph:
         elif source[0] is not None:
             n_in = source[0]._input_metadata[source[1]].shape[1]
         else:
-            return None
+            return UNKNOWN
         return layer_output(
             op, (n_in, shape[1]), self.origin(weight, index), lambda: self.origin(*source), shape, value
         )

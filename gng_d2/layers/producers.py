@@ -46,29 +46,27 @@ def find_producers(
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in calls_with(inputs):
-        watch = _Watch()
-        watch.take((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), "the model's input")
-        watch.take(model.buffers(), "a buffer")
-        with (
-            unchanged(model),
-            _eager(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            _noting(model, set(norms), watch) as found,
-        ):
-            try:
-                with watch:
-                    model.eval()  # not chained: a train() that the user wrote may return nothing
-                    model(*args, **kwargs)
-                return found
-            except InputError:
-                raise
-            except Exception as error:  # the user's code may raise any error
-                failed = error
+        try:
+            return _find(model, set(norms), args, kwargs)
+        except InputError:
+            raise
+        except Exception as error:  # the user's code may raise any error
+            failed = error
     raise InputError(
         f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer makes the "
         f"input of each norm: {type(failed).__name__}: {failed}"
     ) from failed
+
+
+def _find(model, norms, args, kwargs):
+    watch = _Watch()
+    watch.take((t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)), "the model's input")
+    watch.take(model.buffers(), "a buffer")
+    with unchanged(model), _eager(), torch.inference_mode(False), torch.no_grad():
+        model.eval()  # not chained: a train() that the user wrote may return nothing
+        with _noting(model, norms, watch) as found, watch:
+            model(*args, **kwargs)
+    return found
 
 
 def _eager():
@@ -125,7 +123,7 @@ class _Watch(TorchDispatchMode):
         if storage is None or storage.cdata not in self._known:
             return Origin(None, shape, shape)
         _, whole, views = self._known[storage.cdata]
-        return views.get(_place(tensor)) or origin("slice", [whole], shape, None) or Origin(None, shape, shape)
+        return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
