@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gng_d2.errors import InputError
-from gng_d2.groups import practical_num_groups
 
 from .kinds import NO_LAYER, Producer
-from .module_path import live_modules, module_path, owner_of
+from .module_path import live_modules, module_path
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin, unseen
 
 __all__ = ["MEND", "look", "made_by"]
@@ -153,9 +152,7 @@ def _warn_once(message):
 def _compare(norm, made):
     if made.n_in == norm.in_channels and not (norm.weight_standardization and _is_raw(made)):
         return
-    groups = norm.num_groups
-    if hasattr(norm, "gain_ratio"):
-        groups = practical_num_groups(made.n_in or norm.num_channels, norm.num_channels, norm.gain_ratio)
+    groups = norm.groups_after(made.n_in or norm.num_channels)
     if groups == norm.num_groups and not norm.weight_standardization:
         return
     if not made.is_layer:
@@ -180,7 +177,7 @@ def _paths(norm, made):
     """The paths of ``norm`` and of what made its input, such as "neck.conv (Conv2d(512, 64))", where known."""
     modules = live_modules()
     path = module_path(norm, modules)
-    owner = None if made.weight is None else owner_of(made.weight.variable, modules)
-    if owner is None:
-        return path, str(made)
-    return path, f"{module_path(owner, modules)} ({type(owner).__name__}({made.n_in}, {made.n_out}))"
+    for module in modules if made.weight is not None else ():
+        if any(p is made.weight.variable for p in vars(module).get("_parameters", {}).values()):
+            return path, f"{module_path(module, modules)} ({type(module).__name__}({made.n_in}, {made.n_out}))"
+    return path, str(made)

@@ -5,9 +5,9 @@ import sys
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["live_modules", "module_path", "owner_of"]
+__all__ = ["live_modules", "module_path"]
 
 
 def module_path(module: nn.Module, modules: list[nn.Module] | None = None) -> str:
@@ -32,14 +32,6 @@ def _module_path(module, modules):
         outermost, name = parents[id(outermost)]
         names.insert(0, name)
     return ".".join(names) or type(module).__name__
-
-
-def owner_of(parameter: Tensor, modules: list[nn.Module]) -> nn.Module | None:
-    """The module among ``modules`` that has ``parameter``, or None."""
-    for module in modules:
-        if any(p is parameter for p in module.__dict__.get("_parameters", {}).values()):
-            return module
-    return None
 
 
 def live_modules() -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from gng_d2.errors import InputError
 
 from .kinds import Producer
-from .origin import Origin, layer_output, op_kind, origin
+from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
 __all__ = ["calls_with", "find_producers", "unchanged"]
 
@@ -116,7 +116,7 @@ class _Watch(TorchDispatchMode):
 
     def origin(self, tensor: Tensor) -> Origin:
         if nn.parameter.is_lazy(tensor):
-            return Origin(None, (), ())
+            return UNKNOWN
         storage, shape = _storage(tensor), tuple(tensor.shape)
         if isinstance(tensor, nn.Parameter):  # a parameter of the model, or one that a lazy layer just made
             return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
@@ -165,9 +165,8 @@ class _Watch(TorchDispatchMode):
         storage = _storage(tensor)
         if storage is None:
             return
-        if storage.cdata not in self._known:
-            self._known[storage.cdata] = (storage, found, {})
-        self._known[storage.cdata][2][_place(tensor)] = found
+        _, _, views = self._known.setdefault(storage.cdata, (storage, found, {}))
+        views[_place(tensor)] = found
 
     def _write(self, tensor, found):
         """Note that ``tensor`` has the origin ``found`` now, which changes all tensors in the same storage."""
@@ -175,7 +174,7 @@ class _Watch(TorchDispatchMode):
         if storage is None:
             return
         _, whole, _ = self._known.pop(storage.cdata, (None, None, None))
-        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() and whole is not None:
+        if whole is not None and tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
             written = found._replace(shape=whole.shape, size=whole.shape)
             found = origin("copy_slices", [whole, written], whole.shape, object())
             self._known[storage.cdata] = (storage, found, {})
