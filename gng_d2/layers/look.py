@@ -28,7 +28,7 @@ MEND = (
 # an autograd.Function that the user wrote may hold a weight, unless its name contains one of these
 _HAS_NO_LAYER = re.compile("Norm|Relu|Pool")
 _PARAMETER = Producer("a parameter")
-# a history is followed back through at most so many nodes
+# how many nodes of a history are followed back at most
 _DEPTH = 150
 
 
@@ -66,11 +66,12 @@ class _Graph:
         if hasattr(node, "variable"):  # a leaf: a tensor that gets a gradient itself
             parameter = isinstance(node.variable, nn.Parameter)
             return Origin(_PARAMETER if parameter else None, shape, shape, parameters=2 * parameter, value=node)
-        edges = [] if depth > _DEPTH else node.next_functions
-        operands = [self.origin(*edge, depth + 1) for edge in edges]
+        if depth > _DEPTH:
+            return unseen((), shape, value)
+        operands = [self.origin(*edge, depth + 1) for edge in node.next_functions]
         if op == "BackwardHookFunction":  # the node of a module with a full backward hook
             return operands[index]
-        if depth > _DEPTH or (isinstance(node, BackwardCFunction) and not _HAS_NO_LAYER.search(op)):
+        if isinstance(node, BackwardCFunction) and not _HAS_NO_LAYER.search(op):
             return unseen(operands, shape, value)
         found = origin(op, operands, shape, value)
         if op_kind(op) == "copyslices":  # autograd does not show what was written
@@ -169,15 +170,14 @@ def _compare(norm, made):
 
 
 def _is_raw(made):
-    """Whether its weight is a parameter as it is. Of a standardized one, autograd shows single numbers at most."""
+    """Whether its weight is a parameter that is not standardized. Filters of a single number never are."""
     return made.weight is not None and made.weight.variable.numel() > made.weight.variable.shape[0]
 
 
 def _paths(norm, made):
     """The paths of ``norm`` and of what made its input, such as "neck.conv (Conv2d(512, 64))", where known."""
-    modules = live_modules()
-    path = module_path(norm, modules)
-    for module in modules if made.weight is not None else ():
+    for module in live_modules() if made.weight is not None else ():
         if any(p is made.weight.variable for p in vars(module).get("_parameters", {}).values()):
-            return path, f"{module_path(module, modules)} ({type(module).__name__}({made.n_in}, {made.n_out}))"
-    return path, str(made)
+            layer = f"{module_path(module)} ({type(module).__name__}({made.n_in}, {made.n_out}))"
+            return module_path(norm), layer
+    return module_path(norm), str(made)

@@ -10,20 +10,16 @@ from torch import nn
 __all__ = ["live_modules", "module_path"]
 
 
-def module_path(module: nn.Module, modules: list[nn.Module] | None = None) -> str:
-    """The dotted name of ``module`` in the outermost of ``modules`` that holds it; its class name if none holds it.
-
-    Args:
-        modules: where to search; by default, all live modules.
-    """
+def module_path(module: nn.Module) -> str:
+    """The dotted name of ``module`` in the outermost live module that holds it; its class name if none holds it."""
     if "torch._dynamo" in sys.modules:  # otherwise torch.compile would trace the search
-        return torch._dynamo.disable(_module_path)(module, modules)
-    return _module_path(module, modules)
+        return torch._dynamo.disable(_module_path)(module)
+    return _module_path(module)
 
 
-def _module_path(module, modules):
+def _module_path(module):
     parents = {}
-    for parent in live_modules() if modules is None else modules:
+    for parent in live_modules():
         for name, child in parent.__dict__.get("_modules", {}).items():
             parents.setdefault(id(child), (parent, name))
     outermost, names, seen = module, [], set()
