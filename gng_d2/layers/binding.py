@@ -113,7 +113,7 @@ def has_given_in_channels(norm):
     return norm.in_channels is not None and norm.weight_layer is None
 
 
-# norm -> why it cannot follow its layer; kept until the model is built and the norm has a path
+# norm -> why it cannot follow its layer; None outside build_naming_norms
 _deferred: ContextVar[dict[GroupNorm, InputError] | None] = ContextVar("deferred", default=None)
 
 
@@ -130,7 +130,9 @@ def _bind_or_defer(norm, layer):
 
 
 def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """Return the model ``build(*args)``. A norm has no path until it is built, so errors of binding wait for that.
+    """Return the model that ``build(*args)`` makes.
+
+    A norm has no path before the model is complete, so an error of binding is raised only then.
 
     Raises:
         InputError: a norm cannot follow its layer; the message names the norm by its path.

@@ -33,10 +33,6 @@ class Producer(NamedTuple):
         return f"{self.op}({self.n_in}, {self.n_out})" if self.is_layer else self.op
 
 
-# what weight layers call their sizes
-_SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
-
-
 def own(module: nn.Module, name: str) -> Any:
     """The attribute ``name`` of ``module`` or its class, or None.
 
@@ -76,7 +72,7 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of a module that has such attributes, also while it is under construction and has no weight."""
-    for names in _SIZES:
+    for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
         n_in, n_out = (own(module, name) for name in names)
         if n_in and n_out:
             return n_in, n_out

@@ -346,6 +346,15 @@ def test_what_cannot_be_seen_is_silent_until_the_looks_end(caplog):
     assert not caplog.records
 
 
+def test_a_long_history_is_followed_in_part():
+    h = conv(64)(image(64))
+    for _ in range(100):
+        identity = nn.Identity()
+        identity.register_full_backward_hook(lambda *_: None)
+        h = identity(h)
+    assert made_by(h) is None
+
+
 def test_frozen_layers_are_silent_and_looked_at_once_they_train():
     model = Net(norm_first, conv=conv(64), side=conv(8), norm=pgn(8)).requires_grad_(False)
     for _ in range(LOOKS + 1):

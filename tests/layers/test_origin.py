@@ -336,6 +336,11 @@ def test_another_layer_with_which_the_groups_are_the_same_is_no_error():
         model(picture())
 
 
+def test_products_of_integers_have_no_layer():
+    model = Net(lambda net, x: net.conv(x) * (torch.eye(SIZE).long() @ torch.ones(SIZE, SIZE).long()))
+    assert bind_norms(model, picture()).norm.num_groups == 8
+
+
 def test_one_name_for_an_op_wherever_it_shows():
     for names in (
         ("aten::_unsafe_view", "UnsafeViewBackward0", "UnsafeView"),
