@@ -13,8 +13,8 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.models.calibrate_norms import calibrate
 
-from .resnet_weights import Conversion, config_keys, convert_resnet
-from .weight_files import read_weight_file, save_weight_file
+from .resnet_weights import Conversion, config_keys, read_resnet
+from .weight_files import save_weight_file
 
 __all__ = ["convert_and_calibrate", "read_images"]
 
@@ -24,8 +24,7 @@ def convert_and_calibrate(
 ) -> Conversion:
     """Write the ResNet in ``path`` to ``out``, a .pth, with norms called ``norm`` that are calibrated on ``images``.
 
-    The names are those of a Detectron2 model with an FPN, and beside the weights stands the record of the norms, which
-    a .pkl would lose.
+    The weights have the names that they have in a Detectron2 model with an FPN, and the file records the norms' groups.
 
     Args:
         images: batches as the ResNet expects them, normalized.
@@ -34,23 +33,16 @@ def convert_and_calibrate(
         InputError: names the file, and what it lacks or has too much; or the norm cannot stand there.
     """
     if not out.endswith(".pth"):
-        raise InputError(
-            f"the output {out} must end in .pth: with --norm it holds a record of its norms, as .pkl cannot"
-        )
-    try:
-        conversion = convert_resnet(read_weight_file(path), depth)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"the output {out} must end in .pth, because a .pkl cannot hold the record of the norms")
+    conversion = read_resnet(path, depth)
     if conversion.norm != "BN":
         raise InputError(f"{path} has group norms, which need no calibration. Leave out --norm and --calibrate")
     reference, model = _resnet(conversion, "FrozenBN"), _resnet(conversion, norm)
     if not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         raise InputError(f"--norm {norm} is no group norm")
     calibrate(model, reference, images)
-    backbone = nn.Module()
-    backbone.add_module("backbone", nn.Module())
-    backbone.backbone.add_module("bottom_up", model)
-    save_weight_file(out, {"model": backbone.state_dict()})
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": model})})
+    save_weight_file(out, {"model": detector.state_dict()})
     return conversion
 
 
