@@ -117,10 +117,30 @@ def test_tables(line_of):
         rows.append(finetune.FinetuneRow("GN1", "calibrated", seed, 0.01, accuracy=79 + shift, **rest))
         rows += [finetune.FinetuneRow("GN1", "fresh", seed, lr, accuracy=900 * lr, **rest) for lr in (0.01, 0.03)]
     text = finetune.table(rows)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| GN1" in line]
-    assert lines[0][1:] == ["calibrated", "0.01", f"80.0 ± {half / 2:.1f}", "-1.0 ± 0.0"]
-    assert lines[1][1:4] == ["fresh", "0.03", "27.0 ± 0.0"]
-    assert "0.01: 70.0" in text
+    _, frozen, calibrated, fresh = cells_of(text)
+    assert frozen[2:] == ["0.01", "2", f"81.0 ± {half / 2:.1f}", ""]
+    assert calibrated[1:] == ["calibrated", "0.01", "2", f"80.0 ± {half / 2:.1f}", "-1.0 ± 0.0"]
+    assert fresh[1:5] == ["fresh", "0.03", "2", "27.0 ± 0.0"]
+    assert "0.01: 70.0" in text and "dash" not in text
+    text = finetune.table([row for row in rows if (row.norm, row.seed) != ("FrozenBN", 1) and row.seed != 100])
+    assert [cells[3] for cells in cells_of(text)] == ["seeds", "1", "2", "2"]
+    assert len(cells_of(finetune.table(rows[:1]))) == 1  # the rate was searched for, and nothing else trained yet
+
+
+def cells_of(text):
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_a_cell_of_fewer_seeds_says_so(line_of):
+    rows = [
+        retention.RetentionRow(norm=norm, affine="kept", images=0, **{**ROW, "seed": seed})
+        for norm, seeds in (("GN1", (0, 1, 2)), ("PGN", (0, 2)))
+        for seed in seeds
+    ]
+    text = retention.table(rows)
+    assert line_of(text, "GN1")[2] == "50.0 ± 0.0" and line_of(text, "PGN")[2] == "50.0 ± 0.0 (2 of 3 seeds)"
+    assert "over 3 seeds" in text and "A dash is not measured." in text
 
 
 @pytest.mark.slow
@@ -153,7 +173,7 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
         return finetune._row(run, 100 - 1000 * abs(run.lr - 0.001), 1.0)
 
     words = ["finetune", "--data", root, "--weights", weights, "--image-size", "64", "--seeds", "0", "--norms", "GN1"]
-    words += ["--epochs", "1", "--output", tmp_path / "runs", "--json", tmp_path / "rows.json"]
+    words += ["--epochs", "1", "--json", tmp_path / "rows.json"]
     with monkeypatch.context() as context:
         context.setattr(finetune, "train", train)
         reproduce(*words)
@@ -166,8 +186,19 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
             ("GN1", "fresh", 0.01),
             ("BN", "trained", 0.001),
         ]
-        reproduce(*words)
-    assert len(trained) == 10 == len(json.loads((tmp_path / "rows.json").read_text()))
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        (tmp_path / "rows.json").write_text(json.dumps(rows[:7]))  # as if stopped in the first seed
+        said = reproduce(*words, "--seeds", "1", "--resume")
+        assert [(run.seed, run.norm) for run in trained[10:]] == [
+            *((1, "FrozenBN"), (1, "GN1"), (1, "GN1"), (1, "GN1"), (1, "GN1"), (1, "BN"))
+        ]
+        assert json.loads((tmp_path / "rows.json").read_text())[:7] == rows[:7]
+        counts = {tuple(cells[:3]): cells[3] for cells in cells_of(said)}
+        assert counts["FrozenBN", "trained", "0.001"] == counts["GN1", "fresh", "0.001"] == "2"
+        assert counts["BN", "trained", "0.001"] == "1"
+        with pytest.raises(SystemExit, match="holds rows with image size 64; here the image size is 32"):
+            reproduce(*words, "--image-size", "32", "--resume")
+    assert len(trained) == 16
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ are damaged counts as failed, and takes no other down. Where the runs are traine
 ``slurm.py``.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -192,14 +193,18 @@ class Comparison:
     def state(self, run: Run) -> RunState:
         """How ``run`` ended. A finished one whose metrics are not whole has failed."""
         state = run.recorded_state()
-        # Detectron2 evaluates after the last iteration, and counts that as one more
-        path, needed = run.path("metrics.json"), self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
+        path, needed = run.path("metrics.json"), self.last_iteration
         last = last_record(path)["iteration"]
         if state.status != "finished" or last >= needed:
             return state
         found = f"ends with iteration {last}" if os.path.isfile(path) else "is not there"
         reason = f"{path} {found}, and a finished run's ends with {needed}. Delete {run.folder} to train it anew"
         return RunState("failed", reason, state.machine)
+
+    @property
+    def last_iteration(self) -> int:
+        """The last in a finished run's metrics.json. Detectron2 counts the evaluation at the end as one more."""
+        return self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
 
     def iterations_done(self, run: Run) -> int:
         """As far as its metrics.json says."""
@@ -247,6 +252,10 @@ class Comparison:
         options = {"fuse_norms": self.fuse_norms, "calibrate_norms": self.calibrate_norms}
         given = {name: value for name, value in options.items() if value}
         return {"processes": self.world_size, **given, "config": yaml.safe_load(cfg.dump())}
+
+    def recipe(self) -> str:
+        """A hash of :meth:`settings`: runs with the same one differ in norm and seed alone."""
+        return hashlib.sha256(yaml.safe_dump(self.settings()).encode()).hexdigest()[:16]
 
     def check(self) -> None:
         """Refuse before the first run what no run could finish with.

@@ -5,12 +5,11 @@ tested on 10 other images a class. SGD with momentum 0.9 and weight decay 1e-4, 
 the steps and a cosine decay to 0, images mirrored at random. The learning rate is the best of FrozenBN on a split that
 no row of the table has (seed 100); norms with a fresh affine are also trained at 3 and 10 times that rate, and the best
 is in the table. BN has the statistics of 2 images and adds the gradients of 4 such batches. A seed draws the images
-of both halves and their order. Can be stopped at any time.
+of both halves and their order.
 """
 
 import copy
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,15 +22,12 @@ from tqdm import tqdm
 from command_line import add_outputs
 from gng_d2.errors import InputError
 from gng_d2.job.files import prepare_outputs
-from gng_d2.layers.norm_names import norm_in_path
 
-from .pretrained import add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
+from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
 from .retention import IMAGES, replaced
-from .rows import finish_run, machine, markdown, open_run, write_rows
+from .rows import machine, markdown, rows_to_keep, write_rows
 
-__all__ = ["FinetuneRun", "FinetuneRow", "train", "table"]
-
-IF_STOPPED = "the same command goes on with the runs that are not finished"
+__all__ = ["IF_STOPPED", "FinetuneRun", "FinetuneRow", "train", "table"]
 
 FROZEN, BATCH_NORM = "FrozenBN", "BN"
 RATES = (0.0001, 0.0003, 0.001, 0.003)
@@ -135,17 +131,15 @@ def _search(args) -> list[FinetuneRun]:
     return [dataclasses.replace(run, lr=rate) for rate in RATES]
 
 
-def _finish(args, runs, reference) -> list[FinetuneRow]:
-    """The rows of runs of one seed."""
-
-    def folder(run):
-        return os.path.join(args.output, f"{norm_in_path(run.norm)}-{run.affine}-lr{run.lr:g}-seed{run.seed}")
-
-    left = [run for run in runs if open_run(folder(run), run, FinetuneRow) is None]
+def _train_missing(args, runs, reference, rows) -> None:
+    """Train those of ``runs``, all of one seed, that are not in ``rows``, and add them."""
+    done = {(row.norm, row.affine, row.seed, row.lr) for row in rows}
+    left = [run for run in runs if (run.norm, run.affine, run.seed, run.lr) not in done]
     data = split(args.data, args.image_size, runs[0].seed) if left else None
     for run in tqdm(left, unit="run", desc=f"seed {runs[0].seed}", disable=not left):
-        finish_run(folder(run), train(run, reference, data))
-    return [open_run(folder(run), run, FinetuneRow) for run in runs]
+        rows.append(train(run, reference, data))
+        if args.json:
+            write_rows(args.json, rows)
 
 
 def table(rows: list[FinetuneRow]) -> str:
@@ -159,20 +153,20 @@ def table(rows: list[FinetuneRow]) -> str:
     for norm, affine, lr in accuracies:
         mean = np.mean(list(accuracies[norm, affine, lr].values()))
         best[norm, affine] = max(best.get((norm, affine), (-1, lr)), (mean, lr))
-    frozen = accuracies[FROZEN, "trained", best[FROZEN, "trained"][1]]
+    frozen = {row.seed: row.accuracy for row in rest if row.norm == FROZEN}
     lines = []
     for (norm, affine), (_, lr) in best.items():
         found = accuracies[norm, affine, lr]
         differences = [found[seed] - frozen[seed] for seed in found if seed in frozen]
-        difference = "-" if norm == FROZEN else mean_with_interval(differences, sign="+")
-        lines.append([norm, affine, f"{lr:g}", mean_with_interval(list(found.values())), difference])
+        difference = "" if norm == FROZEN else mean_with_interval(differences, sign="+")
+        lines.append([norm, affine, f"{lr:g}", len(found), mean_with_interval(list(found.values())), difference])
     tried = ", ".join(f"{row.lr:g}: {row.accuracy:.1f}" for row in search)
     return "\n\n".join(
         [
-            markdown(lines, ["norm", "affine", "learning rate", "% right", "to FrozenBN"]),
+            markdown(lines, ["norm", "affine", "learning rate", "seeds", "% right", "to FrozenBN"]),
             f"Test images of Caltech-101 that are labelled rightly after {rows[0].epochs} epochs, in %, ± the 95 % "
-            f"interval of the mean over {len({row.seed for row in rest})} seeds; the difference is paired by seed. "
-            f"FrozenBN on another split, by learning rate: {tried}.",
+            f"interval of the mean over the seeds; the difference is paired by seed. FrozenBN on another split, by "
+            f"learning rate: {tried}." + " A dash is not measured." * any("-" in line for line in lines),
         ]
     )
 
@@ -189,20 +183,16 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="default: %(default)s")
-    parser.add_argument(
-        "--output", default="output/finetune", metavar="DIR", help="a folder for each run; default: %(default)s"
-    )
 
 
 def main(args) -> None:
     prepare_outputs(args.json)
     if args.batch_size % MICRO_BATCH:
         raise InputError(f"--batch-size {args.batch_size}: it must be a multiple of {MICRO_BATCH}")
+    rows = rows_to_keep(args, FinetuneRow, same=["epochs", "batch_size", "image_size"])
     reference = load_mobilenet(args.weights)
-    rows = _finish(args, _search(args), reference)
-    rate = max(rows, key=lambda row: row.accuracy).lr
+    _train_missing(args, _search(args), reference, rows)
+    rate = max((row for row in rows if row.seed == SEARCH_SEED), key=lambda row: row.accuracy).lr
     for seed in args.seeds:
-        rows += _finish(args, list(_runs(args, seed, rate)), reference)
-        if args.json:
-            write_rows(args.json, rows)
+        _train_missing(args, list(_runs(args, seed, rate)), reference, rows)
     print(table(rows))

@@ -17,6 +17,7 @@ from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
 __all__ = [
+    "IF_STOPPED",
     "Split",
     "add_data",
     "features",
@@ -28,6 +29,8 @@ __all__ = [
     "right",
     "split",
 ]
+
+IF_STOPPED = "with --json and --resume the same command goes on with the rows that are missing"
 
 TRAIN, TEST = 20, 10  # images a class
 
@@ -148,7 +151,7 @@ def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
 
 
 def add_data(parser) -> None:
-    """Give ``parser`` the flags for the images and the weights."""
+    """Give ``parser`` the flags that say on what to measure: images, weights, seeds, and the rows that are there."""
     parser.add_argument("--data", required=True, metavar="ROOT", help="Caltech-101, a folder of images for each class")
     parser.add_argument(
         "--weights",
@@ -158,3 +161,8 @@ def add_data(parser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that --json has, from any machine and of any seeds and norms, and measure what is missing",
+    )

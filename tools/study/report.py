@@ -1,5 +1,6 @@
 """What the finished runs of a comparison say: mean and spread over seeds, paired differences, curves."""
 
+import json
 import math
 import os
 import shlex
@@ -11,16 +12,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from gng_d2.job.files import atomic_open, save_figure
+from gng_d2.errors import InputError
+from gng_d2.job.files import atomic_open, prepare_outputs, save_figure
 from gng_d2.job.metrics import read_metrics
 from gng_d2.layers.ws_conv import WS
 
-from .comparison import Comparison, Run
-from .rows import markdown, mean_and_std, write_rows
+from .comparison import Comparison, Run, RunState
+from .rows import markdown, mean_and_std, read_rows, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "run_results", "summarize", "table"]
-__all__ += ["together"]
-__all__ += ["write_report"]
+__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "restore_runs", "run_results"]
+__all__ += ["summarize", "table", "together", "write_report"]
 
 # in percent, by their names in Detectron2
 METRICS = {
@@ -55,6 +56,7 @@ class ComparisonRow:
     curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where run_results has them
     machine: str = ""
     commit: str = ""  # of the code that trained it
+    recipe: str = ""  # Comparison.recipe() of its runs; "" in files that are older than this field
 
 
 class RunResults(NamedTuple):
@@ -156,7 +158,8 @@ def table(rows: list[ComparisonRow]) -> str:
     parts = [
         markdown(results, ["norm", "seeds", *metrics]),
         "Mean ± standard deviation over seeds, after the last iteration."
-        + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS),
+        + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS)
+        + " A dash is not measured." * any("-" in line for line in [*results, *differences]),
     ]
     if any(row.difference_seeds for row in rows):
         parts += [markdown(differences, ["difference", "seeds", *metrics]), _NO_INTERVAL]
@@ -253,8 +256,10 @@ def write_report(comparison: Comparison) -> str:
     comparison's folder, and return the text of results.md."""
     states = {run: comparison.state(run) for run in comparison.runs}
     finished = [run for run, state in states.items() if state.status == "finished"]
-    machines = "; ".join(sorted({states[run].machine for run in finished}))
-    commits = "; ".join(sorted({states[run].commit or "unknown" for run in finished}))
+    machines, commits = (
+        "; ".join(sorted({word for run in finished for word in (getattr(states[run], of) or "unknown").split("; ")}))
+        for of in ("machine", "commit")
+    )
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
         values[run.norm][run.seed], of_run = run_results(run, comparison.cfg.SOLVER.MAX_ITER)
@@ -267,6 +272,7 @@ def write_report(comparison: Comparison) -> str:
             curves=curves.get(row.metric, {}).get(row.norm, {}),
             machine=machines,
             commit=commits,
+            recipe=comparison.recipe(),
         )
         for row in summarize(values, {norm: facts.paper for norm, facts in comparison.facts.items()})
     ]
@@ -280,6 +286,40 @@ def write_report(comparison: Comparison) -> str:
     with atomic_open(os.path.join(comparison.output, "results.md")) as file:
         file.write(text)
     return text
+
+
+def restore_runs(comparison: Comparison, path: str) -> None:
+    """Make the runs of ``comparison`` that have results in ``path`` finished ones in its folder.
+
+    So a comparison goes on on another machine, from its results.json alone. Restored runs have the metrics and the
+    curves that are in the file, and no weights.
+
+    Raises:
+        InputError: ``path`` is damaged, or its results are of another comparison.
+    """
+    rows, recipe = read_rows(path, ComparisonRow), comparison.recipe()
+    others = {row.recipe or "unknown" for row in rows} - {recipe}
+    if others:
+        raise InputError(
+            f"--finished: {path} holds results of another comparison, which must not mix with these: its config or its "
+            f"number of processes differs (recipe {', '.join(sorted(others))}; here it is {recipe})"
+        )
+    for run in comparison.runs:
+        of_run = [row for row in rows if row.norm == run.norm and run.seed in row.seeds]
+        if not of_run or comparison.state(run).status == "finished":
+            continue
+        records = {}
+        for row in of_run:
+            name, value = METRICS.get(row.metric, row.metric), row.values[row.seeds.index(run.seed)]
+            points = (row.curves or {}).get(str(run.seed), [])
+            if name != LOSS:
+                points = [*points, (comparison.last_iteration, math.nan if value is None else value)]
+            for iteration, at in points:
+                records.setdefault(iteration, {"iteration": iteration})[name] = at
+        prepare_outputs(run.path("metrics.json"))
+        with atomic_open(run.path("metrics.json")) as file:
+            file.writelines(json.dumps(records[iteration]) + "\n" for iteration in sorted(records))
+        run.record(RunState("finished", machine=of_run[0].machine, commit=of_run[0].commit))
 
 
 def _text(comparison, states, rows, machines):

@@ -4,12 +4,10 @@ MobileNetV2 with ImageNet weights; a linear head is trained on its features of C
 tested on 10 others. Then every norm is replaced and nothing trained: the old head is tested as it is (its columns:
 "old head"), and so is a new linear head on the features that are left ("new head"). The new norms' affine is fresh
 (weight 1, bias 0), kept (batch norm's own), or calibrated on unlabelled images of the training half
-(calibrate_norms). A seed draws the images of both halves. Can be stopped at any time: with --resume the rows in
---json are kept.
+(calibrate_norms). A seed draws the images of both halves.
 """
 
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +20,7 @@ from gng_d2 import calibrate_norms, convert_norms
 from gng_d2.job.files import prepare_outputs, save_figure
 
 from .pretrained import (
+    IF_STOPPED,
     add_data,
     features,
     interval,
@@ -32,11 +31,9 @@ from .pretrained import (
     right,
     split,
 )
-from .rows import machine, markdown, read_rows, write_rows
+from .rows import machine, markdown, rows_to_keep, write_rows
 
-__all__ = ["RetentionRow", "replaced", "table", "plot"]
-
-IF_STOPPED = "with --resume the same command goes on with the rows that are missing"
+__all__ = ["IF_STOPPED", "RetentionRow", "replaced", "table", "plot"]
 
 BATCH_NORM = "BN"
 AFFINES = ("fresh", "kept", "calibrated")
@@ -112,7 +109,8 @@ def table(rows: list[RetentionRow]) -> str:
 
     def cell(norm, affine, head="old_head", images=None):
         chosen = [r for r in rows if (r.norm, r.affine) == (norm, affine) and images in (None, r.images)]
-        return mean_with_interval([getattr(row, head) for row in chosen])
+        count = f" ({len(chosen)} of {seeds} seeds)" * (0 < len(chosen) < seeds)
+        return mean_with_interval([getattr(row, head) for row in chosen]) + count
 
     of_heads = [(affine, head) for head in ("old_head", "new_head") for affine in AFFINES]
     seeds = len({row.seed for row in rows})
@@ -170,13 +168,11 @@ def add_arguments(parser) -> None:
         metavar="N",
         help=f"calibrate on so many images too, and test the old head; default: {IMAGES} alone",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --json")
 
 
 def main(args) -> None:
     prepare_outputs(args.json, args.plot)
-    keep = args.resume and args.json and os.path.exists(args.json)
-    rows = read_rows(args.json, RetentionRow) if keep else []
+    rows = rows_to_keep(args, RetentionRow, same=["image_size"])
     for seed in args.seeds:
         done = {(row.norm, row.affine, row.images, row.seed) for row in rows}
         for row in _measure(args, seed, done):

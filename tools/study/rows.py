@@ -79,19 +79,26 @@ def read_rows(path: str, row_type: type[Row]) -> list[Row]:
             raise InputError(f"{path} holds no rows of {row_type.__module__}: {error}") from error
 
 
-def rows_to_keep(args, row_type: type[Row]) -> list[Row]:
+def rows_to_keep(args, row_type: type[Row], same: Sequence[str] = ()) -> list[Row]:
     """The rows in the file of ``--json`` where ``--resume`` says to keep them; else none.
 
+    Args:
+        same: the fields in which each row must have the value that ``args`` has. By default it is the machine that must
+            be the same, because times and bytes of two machines do not belong into one table.
+
     Raises:
-        InputError: they are of another machine, whose times and bytes are not to be set beside this one's.
+        InputError: a row has another value.
     """
     rows = read_rows(args.json, row_type) if args.resume and args.json and os.path.exists(args.json) else []
-    here = machine(args.device)
-    others = {row.machine for row in rows} - {here}
-    if others:
-        raise InputError(
-            f"--resume: {args.json} holds rows of {', '.join(others)}; this is {here}. Name another --json"
-        )
+    wanted = {name: getattr(args, name) for name in same} or {"machine": machine(args.device)}
+    for name, here in wanted.items():
+        others = {str(getattr(row, name)) for row in rows} - {str(here)}
+        if others:
+            word = name.replace("_", " ")
+            raise InputError(
+                f"--resume: {args.json} holds rows with {word} {', '.join(sorted(others))}; here the {word} is {here}. "
+                f"Name another --json"
+            )
     return rows
 
 
