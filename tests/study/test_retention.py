@@ -180,25 +180,24 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
         assert [(run.seed, run.lr) for run in trained[:4]] == [(100, rate) for rate in finetune.RATES]
         assert [(run.norm, run.affine, round(run.lr, 6)) for run in trained[4:]] == [
             ("FrozenBN", "trained", 0.001),
-            ("GN1", "calibrated", 0.001),
-            ("GN1", "fresh", 0.001),
-            ("GN1", "fresh", 0.003),
-            ("GN1", "fresh", 0.01),
+            *(("GN1", affine, lr) for affine in ("calibrated", "fresh") for lr in (0.001, 0.003, 0.01)),
             ("BN", "trained", 0.001),
         ]
         rows = json.loads((tmp_path / "rows.json").read_text())
         (tmp_path / "rows.json").write_text(json.dumps(rows[:7]))  # as if stopped in the first seed
         said = reproduce(*words, "--seeds", "1", "--resume")
-        assert [(run.seed, run.norm) for run in trained[10:]] == [
-            *((1, "FrozenBN"), (1, "GN1"), (1, "GN1"), (1, "GN1"), (1, "GN1"), (1, "BN"))
+        assert [(run.seed, run.norm) for run in trained[12:]] == [
+            (1, "FrozenBN"),
+            *[(1, "GN1")] * 6,
+            (1, "BN"),
         ]
         assert json.loads((tmp_path / "rows.json").read_text())[:7] == rows[:7]
         counts = {tuple(cells[:3]): cells[3] for cells in cells_of(said)}
-        assert counts["FrozenBN", "trained", "0.001"] == counts["GN1", "fresh", "0.001"] == "2"
-        assert counts["BN", "trained", "0.001"] == "1"
+        assert counts["FrozenBN", "trained", "0.001"] == counts["GN1", "calibrated", "0.001"] == "2"
+        assert counts["GN1", "fresh", "0.001"] == counts["BN", "trained", "0.001"] == "1"
         with pytest.raises(SystemExit, match="holds rows with image size 64; here the image size is 32"):
             reproduce(*words, "--image-size", "32", "--resume")
-    assert len(trained) == 16
+    assert len(trained) == 20
 
 
 @pytest.mark.slow

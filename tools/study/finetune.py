@@ -3,8 +3,8 @@
 MobileNetV2 with ImageNet weights and a new linear head, 2 epochs on Caltech-101, 20 images a class, batches of 8, and
 tested on 10 other images a class. SGD with momentum 0.9 and weight decay 1e-4, a linear warm-up over the first 10 % of
 the steps and a cosine decay to 0, images mirrored at random. The learning rate is the best of FrozenBN on a split that
-no row of the table has (seed 100); norms with a fresh affine are also trained at 3 and 10 times that rate, and the best
-is in the table. BN has the statistics of 2 images and adds the gradients of 4 such batches. A seed draws the images
+no row of the table has (seed 100); group norms are also trained at 3 and 10 times that rate, and the best is in the
+table. BN has the statistics of 2 images and adds the gradients of 4 such batches. A seed draws the images
 of both halves and their order.
 """
 
@@ -120,8 +120,8 @@ def _row(run, accuracy, loss):
 def _runs(args, seed, rate) -> Iterator[FinetuneRun]:
     rest = {"seed": seed, "epochs": args.epochs, "batch_size": args.batch_size, "image_size": args.image_size}
     yield FinetuneRun(norm=FROZEN, affine="trained", lr=rate, **rest)
-    for affine, factors in (("calibrated", (1,)), ("fresh", (1, 3, 10))):
-        for factor in factors:
+    for affine in ("calibrated", "fresh"):
+        for factor in (1, 3, 10):
             yield from (FinetuneRun(norm=norm, affine=affine, lr=factor * rate, **rest) for norm in args.norms)
     yield FinetuneRun(norm=BATCH_NORM, affine="trained", lr=rate, **rest)
 
