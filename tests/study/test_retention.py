@@ -13,7 +13,7 @@ from torchvision.models import mobilenet_v2
 
 from gng_d2.errors import InputError
 from study import finetune, retention
-from study.pretrained import interval, linear_head, load_mobilenet, right, split
+from study.pretrained import linear_head, load_mobilenet, right, split
 
 ROW = {"seed": 0, "image_size": 64, "old_head": 50.0, "new_head": 60.0, "last_error": 0.5, "machine": "a"}
 
@@ -87,12 +87,6 @@ def test_the_head_does_not_depend_on_the_scale_and_the_mean_of_the_features():
     expected = linear_head(inputs, labels)(inputs)
     torch.testing.assert_close(linear_head(shifted, labels)(shifted), expected, rtol=1e-3, atol=1e-3)
     assert right(linear_head(shifted.float(), labels), shifted.float(), labels) > 80
-
-
-def test_an_interval_is_students():
-    values = [1.0, 2.0, 6.0]
-    assert interval(values) == pytest.approx(4.302653 * np.std(values, ddof=1) / math.sqrt(3), rel=1e-5)
-    assert interval([1.0]) is None
 
 
 def test_tables(line_of):
