@@ -7,7 +7,8 @@
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
 was: finished runs stay, interrupted ones resume, failed ones are tried once more. Two such commands at the same
-time on one machine share the runs between them.
+time on one machine share the runs between them. Where DIR is lost, --finished results.json goes on from the results
+alone, with more norms and seeds too.
 
 With --cluster slurm each run is a job of Slurm, in a checkout and a DIR that all machines see. The jobs go on when
 this command ends; the same command watches them again, and submits what has no job. Ctrl-C asks whether to
@@ -42,6 +43,12 @@ def parse_args():
     )
     parser.add_argument(
         "--num-machines", type=int, default=1, help="machines for each run, which must share DIR; default: 1"
+    )
+    parser.add_argument(
+        "--finished",
+        metavar="FILE.json",
+        help="results.json of the same comparison from another machine, or from a folder that is lost: the runs that "
+        "it has results of are not trained again",
     )
     parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
     parser.add_argument(
@@ -116,7 +123,7 @@ def main():
     from gng_d2.errors import InputError
     from study.comparison import Comparison
     from study.plan import plan
-    from study.report import write_report
+    from study.report import restore_runs, write_report
     from study.watch import train_all
 
     comparison = Comparison(
@@ -136,6 +143,9 @@ def main():
     comparison.check()
     if args.plan and (args.num_machines > 1 or args.cluster == "slurm"):
         raise InputError("--plan times the iterations of this machine: leave --num-machines and --cluster away")
+    if args.finished:
+        comparison.claim_output()
+        restore_runs(comparison, args.finished)
     if args.plan:
         print(plan(comparison, args.parallel))
         return

@@ -81,9 +81,9 @@ def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_pat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"norms": ["GN", "GN"]}, "--norms: GN GN has one twice"),
-        ({"seeds": [0, -1]}, "--seeds: -1 is no seed"),
-        ({"keys": ["MODEL.FPN"]}, "--norm-keys: MODEL.FPN is no NORM key"),
+        ({"norms": ["GN", "GN"]}, "--norms GN GN: one of them stands there twice"),
+        ({"seeds": [0, -1]}, "--seeds -1: a seed is 0 or more"),
+        ({"keys": ["MODEL.FPN"]}, "--norm-keys: the config has no NORM key MODEL.FPN. It has"),
         (
             {"keys": None, "overrides": [f"MODEL.{k}.NORM BN" for k in ("FPN", "RESNETS", "SEM_SEG_HEAD")]},
             "no norm that is GN",

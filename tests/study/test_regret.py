@@ -44,13 +44,25 @@ def test_better_than_every_number_of_groups_on_both_sets_is_below_0(line_of):
     best = {**of, "PGN": dict.fromkeys(SEEDS, 31.0)}
     assert (regret("PGN", {"a": best, "b": best}).regret, regret("GN", {"a": best}).regret) == (-1, 0)
     text = table({"a": {**best, "other": {}}, "b": best})
-    assert line_of(text, "PGN") == ["PGN", "-1.00", "-1.00", "-1.00 (-1.00 to -1.00)"]
+    assert line_of(text, "PGN") == ["PGN", "-1.00, 3 seeds", "-1.00, 3 seeds", "-1.00 (-1.00 to -1.00)"]
     assert "other" not in text  # of one set alone
 
 
 def test_seeds_that_a_norm_lacks_count_for_no_norm():
     of = {norm: {0: 30.0, 1: 30.0, 2: 90.0} for norm in FIXED}
-    assert regret("PGN", {"a": {**of, "PGN": {0: 29.0, 1: 29.0}}}).regret == 1
+    row = regret("PGN", {"a": {**of, "PGN": {0: 29.0, 1: 29.0}}})
+    assert (row.regret, row.seeds) == (1, {"a": 2})
+
+
+def test_ten_seeds_take_no_longer_than_a_moment():
+    """They have 10^10 draws, of which 92,378 differ."""
+    numbers = np.random.default_rng(0)
+    of = {norm: dict(enumerate(numbers.normal(30, 2, 10).tolist())) for norm in FIXED}
+    row = regret("GN", {"a": of, "b": of})
+    draws = numbers.integers(0, 10, (4000, 2, 10))
+    fixed = np.array([list(values.values()) for values in of.values()])
+    worst = (fixed[:, draws].mean(3).max(0) - fixed[0][draws].mean(2)).max(1)
+    assert (row.low, row.high) == pytest.approx(np.quantile(worst, [0.025, 0.975]), abs=0.15)
 
 
 def test_values_of_several_files(tmp_path):

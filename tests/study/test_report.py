@@ -1,16 +1,19 @@
 """What the report of a comparison says."""
 
 import json
+import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from gng_d2.errors import InputError
 from study import report
 from study.comparison import Comparison, Run, paper_values
 from study.local import Local
-from study.report import ComparisonRow, run_results, summarize, write_report
-from study.rows import read_rows
+from study.report import ComparisonRow, restore_runs, run_results, summarize, write_report
+from study.rows import read_rows, write_rows
 from study.watch import train_all
 
 
@@ -78,6 +81,53 @@ def test_the_report_of_finished_runs(job, tmp_path, small):
     assert row.machine == comparison.machine()
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert head.startswith(row.commit.removesuffix("-dirty")) if head else row.commit == "unknown"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", ["('quick_val',)", "()"])
+def test_results_of_another_machine_go_on_with_more_seeds_and_norms(test, job, tmp_path, small):
+    """Without DATASETS.TEST the result is the loss."""
+    given = ["SOLVER.MAX_ITER", "20", "DATASETS.TEST", test]
+    kept, folder = tmp_path / "kept.json", tmp_path / "out"
+    first = small(["GN"], [0, 1], given)
+    list(train_all(Local(first)))
+    write_report(first)
+    rows = [replace(row, machine="a; b", commit="c") for row in read_rows(folder / "results.json", ComparisonRow)]
+    write_rows(kept, rows)
+    shutil.rmtree(folder)
+
+    more = small(["GN", "PGN"], [0, 1, 2], given)
+    restore_runs(more, str(kept))
+    ended = [str(run) for run in train_all(Local(more))]
+    assert ended == ["PGN seed 0", "PGN seed 1", "GN seed 2", "PGN seed 2"]
+    assert "6 of 6 runs finished" in write_report(more)
+    gn, pgn = read_rows(folder / "results.json", ComparisonRow)
+    assert (gn.seeds, gn.values[:2]) == ([0, 1, 2], rows[0].values) and len(pgn.values) == 3
+    assert {seed: gn.curves[seed] for seed in "01"} == rows[0].curves
+    assert set(gn.machine.split("; ")) == {"a", "b", more.machine()} and "c" in gn.commit.split("; ")
+    assert gn.recipe == first.recipe()
+
+
+def test_results_of_another_comparison_are_not_taken(tmp_path, small):
+    kept = tmp_path / "kept.json"
+    (row,) = summarize({"GN": {0: {"AP": 40.0}}}, {})
+    mine = small(["GN"], [0])
+    for recipe in (small(overrides=["SOLVER.MAX_ITER", "30"]).recipe(), small(num_gpus=2).recipe(), ""):
+        write_rows(kept, [replace(row, recipe=mine.recipe()), replace(row, recipe=recipe)])
+        with pytest.raises(InputError, match="--finished: .*kept.json holds results of another comparison"):
+            restore_runs(mine, str(kept))
+    assert mine.state(mine.runs[0]).status == "not finished"
+    assert small(["PGN"], [5], recompute_norms=True).recipe() == mine.recipe()
+
+
+def test_detections_that_were_not_there_stay_so(tmp_path, small):
+    """None of a metric that Detectron2 could not compute, beside one that it could."""
+    kept, comparison = tmp_path / "kept.json", small(["GN"], [3])
+    rows = summarize({"GN": {3: {"AP": 1.0, "AP50": None}}}, {})
+    write_rows(kept, [replace(row, recipe=comparison.recipe(), machine="a") for row in rows])
+    restore_runs(comparison, str(kept))
+    assert comparison.state(comparison.runs[0]).status == "finished"
+    assert run_results(comparison.runs[0], 20).values == {"AP": 1.0, "AP50": None}
 
 
 @pytest.mark.slow

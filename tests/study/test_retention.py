@@ -13,7 +13,7 @@ from torchvision.models import mobilenet_v2
 
 from gng_d2.errors import InputError
 from study import finetune, retention
-from study.pretrained import interval, linear_head, load_mobilenet, right, split
+from study.pretrained import linear_head, load_mobilenet, right, split
 
 ROW = {"seed": 0, "image_size": 64, "old_head": 50.0, "new_head": 60.0, "last_error": 0.5, "machine": "a"}
 
@@ -89,12 +89,6 @@ def test_the_head_does_not_depend_on_the_scale_and_the_mean_of_the_features():
     assert right(linear_head(shifted.float(), labels), shifted.float(), labels) > 80
 
 
-def test_an_interval_is_students():
-    values = [1.0, 2.0, 6.0]
-    assert interval(values) == pytest.approx(4.302653 * np.std(values, ddof=1) / math.sqrt(3), rel=1e-5)
-    assert interval([1.0]) is None
-
-
 def test_tables(line_of):
     rows = [retention.RetentionRow(norm="BN", affine="trained", images=0, **ROW)]
     for seed, left in enumerate((40.0, 44.0)):
@@ -117,10 +111,30 @@ def test_tables(line_of):
         rows.append(finetune.FinetuneRow("GN1", "calibrated", seed, 0.01, accuracy=79 + shift, **rest))
         rows += [finetune.FinetuneRow("GN1", "fresh", seed, lr, accuracy=900 * lr, **rest) for lr in (0.01, 0.03)]
     text = finetune.table(rows)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| GN1" in line]
-    assert lines[0][1:] == ["calibrated", "0.01", f"80.0 ± {half / 2:.1f}", "-1.0 ± 0.0"]
-    assert lines[1][1:4] == ["fresh", "0.03", "27.0 ± 0.0"]
-    assert "0.01: 70.0" in text
+    _, frozen, calibrated, fresh = cells_of(text)
+    assert frozen[2:] == ["0.01", "2", f"81.0 ± {half / 2:.1f}", ""]
+    assert calibrated[1:] == ["calibrated", "0.01", "2", f"80.0 ± {half / 2:.1f}", "-1.0 ± 0.0"]
+    assert fresh[1:5] == ["fresh", "0.03", "2", "27.0 ± 0.0"]
+    assert "0.01: 70.0" in text and "dash" not in text
+    text = finetune.table([row for row in rows if (row.norm, row.seed) != ("FrozenBN", 1) and row.seed != 100])
+    assert [cells[3] for cells in cells_of(text)] == ["seeds", "1", "2", "2"]
+    assert len(cells_of(finetune.table(rows[:1]))) == 1  # the rate was searched for, and nothing else trained yet
+
+
+def cells_of(text):
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_a_cell_of_fewer_seeds_says_so(line_of):
+    rows = [
+        retention.RetentionRow(norm=norm, affine="kept", images=0, **{**ROW, "seed": seed})
+        for norm, seeds in (("GN1", (0, 1, 2)), ("PGN", (0, 2)))
+        for seed in seeds
+    ]
+    text = retention.table(rows)
+    assert line_of(text, "GN1")[2] == "50.0 ± 0.0" and line_of(text, "PGN")[2] == "50.0 ± 0.0 (2 of 3 seeds)"
+    assert "over 3 seeds" in text and "A dash is not measured." in text
 
 
 @pytest.mark.slow
@@ -153,7 +167,7 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
         return finetune._row(run, 100 - 1000 * abs(run.lr - 0.001), 1.0)
 
     words = ["finetune", "--data", root, "--weights", weights, "--image-size", "64", "--seeds", "0", "--norms", "GN1"]
-    words += ["--epochs", "1", "--output", tmp_path / "runs", "--json", tmp_path / "rows.json"]
+    words += ["--epochs", "1", "--json", tmp_path / "rows.json"]
     with monkeypatch.context() as context:
         context.setattr(finetune, "train", train)
         reproduce(*words)
@@ -163,8 +177,21 @@ def test_fine_tuning_fixes_its_rate_first_and_trains_each_run_once(root, weights
             *(("GN1", affine, lr) for affine in ("calibrated", "fresh") for lr in (0.001, 0.003, 0.01)),
             ("BN", "trained", 0.001),
         ]
-        reproduce(*words)
-    assert len(trained) == 12 == len(json.loads((tmp_path / "rows.json").read_text()))
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        (tmp_path / "rows.json").write_text(json.dumps(rows[:7]))  # as if stopped in the first seed
+        said = reproduce(*words, "--seeds", "1", "--resume")
+        assert [(run.seed, run.norm) for run in trained[12:]] == [
+            (1, "FrozenBN"),
+            *[(1, "GN1")] * 6,
+            (1, "BN"),
+        ]
+        assert json.loads((tmp_path / "rows.json").read_text())[:7] == rows[:7]
+        counts = {tuple(cells[:3]): cells[3] for cells in cells_of(said)}
+        assert counts["FrozenBN", "trained", "0.001"] == counts["GN1", "calibrated", "0.001"] == "2"
+        assert counts["GN1", "fresh", "0.001"] == counts["BN", "trained", "0.001"] == "1"
+        with pytest.raises(SystemExit, match="holds rows with image size 64; here the image size is 32"):
+            reproduce(*words, "--image-size", "32", "--resume")
+    assert len(trained) == 20
 
 
 @pytest.mark.slow

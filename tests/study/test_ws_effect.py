@@ -1,16 +1,9 @@
 """What weight standardization changes, by hand."""
 
-import pytest
-
-from study.ws_effect import interval, table
+from study.ws_effect import table
 
 PLAIN = {"GN1": {0: 29.0, 1: 30.0, 2: 31.0, 3: 99.0}, "GN/1": {0: 32.0, 1: 32.0, 2: 32.0, 3: 0.0}}
 WITH_WS = {"GN1+WS": {0: 33.0, 1: 33.0, 2: 33.0}, "GN/1+WS": {0: 32.0, 1: 32.0, 2: 32.0}}
-
-
-def test_interval_is_that_by_hand():
-    # t is 4.303 for 2 degrees of freedom, the standard error 1 / sqrt(3)
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
 
 
 def test_change_is_of_the_seeds_that_both_have(line_of):

@@ -1,11 +1,12 @@
-"""Train one config under several norms and seeds, all else equal, each run by itself in a folder of its own.
+"""Train one config under several norms and seeds, all else equal, each run in a folder of its own.
 
-A comparison's folder holds ``comparison.yaml``, what all its runs share, and for each run ``NORM/seed_SEED``:
-what Detectron2's job writes, ``output.txt`` with what it prints, and ``run.json`` once it ended. A run whose files
-are damaged counts as failed, and takes no other down. Where the runs are trained is another subject: ``local.py``,
-``slurm.py``.
+A comparison's folder holds ``comparison.yaml``, which says what all its runs share, and a folder ``NORM/seed_SEED`` for
+each run. In it are the files that Detectron2's job writes, ``output.txt`` with what the job prints, and ``run.json``
+once the job has ended. A run whose files are damaged counts as failed and does not stop the others. ``local.py`` and
+``slurm.py`` train the runs.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ __all__ = ["Comparison", "NormFacts", "Run", "RunState", "default_norm_keys", "p
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 
-# keys that leave the training what it is
+# keys that do not change what is trained
 NEUTRAL = {
     *("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD"),
     *("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE"),
@@ -52,12 +53,12 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run ended, or how it stands."""
+    """How a run stands, or how it ended."""
 
-    # as its folder says: "finished", "failed" or "not finished"; as a cluster says: also "queued", "running", or "left"
-    # to another process
+    # A run's folder says "finished", "failed" or "not finished". A cluster also says "queued", "running", or "left",
+    # which means that another process trains the run.
     status: str
-    reason: str | None = None  # of a failure, or what a run waits for
+    reason: str | None = None  # why the run failed, or what it waits for
     machine: str | None = None
     commit: str | None = None  # of the code that trained it
 
@@ -79,7 +80,7 @@ class Run(NamedTuple):
         return os.path.join(self.folder, name)
 
     def recorded_state(self) -> RunState:
-        """What ``run.json`` says; that the run failed where it says nothing a program wrote."""
+        """The state in ``run.json``. A run whose file is damaged has failed."""
         path = self.path("run.json")
         try:
             with open(path, encoding="utf-8") as file:
@@ -93,7 +94,7 @@ class Run(NamedTuple):
         return state
 
     def record(self, state: RunState) -> None:
-        """Write ``run.json``, whole or not at all."""
+        """Write ``state`` to ``run.json``, whole or not at all."""
         with atomic_open(self.path("run.json")) as file:
             json.dump(asdict(state), file)
 
@@ -101,23 +102,23 @@ class Run(NamedTuple):
 class NormFacts(NamedTuple):
     """What is known of a norm before it is trained."""
 
-    groups: str  # of the whole model, for instance "4 x 32, 53 x FrozenBN"; empty where it cannot be built
-    channels_per_group: list[tuple[int, int]]  # of the layers under test: (channels in a group, how many layers)
-    paper: dict[str, float]  # the paper's results of this training
+    groups: str  # in the whole model, for instance "4 x 32, 53 x FrozenBN"; empty if the model cannot be built
+    channels_per_group: list[tuple[int, int]]  # (channels in a group, how many of the layers under test have them)
+    paper: dict[str, float]  # the paper's results for this training, by metric
 
 
 class Comparison:
-    """The runs of ``config_file`` under each of ``norms`` and ``seeds``.
+    """The runs of ``config_file``: one for each norm and seed.
 
     Args:
         keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
         overrides: ``KEY VALUE`` pairs for all runs.
         imports: modules and files that are run first, here and in each run
             (:func:`~gng_d2.job.imports.import_modules`).
-        recompute_norms: run each with ``--recompute-norms``: the same numbers in less memory.
-        fuse_norms: run each with ``--fuse-norms``: the same numbers but for rounding, in less time.
-        calibrate_norms: images that fit the norms of a backbone to batch-norm weights, in each run; 0: none.
-        num_gpus: for each of ``num_machines``; without a GPU, CPU processes.
+        recompute_norms: give each run ``--recompute-norms``, which computes the same numbers in less memory.
+        fuse_norms: give each run ``--fuse-norms``, which computes the same numbers but for rounding in less time.
+        calibrate_norms: the number of images with which each run calibrates its backbone's norms; 0 if it does not.
+        num_gpus: GPUs of each machine, or processes of each machine where there are no GPUs.
 
     Raises:
         InputError: something that the user gave cannot be used.
@@ -141,9 +142,9 @@ class Comparison:
     ):
         for option, values in (("--norms", norms), ("--seeds", seeds)):
             if len(set(values)) < len(values):
-                raise InputError(f"{option}: {' '.join(map(str, values))} has one twice")
+                raise InputError(f"{option} {' '.join(map(str, values))}: one of them stands there twice")
         if min(seeds) < 0:
-            raise InputError(f"--seeds: {min(seeds)} is no seed; 0 or more are")
+            raise InputError(f"--seeds {min(seeds)}: a seed is 0 or more")
         self.config_file, self.norms, self.seeds, self.output = config_file, norms, seeds, output
         self.overrides, self.imports = list(overrides), list(imports)
         self.recompute_norms, self.fuse_norms, self.calibrate_norms = recompute_norms, fuse_norms, calibrate_norms
@@ -155,12 +156,12 @@ class Comparison:
         known = dict(norm_keys(cfg))
         for key in self.keys:
             if key not in known:
-                raise InputError(f"--norm-keys: {key} is no NORM key of the config; it has {', '.join(known)}")
+                raise InputError(f"--norm-keys: the config has no NORM key {key}. It has {', '.join(known)}")
         self.standardized = {key for key in self.keys if known[key].endswith(WS)}
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Seed by seed, so that what has run at any time can be compared."""
+        """All runs. Those of one seed stand together, so that norms can be compared before the last seed is trained."""
         return [
             Run(norm, seed, os.path.join(self.output, norm_in_path(norm), f"seed_{seed}"))
             for seed in self.seeds
@@ -175,7 +176,7 @@ class Comparison:
         return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
 
     def command(self, run: Run, machine_rank: int = 0, dist_url: str = "auto") -> list[str]:
-        """What trains ``run`` on one of its machines, from its last checkpoint on."""
+        """The command that trains ``run`` from its last checkpoint on, on the machine of rank ``machine_rank``."""
         return [
             *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
             *(("--import", *self.imports) if self.imports else ()),
@@ -190,10 +191,9 @@ class Comparison:
         return load_config(self.config_file, [*self.overrides, *self.norm_overrides(norm)])
 
     def state(self, run: Run) -> RunState:
-        """How ``run`` ended. A finished one whose metrics are not whole has failed."""
+        """The state that the folder of ``run`` records. A finished run whose metrics are incomplete has failed."""
         state = run.recorded_state()
-        # Detectron2 evaluates after the last iteration, and counts that as one more
-        path, needed = run.path("metrics.json"), self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
+        path, needed = run.path("metrics.json"), self.last_iteration
         last = last_record(path)["iteration"]
         if state.status != "finished" or last >= needed:
             return state
@@ -201,8 +201,13 @@ class Comparison:
         reason = f"{path} {found}, and a finished run's ends with {needed}. Delete {run.folder} to train it anew"
         return RunState("failed", reason, state.machine)
 
+    @property
+    def last_iteration(self) -> int:
+        """The last in a finished run's metrics.json. Detectron2 counts the evaluation at the end as one more."""
+        return self.cfg.SOLVER.MAX_ITER - (not self.cfg.DATASETS.TEST)
+
     def iterations_done(self, run: Run) -> int:
-        """As far as its metrics.json says."""
+        """The number of iterations that the metrics.json of ``run`` has."""
         iterations = self.cfg.SOLVER.MAX_ITER
         if run.recorded_state().status == "finished":
             return iterations
@@ -210,12 +215,12 @@ class Comparison:
 
     @cached_property
     def cfg(self) -> CfgNode:
-        """The first norm's config, scaled to the number of processes as Detectron2 does it."""
+        """The first norm's config, with the schedule that Detectron2 scales to the number of processes."""
         return DefaultTrainer.auto_scale_workers(self.norm_cfg(self.norms[0]), self.world_size)
 
     @cached_property
     def facts(self) -> dict[str, NormFacts]:
-        """By norm."""
+        """What is known of each norm before it is trained."""
         tables, under_test = {}, set()
         for norm in self.norms:
             cfg = self.norm_cfg(norm)
@@ -241,6 +246,7 @@ class Comparison:
         return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
 
     def settings(self) -> dict:
+        """What all runs share: the config without norm, seed and folder, and the number of processes."""
         cfg = self.cfg.clone()
         cfg.merge_from_list(self.norm_overrides("<norm>"))
         cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
@@ -248,11 +254,15 @@ class Comparison:
         given = {name: value for name, value in options.items() if value}
         return {"processes": self.world_size, **given, "config": yaml.safe_load(cfg.dump())}
 
+    def recipe(self) -> str:
+        """A hash of :meth:`settings`. Runs that have the same one differ in nothing but norm and seed."""
+        return hashlib.sha256(yaml.safe_dump(self.settings()).encode()).hexdigest()[:16]
+
     def check(self) -> None:
-        """Refuse before the first run what no run could finish with.
+        """Check, before the first run, that the job of each norm could start.
 
         Raises:
-            InputError: says what.
+            InputError: it could not; says why.
         """
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.norms:
@@ -264,10 +274,10 @@ class Comparison:
                         change(build_on_meta(cfg))
 
     def claim_output(self) -> None:
-        """Make the folder, or see that what is in it compares the same.
+        """Make the folder, or check that the runs in it are of this comparison.
 
         Raises:
-            InputError: it cannot be written, or says what differs.
+            InputError: the folder cannot be written, or holds runs of another comparison; says in what they differ.
         """
         path = os.path.join(self.output, "comparison.yaml")
         prepare_outputs(path)
@@ -281,13 +291,13 @@ class Comparison:
                 for key, (there, here) in sorted(differ.items())
             )
             raise InputError(
-                f"--output: {self.output} holds runs of another comparison, which must not mix with these. It differs "
-                f"in\n  {lines}\nName another folder"
+                f"--output: {self.output} holds runs of another comparison, which must not mix with these. They "
+                f"differ in\n  {lines}\nName another folder"
             )
 
 
 def default_norm_keys(cfg: CfgNode) -> list[str]:
-    """The ``NORM`` keys that are GN or a norm of ours and that the model of ``cfg`` depends on.
+    """The ``NORM`` keys whose value is GN or a norm of ours and on which the model of ``cfg`` depends.
 
     Raises:
         InputError: there are none.
@@ -296,12 +306,12 @@ def default_norm_keys(cfg: CfgNode) -> list[str]:
     model = build_on_meta(cfg)
     keys = [key for key in chosen if norms_of_key(cfg, key, model)[1]]
     if not keys:
-        raise InputError("the config has no norm that is GN, GN<k> or PGN: name what to vary with --norm-keys")
+        raise InputError("the config has no norm that is GN, GN<k> or PGN: name the keys to vary with --norm-keys")
     return keys
 
 
 def paper_values(cfg: CfgNode) -> dict[str, float]:
-    """The paper's row for the training that ``cfg`` is, empty where it is none of the tables'."""
+    """The paper's results, by metric, if the training in ``cfg`` is one of its tables'; else nothing."""
     for name, values in {**TABLE_5, **TABLE_6}.items():
         if differences(cfg, load_config(os.path.join(ROOT, "configs", name))).keys() <= NEUTRAL:
             return values

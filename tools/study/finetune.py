@@ -1,16 +1,15 @@
-"""A network with batch-norm weights is fine-tuned under group norms, fresh and calibrated.
+"""A network with batch-norm weights is fine-tuned under group norms, whose affine is fresh or calibrated.
 
-MobileNetV2 with ImageNet weights and a new linear head, 2 epochs on Caltech-101, 20 images a class, batches of 8, and
-tested on 10 other images a class. SGD with momentum 0.9 and weight decay 1e-4, a linear warm-up over the first 10 % of
-the steps and a cosine decay to 0, images mirrored at random. The learning rate is the best of FrozenBN on a split that
-no row of the table has (seed 100); group norms are also trained at 3 and 10 times that rate, and the best is in the
-table. BN has the statistics of 2 images and adds the gradients of 4 such batches. A seed draws the images
-of both halves and their order. Can be stopped at any time.
+The network is MobileNetV2 with ImageNet weights and a new linear head. It is trained for 2 epochs on Caltech-101, with
+20 images of each class in batches of 8, and tested on 10 other images of each class. The recipe is SGD with momentum
+0.9 and weight decay 1e-4, a linear warm-up over the first 10 % of the steps, a cosine decay to 0, and images that are
+mirrored at random. The learning rate is the one at which FrozenBN is best on a split of its own (seed 100). Group norms
+are also trained at 3 and 10 times that rate, and the table has the best of the three. BN takes its statistics from 2
+images and adds the gradients of 4 such batches. A seed draws the images of both halves and their order.
 """
 
 import copy
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,28 +22,25 @@ from tqdm import tqdm
 from command_line import add_outputs
 from gng_d2.errors import InputError
 from gng_d2.job.files import prepare_outputs
-from gng_d2.layers.norm_names import norm_in_path
 
-from .pretrained import add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
+from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
 from .retention import IMAGES, replaced
-from .rows import finish_run, machine, markdown, open_run, write_rows
+from .rows import machine, markdown, rows_to_keep, write_rows
 
-__all__ = ["FinetuneRun", "FinetuneRow", "train", "table"]
-
-IF_STOPPED = "the same command goes on with the runs that are not finished"
+__all__ = ["IF_STOPPED", "FinetuneRun", "FinetuneRow", "train", "table"]
 
 FROZEN, BATCH_NORM = "FrozenBN", "BN"
 RATES = (0.0001, 0.0003, 0.001, 0.003)
 SEARCH_SEED = 100
-MICRO_BATCH = 2  # of BN
+MICRO_BATCH = 2  # images from which BN takes its statistics
 
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """What makes a run."""
+    """The settings of a run."""
 
     norm: str
-    affine: str  # "trained" of batch norms, else "fresh" or "calibrated"
+    affine: str  # "trained" for batch norms, else "fresh" or "calibrated"
     seed: int
     lr: float
     epochs: int
@@ -54,10 +50,10 @@ class FinetuneRun:
 
 @dataclass(frozen=True)
 class FinetuneRow(FinetuneRun):
-    """A run and what came of it."""
+    """A run and its results."""
 
-    accuracy: float  # of the test images, in %; 0 where the loss was not finite
-    train_loss: float | None  # the mean of the last epoch
+    accuracy: float  # on the test images, in %; 0 if the loss was not finite
+    train_loss: float | None  # the mean over the last epoch
     machine: str
 
 
@@ -75,7 +71,7 @@ def _train_mode(run, model):
 
 
 def train(run: FinetuneRun, reference: nn.Module, data) -> FinetuneRow:
-    """Fine-tune ``reference``, with norms replaced as ``run`` says, on ``data``."""
+    """Replace the norms of ``reference`` as ``run`` says, and fine-tune it on ``data``."""
     torch.manual_seed(run.seed)
     draw = np.random.default_rng(run.seed)
     order = draw.permutation(len(data.train))
@@ -105,7 +101,7 @@ def train(run: FinetuneRun, reference: nn.Module, data) -> FinetuneRow:
 
 
 def _step(run, model, data, batch, draw):
-    """Add the gradients of a batch, in parts where BN is to have the statistics of few images; return the loss."""
+    """Add the gradients of a batch and return its loss. For BN the batch is computed in parts of MICRO_BATCH images."""
     total = 0.0
     for part in np.split(batch, len(batch) // MICRO_BATCH) if run.norm == BATCH_NORM else [batch]:
         mirrored = torch.tensor(draw.random(len(part)) < 0.5)[:, None, None, None]
@@ -135,21 +131,18 @@ def _search(args) -> list[FinetuneRun]:
     return [dataclasses.replace(run, lr=rate) for rate in RATES]
 
 
-def _finish(args, runs, reference) -> list[FinetuneRow]:
-    """The rows of runs of one seed."""
-
-    def folder(run):
-        return os.path.join(args.output, f"{norm_in_path(run.norm)}-{run.affine}-lr{run.lr:g}-seed{run.seed}")
-
-    left = [run for run in runs if open_run(folder(run), run, FinetuneRow) is None]
+def _train_missing(args, runs, reference, rows) -> None:
+    """Train those of ``runs``, which have the same seed, that have no row in ``rows``, and add their rows."""
+    done = {(row.norm, row.affine, row.seed, row.lr) for row in rows}
+    left = [run for run in runs if (run.norm, run.affine, run.seed, run.lr) not in done]
     data = split(args.data, args.image_size, runs[0].seed) if left else None
     for run in tqdm(left, unit="run", desc=f"seed {runs[0].seed}", disable=not left):
-        finish_run(folder(run), train(run, reference, data))
-    return [open_run(folder(run), run, FinetuneRow) for run in runs]
+        rows.append(train(run, reference, data))
+        write_rows(args.json, rows)
 
 
 def table(rows: list[FinetuneRow]) -> str:
-    """A line for each norm and affine, at its best rate."""
+    """A table with a line for each norm and affine, at the learning rate at which it is best."""
     search = [row for row in rows if row.seed == SEARCH_SEED]
     rest = [row for row in rows if row.seed != SEARCH_SEED]
     accuracies: dict[tuple, dict[int, float]] = {}
@@ -159,20 +152,20 @@ def table(rows: list[FinetuneRow]) -> str:
     for norm, affine, lr in accuracies:
         mean = np.mean(list(accuracies[norm, affine, lr].values()))
         best[norm, affine] = max(best.get((norm, affine), (-1, lr)), (mean, lr))
-    frozen = accuracies[FROZEN, "trained", best[FROZEN, "trained"][1]]
+    frozen = {row.seed: row.accuracy for row in rest if row.norm == FROZEN}
     lines = []
     for (norm, affine), (_, lr) in best.items():
         found = accuracies[norm, affine, lr]
         differences = [found[seed] - frozen[seed] for seed in found if seed in frozen]
-        difference = "-" if norm == FROZEN else mean_with_interval(differences, sign="+")
-        lines.append([norm, affine, f"{lr:g}", mean_with_interval(list(found.values())), difference])
+        difference = "" if norm == FROZEN else mean_with_interval(differences, sign="+")
+        lines.append([norm, affine, f"{lr:g}", len(found), mean_with_interval(list(found.values())), difference])
     tried = ", ".join(f"{row.lr:g}: {row.accuracy:.1f}" for row in search)
     return "\n\n".join(
         [
-            markdown(lines, ["norm", "affine", "learning rate", "% right", "to FrozenBN"]),
+            markdown(lines, ["norm", "affine", "learning rate", "seeds", "% right", "to FrozenBN"]),
             f"Test images of Caltech-101 that are labelled rightly after {rows[0].epochs} epochs, in %, ± the 95 % "
-            f"interval of the mean over {len({row.seed for row in rest})} seeds; the difference is paired by seed. "
-            f"FrozenBN on another split, by learning rate: {tried}.",
+            f"interval of the mean over the seeds. The difference is paired by seed. FrozenBN on the split that fixed "
+            f"the learning rate: {tried}." + " A dash is not measured." * any("-" in line for line in lines),
         ]
     )
 
@@ -189,20 +182,16 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="default: %(default)s")
-    parser.add_argument(
-        "--output", default="output/finetune", metavar="DIR", help="a folder for each run; default: %(default)s"
-    )
 
 
 def main(args) -> None:
     prepare_outputs(args.json)
     if args.batch_size % MICRO_BATCH:
         raise InputError(f"--batch-size {args.batch_size}: it must be a multiple of {MICRO_BATCH}")
+    rows = rows_to_keep(args, FinetuneRow, same=["epochs", "batch_size", "image_size"])
     reference = load_mobilenet(args.weights)
-    rows = _finish(args, _search(args), reference)
-    rate = max(rows, key=lambda row: row.accuracy).lr
+    _train_missing(args, _search(args), reference, rows)
+    rate = max((row for row in rows if row.seed == SEARCH_SEED), key=lambda row: row.accuracy).lr
     for seed in args.seeds:
-        rows += _finish(args, list(_runs(args, seed, rate)), reference)
-        if args.json:
-            write_rows(args.json, rows)
+        _train_missing(args, list(_runs(args, seed, rate)), reference, rows)
     print(table(rows))

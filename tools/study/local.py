@@ -23,11 +23,11 @@ class Local:
     Several on one machine may train the same comparison: each takes the runs that the others leave.
 
     Args:
-        machine_rank: which of ``comparison.num_machines`` this is; each runs the same command.
-        dist_url: where the first one is, tcp://NAME:PORT.
+        machine_rank: which of ``comparison.num_machines`` this one is. The same command runs on each of them.
+        dist_url: the address of the first machine, tcp://NAME:PORT.
 
     Raises:
-        InputError: this machine has too little for as many runs, or ``dist_url`` is missing.
+        InputError: this machine has too few GPUs for ``parallel`` runs, or ``dist_url`` is missing.
     """
 
     pause = 1.0  # seconds between two looks at the runs
@@ -36,7 +36,7 @@ class Local:
         if comparison.num_machines > 1 and dist_url == "auto":
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         if comparison.num_machines > 1 and parallel > 1:
-            raise InputError("--parallel: several machines train one run at a time; with --cluster slurm they do more")
+            raise InputError("--parallel: several machines train one run at a time, unless --cluster is slurm")
         self.comparison = comparison
         self.machine_rank, self.dist_url = machine_rank, dist_url
         self._waiting, self._free = deque(), shares(comparison, parallel)
@@ -48,7 +48,7 @@ class Local:
         self._states.update({run: RunState("queued") for run in runs})
 
     def states(self) -> dict[Run, RunState]:
-        """Of every run that was started. Where one has ended, the next one begins."""
+        """The state of every run that was started. Where a run has ended, this call begins the next one."""
         for run, (process, _, _) in list(self._running.items()):
             if process.poll() is not None:
                 self._end(run)
@@ -79,11 +79,11 @@ class Local:
                     )
                     self._running[run] = process, self._free.pop(0), stack.pop_all()
                     self._states[run] = RunState("running")
-                else:  # by another process, since this one looked
+                else:  # another process has trained it since this one looked
                     self._states[run] = self.comparison.state(run)
             except BlockingIOError:
                 self._states[run] = RunState("left", "another process trains it")
-            except (OSError, InputError) as error:  # a file where its folder should be, say
+            except (OSError, InputError) as error:  # for instance if there is a file in place of its folder
                 self._states[run] = RunState("failed", str(error))
 
     def _end(self, run):
@@ -101,8 +101,8 @@ class Local:
 
 
 def shares(comparison: Comparison, parallel: int) -> list[dict[str, str]]:
-    """The environment variables that give each of ``parallel`` runs its GPUs, or its CPU threads, of those that
-    CUDA_VISIBLE_DEVICES or OMP_NUM_THREADS leave to this process. One run alone has them all.
+    """The environment variables for each of ``parallel`` runs, which divide the GPUs or CPU threads of this process
+    among them. A single run has them all.
 
     Raises:
         InputError: there are too few GPUs.

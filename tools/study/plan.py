@@ -1,4 +1,4 @@
-"""What a comparison would run, and for how long, from a few iterations under each norm."""
+"""What a comparison would run and how long it would take, measured by a few iterations under each norm."""
 
 import math
 import os
@@ -23,14 +23,14 @@ from .rows import markdown
 
 __all__ = ["plan", "time_iteration", "time_evaluation", "NormTimes", "compare_times"]
 
-TIMED = 25  # iterations a round
+TIMED = 25  # iterations in a round
 ROUNDS = 4
-WATCHED = 20  # seconds of an evaluation
+WATCHED = 20  # seconds after which an evaluation is stopped
 
 
 def plan(comparison: Comparison, parallel: int = 1) -> str:
-    """The runs, the time of an iteration under each norm with its spread over rounds in turn, and of all that is left
-    to do, evaluation included."""
+    """A text that says which runs are left, how long an iteration takes under each norm, and how long all that is left
+    will take, evaluations included."""
     solver, runs = comparison.cfg.SOLVER, comparison.runs
     times, failures = _time_in_turn(comparison)
     try:
@@ -54,11 +54,12 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
             f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} "
             f"process{'es' * (comparison.world_size > 1)}",
             markdown(lines, ["norm", "iterations left", "layers x groups", "s/iteration", "to the first"]),
-            f"s/iteration: mean of {ROUNDS} rounds in turn (fastest to slowest). To the first: the mean of the rounds' "
-            f"ratios with its 95 % interval; where that holds 1, the times cannot be told apart.",
+            f"s/iteration is the mean of {ROUNDS} rounds (fastest to slowest), in which the norms take turns. The last "
+            f"column is the mean of the rounds' ratios to the first norm with its 95 % interval. If the interval "
+            f"contains 1, the two norms cannot be told apart.",
             *([f"evaluation fails: {failures['evaluation']}"] if "evaluation" in failures else []),
             f"{all_hours:.2g} hours on {comparison.machine()}: {hours:.2g} of training, {evaluation_hours:.2g} of "
-            f"{evaluations} evaluations of {evaluation:.2g} s (their last step, the scores, not counted)"
+            f"{evaluations} evaluations of {evaluation:.2g} s (without their last step, which computes the scores)"
             + f"; {all_hours / parallel:.2g} where {parallel} runs at a time are as fast as one"
             * (parallel > 1),
         ]
@@ -66,7 +67,7 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
 
 
 def _time_in_turn(comparison):
-    """By norm, the seconds per iteration of each round; and why norms failed. The order is another in each round."""
+    """The seconds per iteration of each round by norm, and by norm why it failed. Each round has another order."""
     times: dict[str, list[float]] = {norm: [] for norm in comparison.norms}
     failures: dict[str, str] = {}
     with tqdm(total=ROUNDS * len(times), desc="timing a few iterations", unit="job") as bar:
@@ -82,8 +83,8 @@ def _time_in_turn(comparison):
 
 
 def rotated(norms: Sequence[str], number: int) -> list[str]:
-    """``norms`` from another one on for each ``number``, and every second time the others backwards: none is always
-    the first, or always after the same one."""
+    """``norms`` in another order for each ``number``: it begins with another norm each time, and for odd numbers the
+    rest is reversed. So no norm is always the first, and none always follows the same one."""
     start = number % len(norms)
     first, *others = [*norms[start:], *norms[:start]]
     return [first, *others[::-1]] if number % 2 else [first, *others]
@@ -93,9 +94,9 @@ def rotated(norms: Sequence[str], number: int) -> list[str]:
 class NormTimes:
     """Seconds per iteration under a norm."""
 
-    seconds: list[float]  # by round
-    ratio: float | None = None  # to the first norm, in the same round; a geometric mean
-    low: float | None = None  # its 95 % interval
+    seconds: list[float]  # of each round
+    ratio: float | None = None  # to the first norm in the same round, as a geometric mean over the rounds
+    low: float | None = None  # the 95 % interval of the ratio
     high: float | None = None
 
     @property
@@ -111,10 +112,10 @@ class NormTimes:
 
 
 def compare_times(times: dict[str, list[float]]) -> dict[str, NormTimes]:
-    """Each norm's times, round by round beside the first norm's: what slows the machine down slows both.
+    """Compare each norm with the first one in the same round, where what slows the machine down slows both.
 
     Args:
-        times: by norm, the seconds per iteration of each of two rounds or more.
+        times: by norm, the seconds per iteration of each round; two rounds or more.
     """
     compared: dict[str, NormTimes] = {}
     for norm, seconds in times.items():
@@ -130,7 +131,8 @@ def compare_times(times: dict[str, list[float]]) -> dict[str, NormTimes]:
 
 
 def time_iteration(comparison: Comparison, norm: str) -> float:
-    """Seconds per iteration under ``norm``: the median of the last of a few, in a folder that is deleted again.
+    """Run a few iterations under ``norm``, in a folder that is deleted again, and return the seconds per iteration that
+    Detectron2 records last, a median.
 
     Raises:
         InputError: the job failed; says why.
@@ -138,7 +140,7 @@ def time_iteration(comparison: Comparison, norm: str) -> float:
     scale = comparison.world_size / (comparison.norm_cfg(norm).SOLVER.REFERENCE_WORLD_SIZE or comparison.world_size)
     overrides = [
         *("SOLVER.MAX_ITER", str(math.ceil(TIMED * scale)), "DATASETS.TEST", "()"),
-        # a step from which no loss explodes
+        # so small a step that no loss explodes
         *("SOLVER.BASE_LR", "1e-10", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "()"),
         *("SOLVER.WARMUP_ITERS", "0"),
     ]
@@ -152,8 +154,8 @@ def time_iteration(comparison: Comparison, norm: str) -> float:
 
 
 def time_evaluation(comparison: Comparison) -> float:
-    """Seconds of one evaluation of the first norm's model, untrained: its images, not its scores. Where it is a long
-    one, by its pace in the first :data:`WATCHED` seconds.
+    """The seconds that an evaluation of the first norm's untrained model takes for the images, without computing the
+    scores. A long evaluation is stopped after :data:`WATCHED` seconds, and its pace so far is taken.
 
     Raises:
         InputError: the job failed; says why.
@@ -180,7 +182,7 @@ def time_evaluation(comparison: Comparison) -> float:
 
 
 def evaluation_seconds(printed: str) -> float:
-    """What all images of all datasets take, by what Detectron2's evaluation printed; 0 where it printed nothing yet."""
+    """The seconds for all images of all datasets, as far as Detectron2's evaluation has printed them; 0 at first."""
     done = [_seconds(clock) for clock in re.findall(r"Total inference time: ([\d:.]+)", printed)]
     going_on = re.findall(
         r"Inference done \d+/(\d+)\..*Total: ([\d.]+) s/iter", printed.rpartition("Total inference")[2]
@@ -194,7 +196,7 @@ def _seconds(clock):
 
 
 def _evaluations_left(comparison, run):
-    """Detectron2 evaluates every EVAL_PERIOD iterations and after the last one."""
+    """How many evaluations are left: Detectron2 evaluates every EVAL_PERIOD iterations and after the last one."""
     last, period = comparison.cfg.SOLVER.MAX_ITER, comparison.cfg.TEST.EVAL_PERIOD
     done = comparison.iterations_done(run)
     if not comparison.cfg.DATASETS.TEST or run.recorded_state().status == "finished":

@@ -1,4 +1,4 @@
-"""A network that was trained with batch norm, and real images to see what is left of it: MobileNetV2, Caltech-101."""
+"""A network that was trained with batch norm, MobileNetV2, and real images to test it on, Caltech-101."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
@@ -16,11 +15,13 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
+from .rows import half_interval
+
 __all__ = [
+    "IF_STOPPED",
     "Split",
     "add_data",
     "features",
-    "interval",
     "linear_head",
     "load_mobilenet",
     "mean_with_interval",
@@ -29,7 +30,9 @@ __all__ = [
     "split",
 ]
 
-TRAIN, TEST = 20, 10  # images a class
+IF_STOPPED = "with --json and --resume the same command goes on with the rows that are missing"
+
+TRAIN, TEST = 20, 10  # images of each class
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ class Split:
 
 
 def load_mobilenet(path: str) -> nn.Module:
-    """torchvision's MobileNetV2 with the weights in ``path``, in eval mode; its classifier is what follows them.
+    """torchvision's MobileNetV2 with the weights in ``path``, in eval mode. It returns the features that its classifier
+    would take.
 
     Raises:
-        InputError: they are not there, or of another network.
+        InputError: the file is not there, or its weights are of another network.
     """
     model = mobilenet_v2()
     model.classifier = nn.Identity()
@@ -59,7 +63,8 @@ def load_mobilenet(path: str) -> nn.Module:
 
 
 def split(root: str, size: int, seed: int) -> Split:
-    """20 images a class to train with and 10 to test, drawn by ``seed``: the central square, ``size`` pixels wide.
+    """20 images of each class to train with and 10 to test with, drawn by ``seed``. Of each image it is the central
+    square, ``size`` pixels wide.
 
     Raises:
         InputError: ``root`` has no folders of classes, or a class has fewer images.
@@ -92,19 +97,23 @@ def _image(path, size):
 
 
 def normalized(images: Tensor) -> Tensor:
+    """Images from 0 to 255 as torchvision's networks take them."""
     return T.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @torch.no_grad()
 def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What ``model``, in eval mode, returns for images from 0 to 255, in batches of 32."""
     model.eval()
     return torch.cat([model(normalized(batch)) for batch in images.split(32)])
 
 
 def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linear:
-    """Logistic regression on features that are centred and divided by their mean deviation, which the head undoes.
+    """A head trained by logistic regression. The features are centred and divided by their mean deviation for that, and
+    the head is then changed so that it takes them as they are.
 
-    In float64: what is left of a lost network are features whose mean is thousands of times their deviation.
+    It computes in float64, because the features of a network that is lost can have a mean thousands of times their
+    deviation.
     """
     inputs = inputs.double()
     mean, scale = inputs.mean(0), inputs.std(0).mean()
@@ -128,28 +137,23 @@ def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linea
 
 @torch.no_grad()
 def right(head: nn.Linear, inputs: Tensor, labels: Tensor) -> float:
-    """How many of the inputs ``head`` labels rightly, in %."""
+    """The share of the inputs that ``head`` labels rightly, in %."""
     return 100 * (head(inputs.to(head.weight.dtype)).argmax(1) == labels).double().mean().item()
 
 
-def interval(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of the mean over seeds, by Student's t; None for a single one."""
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
 def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
-    """For instance "67.2 ± 1.3"; a dash where there are no values."""
+    """The mean over seeds with its 95 % interval, for instance "67.2 ± 1.3"; a dash if a value is missing."""
     if not values or None in values:
         return "-"
-    half, mean = interval(values), f"{np.mean(values):{sign}.1f}"
+    half, mean = half_interval(values), f"{np.mean(values):{sign}.1f}"
     return mean if half is None else f"{mean} ± {half:.1f}"
 
 
 def add_data(parser) -> None:
-    """Give ``parser`` the flags for the images and the weights."""
-    parser.add_argument("--data", required=True, metavar="ROOT", help="Caltech-101, a folder of images for each class")
+    """Give ``parser`` the flags that say on what to measure, and ``--resume``."""
+    parser.add_argument(
+        "--data", required=True, metavar="ROOT", help="folder of Caltech-101, with a folder for each class"
+    )
     parser.add_argument(
         "--weights",
         required=True,
@@ -158,3 +162,8 @@ def add_data(parser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that --json has, from any machine and of any seeds and norms, and measure what is missing",
+    )

@@ -1,4 +1,4 @@
-"""A run's training process, which ends with the one that started it."""
+"""The process that trains a run. It ends together with the process that started it."""
 
 import os
 import re
@@ -23,12 +23,13 @@ def start_training(
     dist_url: str = "auto",
     environment: Mapping[str, str] | None = None,
 ) -> "Process":
-    """Train ``run`` from its last checkpoint on, or one machine's share of it.
+    """Start to train ``run`` from its last checkpoint on, or one machine's share of it.
 
-    What it prints is in ``output.txt`` of its folder, and of machines but the first in ``output.RANK.txt``.
+    What it prints goes into ``output.txt`` of the run's folder, or into ``output.RANK.txt`` on all machines but the
+    first.
 
     Raises:
-        OSError, InputError: its folder cannot be written.
+        OSError, InputError: the run's folder cannot be written.
     """
     os.makedirs(run.folder, exist_ok=True)
     if machine_rank == 0:
@@ -40,10 +41,10 @@ def start_training(
 class Process:
     """A command whose output is appended to the file ``log``. It must not outlive the thread that started it.
 
-    In a ``with`` statement it, and what it started, is killed at the end if it has not ended well by itself.
+    The end of a ``with`` statement kills it, and the processes that it started, unless it has ended without an error.
 
     Args:
-        environment: its environment variables, by default this process's.
+        environment: the environment variables of the command, by default those of this process.
     """
 
     def __init__(self, command: Sequence[str], log: str, environment: Mapping[str, str] | None = None):
@@ -70,7 +71,7 @@ class Process:
             self.wait()
 
     def failure(self) -> str | None:
-        """Why a command that has ended failed: the message of its error. None if it did not fail."""
+        """The message of the error with which the command has ended. None if it did not fail."""
         code = self._process.returncode
         if code == 0:
             return None
@@ -81,19 +82,19 @@ class Process:
         return (errors or lines or [f"exit status {code}"])[-1].removeprefix("error: ")
 
     def end(self, machine: str) -> RunState:
-        """How a run whose command has ended, ended on ``machine``."""
+        """The state of a run whose command has ended on ``machine``."""
         reason = self.failure()
         return RunState("failed" if reason else "finished", reason, machine, commit())
 
     def printed(self) -> str:
-        """What the command printed up to now."""
+        """What the command has printed so far."""
         with open(self._log, "rb") as file:
             file.seek(self._start)
             return file.read().decode(errors="replace")
 
 
 def _end_line(path):
-    """A killed run may leave half a line, which must not become the start of the next one."""
+    """Remove the half line that a killed run may leave, which would become the start of the next line."""
     with suppress(FileNotFoundError), open(path, "rb+") as file:
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)

@@ -1,10 +1,9 @@
-"""One number for a choice: how far a norm is behind the best fixed number of groups where it is worst.
-
-Its input is the JSON of finished comparisons, one set of data or more.
-"""
+"""The regret of a norm: how far it is behind the best fixed number of groups, on the set of data where it is worst."""
 
 import itertools
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,13 +22,14 @@ Values = Mapping[str, Mapping[int, float]]  # by norm and seed
 class Regret:
     norm: str
     shortfalls: dict[str, float]  # by set of data: the best mean of FIXED less the norm's
-    regret: float  # the largest of them
+    seeds: dict[str, int]  # by set of data: how many seeds all of these norms have
+    regret: float  # the largest shortfall
     low: float  # the 95 % interval of the regret
     high: float
 
 
 def read_values(results: str, names: Sequence[str], metric: str) -> dict[str, dict[int, float]]:
-    """The values of ``metric`` by norm and seed, from the files NAME.json in ``results``; of those that are there."""
+    """The values of ``metric`` by norm and seed, from those files NAME.json in ``results`` that exist."""
     values = {}
     for path in (os.path.join(results, f"{name}.json") for name in names):
         for row in read_rows(path, ComparisonRow) if os.path.exists(path) else ():
@@ -42,30 +42,45 @@ def regret(norm: str, sets: Mapping[str, Values]) -> Regret:
     """The regret of ``norm`` over ``sets`` of data.
 
     The interval is a bootstrap: in each set seeds are drawn with replacement, the same ones for all norms, and the best
-    of FIXED is chosen anew. All draws are taken, each once.
+    of FIXED is chosen anew. No draw is left to chance: every draw counts with its probability.
     """
-    drawn = [_shortfalls(norm, values) for values in sets.values()]
-    # a largest shortfall for each pair of draws, one from each set
-    worst = np.max(np.meshgrid(*(draws for _, draws in drawn)), axis=0)
-    low, high = np.quantile(worst, [0.025, 0.975], method="inverted_cdf")
-    shortfalls = {name: shortfall for name, (shortfall, _) in zip(sets, drawn)}
-    return Regret(norm, shortfalls, max(shortfalls.values()), float(low), float(high))
+    measured = {name: _shortfall(norm, values) for name, values in sets.items()}
+    shortfalls = {name: shortfall for name, (shortfall, _, _) in measured.items()}
+    seeds = {name: count for name, (_, count, _) in measured.items()}
+    drawn = [draws for _, _, draws in measured.values()]
+    # The largest of independent shortfalls is at most x with the product of the probabilities that each of them is.
+    worst = np.unique(np.concatenate([values for values, _ in drawn]))
+    probability = np.prod([below[np.searchsorted(values, worst, "right")] for values, below in drawn], axis=0)
+    low, high = worst[np.searchsorted(probability, [0.025 - 1e-12, 0.975 - 1e-12])]
+    return Regret(norm, shortfalls, seeds, max(shortfalls.values()), float(low), float(high))
 
 
-def _shortfalls(norm, values):
-    """As measured, and for each draw of as many seeds as there are, of those that all norms have."""
+def _shortfall(norm, values):
+    """The shortfall of ``norm`` as measured; the number of seeds that all norms have; and of all draws of as many seeds
+    the shortfalls, in ascending order, with the probability that a draw is among the first 0, 1, 2, ... of them."""
     seeds = sorted(set.intersection(*(set(values[name]) for name in (*FIXED, norm))))
+    n = len(seeds)
     fixed = np.array([[values[name][seed] for seed in seeds] for name in FIXED])
     own = np.array([values[norm][seed] for seed in seeds])
-    draws = np.array(list(itertools.product(range(len(seeds)), repeat=len(seeds))))
-    return fixed.mean(1).max() - own.mean(), fixed[:, draws].mean(2).max(0) - own[draws].mean(1)
+    draws = list(itertools.combinations_with_replacement(range(n), n))
+    orders = [math.factorial(n) / math.prod(map(math.factorial, Counter(draw).values())) for draw in draws]
+    draws = np.array(draws)
+    shortfalls = fixed[:, draws].mean(2).max(0) - own[draws].mean(1)
+    order = np.argsort(shortfalls)
+    below = np.cumsum([0, *np.array(orders)[order]]) / n**n
+    return fixed.mean(1).max() - own.mean(), n, (shortfalls[order], below)
 
 
 def table(sets: Mapping[str, Values]) -> str:
-    """The norms that all ``sets`` have, the smallest regret first."""
+    """A table of the norms that all ``sets`` have, in ascending order of regret."""
     norms = [norm for norm in next(iter(sets.values())) if all(norm in values for values in sets.values())]
     rows = sorted((regret(norm, sets) for norm in norms), key=lambda row: row.regret)
     lines = [
-        [row.norm, *row.shortfalls.values(), f"{row.regret:.2f} ({row.low:.2f} to {row.high:.2f})"] for row in rows
+        [
+            row.norm,
+            *(f"{row.shortfalls[name]:.2f}, {row.seeds[name]} seed{'s' * (row.seeds[name] > 1)}" for name in sets),
+            f"{row.regret:.2f} ({row.low:.2f} to {row.high:.2f})",
+        ]
+        for row in rows
     ]
-    return markdown(lines, ["norm", *(f"shortfall on {name}" for name in sets), "regret (95 % interval)"], ".2f")
+    return markdown(lines, ["norm", *(f"shortfall on {name}" for name in sets), "regret (95 % interval)"])

@@ -1,5 +1,6 @@
-"""What the finished runs of a comparison say: mean and spread over seeds, paired differences, curves."""
+"""The report of a comparison's finished runs: mean and spread over seeds, paired differences, curves."""
 
+import json
 import math
 import os
 import shlex
@@ -11,18 +12,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from gng_d2.job.files import atomic_open, save_figure
+from gng_d2.errors import InputError
+from gng_d2.job.files import atomic_open, prepare_outputs, save_figure
 from gng_d2.job.metrics import read_metrics
 from gng_d2.layers.ws_conv import WS
 
-from .comparison import Comparison, Run
-from .rows import markdown, mean_and_std, write_rows
+from .comparison import Comparison, Run, RunState
+from .rows import markdown, mean_and_std, read_rows, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "run_results", "summarize", "table"]
-__all__ += ["together"]
-__all__ += ["write_report"]
+__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "restore_runs", "run_results"]
+__all__ += ["summarize", "table", "together", "write_report"]
 
-# in percent, by their names in Detectron2
+# our names of the metrics and Detectron2's; all are in percent
 METRICS = {
     "PQ": "panoptic_seg/PQ",
     "PQ_th": "panoptic_seg/PQ_th",
@@ -39,39 +40,40 @@ LOSS = "total_loss"
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One metric under one norm. None stands for what there is too little for."""
+    """One metric under one norm. A number is None where too few seeds were measured for it."""
 
     norm: str
     metric: str  # one of METRICS, in percent, or LOSS
     seeds: list[int]
-    values: list[float | None]  # one a seed
+    values: list[float | None]  # one for each seed
     mean: float | None
-    std: float | None  # n - 1
+    std: float | None  # the sample standard deviation, with n - 1
     paper: float | None
-    difference: float | None  # to the first norm: the mean of the differences seed by seed
-    difference_error: float | None  # its standard error
+    difference: float | None  # the mean over seeds of this norm's value less the first norm's
+    difference_error: float | None  # the standard error of the difference
     difference_seeds: int  # how many seeds both norms have
-    channels_per_group: list[tuple[int, int]] = ()  # of the layers under test: (channels in a group, how many layers)
+    channels_per_group: list[tuple[int, int]] = ()  # (channels in a group, how many of the layers under test have them)
     curves: dict[int, list[tuple[int, float]]] | None = None  # (iteration, value) by seed, where run_results has them
     machine: str = ""
-    commit: str = ""  # of the code that trained it
+    commit: str = ""  # of the code that trained the runs
+    recipe: str = ""  # Comparison.recipe() of the runs; "" in files that are older than this field
 
 
 class RunResults(NamedTuple):
     """What the metrics.json of a finished run says."""
 
-    values: dict[str, float | None]  # in METRICS at the end; None where Detectron2 found no detections to evaluate
-    curves: dict[str, list[tuple[int, float]]]  # (iteration, value) of the loss, and of the first of METRICS it has
+    values: dict[str, float | None]  # of METRICS at the end; None where Detectron2 found no detections to evaluate
+    curves: dict[str, list[tuple[int, float]]]  # (iteration, value) of the loss and of the first metric in METRICS
 
 
 def run_results(run: Run, max_iter: int) -> RunResults:
-    """The results of a finished ``run`` of ``max_iter`` iterations. Where it had no evaluation, its value is the loss,
-    the mean over the last tenth of its iterations."""
+    """The results of a finished ``run`` of ``max_iter`` iterations. The result of a run without an evaluation is its
+    loss, as the mean over the last tenth of the iterations."""
     records = read_metrics(run.path("metrics.json"))
     last = {name: value for record in records for name, value in record.items()}
     values = {k: None if math.isnan(last[name]) else last[name] for k, name in METRICS.items() if name in last}
     names = {LOSS: LOSS, **{metric: METRICS[metric] for metric in list(values)[:1]}}
-    # a run resumed for its last evaluation alone counts one more, and may have been evaluated before
+    # A run that was resumed only for its last evaluation has one iteration more, and may have been evaluated before.
     curves = {k: {min(r["iteration"], max_iter): r[name] for r in records if name in r} for k, name in names.items()}
     losses = [r[LOSS] for r in records if LOSS in r and r["iteration"] >= 0.9 * last["iteration"]]
     if losses and not values:
@@ -85,7 +87,7 @@ def summarize(
     """Compare the norms in each metric.
 
     Args:
-        values: by norm, seed and metric. Differences are taken to the first norm, seed by seed.
+        values: by norm, seed and metric. Each norm is compared with the first one, seed by seed.
         paper: the paper's values by norm and metric.
     """
     baseline = next(iter(values))
@@ -117,7 +119,7 @@ def summarize(
 
 
 def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
-    """Rows of several comparisons as if they were of one, in which the first row's norm is the baseline."""
+    """The rows of several comparisons as rows of a single one. Its baseline is the norm of the first row."""
     values = {}
     for row in rows:
         of_norm = values.setdefault(row.norm, {})
@@ -127,8 +129,8 @@ def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
 
 
 def table(rows: list[ComparisonRow]) -> str:
-    """What the seeds say of each norm and of its difference to the first, a column for each metric, with what a reader
-    must know of both. The paper's values stand below ours."""
+    """Two tables in Markdown with a column for each metric, and how to read them: the mean of each norm, with the
+    paper's value below it, and the difference of each norm to the first one."""
     metrics = list(dict.fromkeys(row.metric for row in rows))
     by_norm = {norm: [row for row in rows if row.norm == norm] for norm in dict.fromkeys(row.norm for row in rows)}
     baseline, first = next(iter(by_norm.items()))
@@ -156,7 +158,8 @@ def table(rows: list[ComparisonRow]) -> str:
     parts = [
         markdown(results, ["norm", "seeds", *metrics]),
         "Mean ± standard deviation over seeds, after the last iteration."
-        + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS),
+        + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS)
+        + " A dash is not measured." * any("-" in line for line in [*results, *differences]),
     ]
     if any(row.difference_seeds for row in rows):
         parts += [markdown(differences, ["difference", "seeds", *metrics]), _NO_INTERVAL]
@@ -166,11 +169,11 @@ def table(rows: list[ComparisonRow]) -> str:
     return "\n\n".join(parts)
 
 
-_NO_INTERVAL = "Differences of a single seed: no interval, so no conclusion."
+_NO_INTERVAL = "These are differences of a single seed. They have no interval, so no conclusion follows from them."
 _INTERVALS = (
-    "Mean of the differences seed by seed, with its 95 % interval (Student's t). `*`: the interval leaves out 0; "
-    "without it, the difference is within seed noise. "
-    "{} made here, and of twenty differences that are mere noise, one gets a `*`."
+    "Mean over seeds of the difference, with its 95 % interval (Student's t). A `*` marks an interval that does not "
+    "contain 0; a difference without it is within seed noise. {} made here, and of twenty differences that are mere "
+    "noise, one gets a `*`."
 )
 
 
@@ -179,7 +182,7 @@ def _cell(value, spread="", sign=""):
 
 
 def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
-    """The 95 % interval of a row's difference, by Student's t: what its seeds leave open. None for a single seed."""
+    """The 95 % interval of a row's difference, by Student's t. None if there is a single seed."""
     if row.difference_error is None:
         return None
     half = float(stats.t.ppf(0.975, row.difference_seeds - 1)) * row.difference_error
@@ -187,8 +190,8 @@ def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
 
 
 def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
-    """Draw a panel for each quantity, over iterations, with a line for each norm: the mean over its seeds in a band
-    of one standard deviation on either side.
+    """Draw a panel for each quantity over the iterations. A norm's line is the mean over its seeds, in a band of one
+    standard deviation on either side.
 
     Args:
         curves: by quantity ("total_loss", "PQ"), norm and seed the list of (iteration, value).
@@ -197,7 +200,7 @@ def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (quantity, by_norm) in zip(panels, curves.items()):
         for norm, by_seed in by_norm.items():
-            # the mean in up to 100 stretches of iterations, of those that all seeds have
+            # the mean in each of up to 100 stretches of iterations, where all seeds have a value in it
             series = [np.array(points, dtype=float) for points in by_seed.values()]
             last = max(points[-1, 0] for points in series)
             stretches = [(points[:, 0] * 100 // (last + 1)).astype(int) for points in series]
@@ -219,11 +222,11 @@ def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
 
 
 def plot_channels_per_group(rows: list[ComparisonRow], path: str) -> None:
-    """Draw which group size does best: for rows of one metric, a point a seed over the channels in a group, a dash at
-    their mean, PGN and GN1 in colours of their own.
+    """Draw one metric over the channels in a group: a point for each seed and a dash at the mean of a norm. PGN and GN1
+    have colours of their own.
 
-    Where a norm's layers differ in it (PGN; GN, as layers differ in width), it stands at their geometric mean and a
-    line reaches from the lowest to the highest.
+    Where the layers of a norm have different numbers of channels in a group (PGN; GN, if layers differ in width), the
+    norm stands at their geometric mean, and a line reaches from the lowest to the highest.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -249,12 +252,14 @@ def plot_channels_per_group(rows: list[ComparisonRow], path: str) -> None:
 
 
 def write_report(comparison: Comparison) -> str:
-    """Write results.json, results.md, curves.png and channels_per_group.png of what has finished into the
+    """Write results.json, results.md, curves.png and channels_per_group.png of the finished runs into the
     comparison's folder, and return the text of results.md."""
     states = {run: comparison.state(run) for run in comparison.runs}
     finished = [run for run, state in states.items() if state.status == "finished"]
-    machines = "; ".join(sorted({states[run].machine for run in finished}))
-    commits = "; ".join(sorted({states[run].commit or "unknown" for run in finished}))
+    machines, commits = (
+        "; ".join(sorted({word for run in finished for word in (getattr(states[run], of) or "unknown").split("; ")}))
+        for of in ("machine", "commit")
+    )
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
         values[run.norm][run.seed], of_run = run_results(run, comparison.cfg.SOLVER.MAX_ITER)
@@ -267,6 +272,7 @@ def write_report(comparison: Comparison) -> str:
             curves=curves.get(row.metric, {}).get(row.norm, {}),
             machine=machines,
             commit=commits,
+            recipe=comparison.recipe(),
         )
         for row in summarize(values, {norm: facts.paper for norm, facts in comparison.facts.items()})
     ]
@@ -282,8 +288,42 @@ def write_report(comparison: Comparison) -> str:
     return text
 
 
+def restore_runs(comparison: Comparison, path: str) -> None:
+    """Write into the comparison's folder, as finished runs, those of its runs that have results in ``path``.
+
+    So a comparison continues on another machine from its results.json alone. Restored runs have the metrics and the
+    curves that the file has, and no weights.
+
+    Raises:
+        InputError: the file is damaged, or its results are of another comparison.
+    """
+    rows, recipe = read_rows(path, ComparisonRow), comparison.recipe()
+    others = {row.recipe or "unknown" for row in rows} - {recipe}
+    if others:
+        raise InputError(
+            f"--finished: {path} holds results of another comparison, which must not mix with these: its config or its "
+            f"number of processes differs (recipe {', '.join(sorted(others))}; here it is {recipe})"
+        )
+    for run in comparison.runs:
+        of_run = [row for row in rows if row.norm == run.norm and run.seed in row.seeds]
+        if not of_run or comparison.state(run).status == "finished":
+            continue
+        records = {}
+        for row in of_run:
+            name, value = METRICS.get(row.metric, row.metric), row.values[row.seeds.index(run.seed)]
+            points = (row.curves or {}).get(str(run.seed), [])
+            if name != LOSS:
+                points = [*points, (comparison.last_iteration, math.nan if value is None else value)]
+            for iteration, at in points:
+                records.setdefault(iteration, {"iteration": iteration})[name] = at
+        prepare_outputs(run.path("metrics.json"))
+        with atomic_open(run.path("metrics.json")) as file:
+            file.writelines(json.dumps(records[iteration]) + "\n" for iteration in sorted(records))
+        run.record(RunState("finished", machine=of_run[0].machine, commit=of_run[0].commit))
+
+
 def _text(comparison, states, rows, machines):
-    """The tables in Markdown, with what was run and what did not finish."""
+    """The report in Markdown: what was run, the tables, and the runs that did not finish."""
     unfinished = {run: state for run, state in states.items() if state.status != "finished"}
     solver = comparison.cfg.SOLVER
     parts = [

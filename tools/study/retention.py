@@ -1,15 +1,14 @@
 """What is left of a trained network when its batch norms become group norms, before any training.
 
-MobileNetV2 with ImageNet weights; a linear head is trained on its features of Caltech-101, 20 images a class, and
-tested on 10 others. Then every norm is replaced and nothing trained: the old head is tested as it is (its columns:
-"old head"), and so is a new linear head on the features that are left ("new head"). The new norms' affine is fresh
-(weight 1, bias 0), kept (batch norm's own), or calibrated on unlabelled images of the training half
-(calibrate_norms). A seed draws the images of both halves. Can be stopped at any time: with --resume the rows in
---json are kept.
+The network is MobileNetV2 with ImageNet weights. A linear head is trained on its features of Caltech-101, with 20
+images of each class, and tested on 10 other images of each class. Then every norm is replaced, and nothing in the
+network is trained. The old head is tested on the features that are left (columns "old head"), and so is a new linear
+head that is trained on them (columns "new head"). The affine of the new norms is fresh (weight 1, bias 0), kept (batch
+norm's own), or calibrated by calibrate_norms on unlabelled images of the training half. A seed draws the images of both
+halves.
 """
 
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from gng_d2 import calibrate_norms, convert_norms
 from gng_d2.job.files import prepare_outputs, save_figure
 
 from .pretrained import (
+    IF_STOPPED,
     add_data,
     features,
-    interval,
     linear_head,
     load_mobilenet,
     mean_with_interval,
@@ -32,11 +31,9 @@ from .pretrained import (
     right,
     split,
 )
-from .rows import machine, markdown, read_rows, write_rows
+from .rows import half_interval, machine, markdown, rows_to_keep, write_rows
 
-__all__ = ["RetentionRow", "replaced", "table", "plot"]
-
-IF_STOPPED = "with --resume the same command goes on with the rows that are missing"
+__all__ = ["IF_STOPPED", "RetentionRow", "replaced", "table", "plot"]
 
 BATCH_NORM = "BN"
 AFFINES = ("fresh", "kept", "calibrated")
@@ -45,21 +42,21 @@ IMAGES = 64
 
 @dataclass(frozen=True)
 class RetentionRow:
-    """One network whose norms were replaced."""
+    """The results of one network whose norms were replaced."""
 
     norm: str
     affine: str
-    images: int  # that it was calibrated on
+    images: int  # how many images it was calibrated on
     seed: int
     image_size: int
-    old_head: float  # images that are labelled rightly, in %
+    old_head: float  # test images that are labelled rightly, in %
     new_head: float | None
-    last_error: float | None  # of the last norm after calibration
+    last_error: float | None  # the calibration error of the last norm
     machine: str
 
 
 def replaced(reference: nn.Module, norm: str, affine: str, inputs) -> nn.Module:
-    """A copy of ``reference`` with norms of that name."""
+    """A copy of ``reference`` in which every norm is ``norm``, with an affine that is one of AFFINES."""
     model = convert_norms(copy.deepcopy(reference), norm, inputs[:1])
     if affine == "calibrated":
         calibrate_norms(model, reference, inputs)
@@ -107,12 +104,13 @@ def _measure(args, seed, done) -> Iterator[RetentionRow]:
 
 
 def table(rows: list[RetentionRow]) -> str:
-    """A line for each norm, then what the number of images does."""
+    """A table with a line for each norm, and one over the number of images for calibration if there are several."""
     norms = [norm for norm in dict.fromkeys(row.norm for row in rows) if norm != BATCH_NORM]
 
     def cell(norm, affine, head="old_head", images=None):
         chosen = [r for r in rows if (r.norm, r.affine) == (norm, affine) and images in (None, r.images)]
-        return mean_with_interval([getattr(row, head) for row in chosen])
+        count = f" ({len(chosen)} of {seeds} seeds)" * (0 < len(chosen) < seeds)
+        return mean_with_interval([getattr(row, head) for row in chosen]) + count
 
     of_heads = [(affine, head) for head in ("old_head", "new_head") for affine in AFFINES]
     seeds = len({row.seed for row in rows})
@@ -132,7 +130,7 @@ def table(rows: list[RetentionRow]) -> str:
 
 
 def plot(rows: list[RetentionRow], path: str) -> None:
-    """Draw what is left for each norm, with the old head and a new one, the mean over the seeds."""
+    """Draw the mean over seeds and its interval for each norm, in a panel for the old head and one for a new head."""
     norms = [norm for norm in dict.fromkeys(row.norm for row in rows) if norm != BATCH_NORM]
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, head in zip(figure.subplots(1, 2, sharey=True), ("old_head", "new_head")):
@@ -142,7 +140,7 @@ def plot(rows: list[RetentionRow], path: str) -> None:
                 [getattr(r, head) for r in rows if (r.norm, r.affine, r.images) == (n, affine, count)] for n in norms
             ]
             means = [np.mean(values) if values else np.nan for values in runs]
-            halves = [(interval(values) or 0) if values else 0 for values in runs]
+            halves = [(half_interval(values) or 0) if values else 0 for values in runs]
             axes.errorbar(norms, means, halves, fmt="o:", color=color, label=affine, capsize=3)
         axes.axhline(np.mean([row.old_head for row in rows if row.norm == BATCH_NORM]), color="k", label="batch norm")
         axes.set_title(head.replace("_", " "), fontsize=10)
@@ -153,7 +151,7 @@ def plot(rows: list[RetentionRow], path: str) -> None:
 
 
 def add_arguments(parser) -> None:
-    add_outputs(parser, json="write a row for each network", plot="draw what is left for each norm")
+    add_outputs(parser, json="write a row for each network", plot="draw the accuracies of each norm")
     add_data(parser)
     parser.add_argument(
         "--norms",
@@ -168,21 +166,18 @@ def add_arguments(parser) -> None:
         nargs="*",
         default=[],
         metavar="N",
-        help=f"calibrate on so many images too, and test the old head; default: {IMAGES} alone",
+        help=f"also calibrate on N images and test the old head, for each N; default: {IMAGES} images alone",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --json")
 
 
 def main(args) -> None:
     prepare_outputs(args.json, args.plot)
-    keep = args.resume and args.json and os.path.exists(args.json)
-    rows = read_rows(args.json, RetentionRow) if keep else []
+    rows = rows_to_keep(args, RetentionRow, same=["image_size"])
     for seed in args.seeds:
         done = {(row.norm, row.affine, row.images, row.seed) for row in rows}
         for row in _measure(args, seed, done):
             rows.append(row)
-            if args.json:
-                write_rows(args.json, rows)
+            write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))

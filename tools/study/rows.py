@@ -1,6 +1,7 @@
-"""What the experiments have in common: rows, where they were measured, runs that can be stopped, tables.
+"""What the experiments have in common: rows and their files, runs that can be stopped, statistics, tables.
 
-A row is a frozen dataclass of its experiment. In a JSON file, a list with one row a line, its keys are the fields.
+A row is a frozen dataclass of its experiment. A JSON file holds a list with one row on a line, an object whose keys are
+the fields.
 """
 
 import dataclasses
@@ -10,10 +11,11 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+from scipy import stats
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
@@ -30,6 +32,8 @@ __all__ = [
     "open_run",
     "finish_run",
     "differences",
+    "leaves",
+    "half_interval",
     "mean_and_std",
     "markdown",
 ]
@@ -38,7 +42,7 @@ Row = TypeVar("Row")
 
 
 def machine(device: str = "cpu") -> str:
-    """What a measurement ran on, for instance "2 threads of an AMD EPYC (AVX512), PyTorch 2.14.1"."""
+    """The hardware and the PyTorch of a measurement, such as "2 threads of AMD EPYC (AVX512), PyTorch 2.14.1"."""
     pytorch = f"PyTorch {torch.__version__.partition('+')[0]}"
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {pytorch}"
@@ -48,7 +52,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where its files differ from it; None outside of one."""
+    """The commit of this checkout, with "-dirty" if its files differ from it; None if this is no checkout."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -70,7 +74,7 @@ def read_rows(path: str, row_type: type[Row]) -> list[Row]:
 
     Raises:
         InputError: the file is damaged, or its rows are of another experiment.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -79,24 +83,33 @@ def read_rows(path: str, row_type: type[Row]) -> list[Row]:
             raise InputError(f"{path} holds no rows of {row_type.__module__}: {error}") from error
 
 
-def rows_to_keep(args, row_type: type[Row]) -> list[Row]:
+def rows_to_keep(args, row_type: type[Row], same: Sequence[str] = ()) -> list[Row]:
     """The rows in the file of ``--json`` where ``--resume`` says to keep them; else none.
 
+    Args:
+        same: the fields in which each row must have the value that ``args`` has. By default it is the machine that must
+            be the same, because times and bytes of two machines do not belong into one table.
+
     Raises:
-        InputError: they are of another machine, whose times and bytes are not to be set beside this one's.
+        InputError: a row has another value.
     """
     rows = read_rows(args.json, row_type) if args.resume and args.json and os.path.exists(args.json) else []
-    here = machine(args.device)
-    others = {row.machine for row in rows} - {here}
-    if others:
-        raise InputError(
-            f"--resume: {args.json} holds rows of {', '.join(others)}; this is {here}. Name another --json"
-        )
+    wanted = {name: getattr(args, name) for name in same} or {"machine": machine(args.device)}
+    for name, here in wanted.items():
+        others = {str(getattr(row, name)) for row in rows} - {str(here)}
+        if others:
+            word = name.replace("_", " ")
+            raise InputError(
+                f"--resume: {args.json} holds rows with {word} {', '.join(sorted(others))}; here the {word} is {here}. "
+                f"Name another --json"
+            )
     return rows
 
 
-def write_rows(path: str, rows: Iterable[Row]) -> None:
-    """Write ``rows`` as a JSON list, one row a line, whole or not at all."""
+def write_rows(path: str | None, rows: Iterable[Row]) -> None:
+    """Write ``rows`` as a JSON list with one row on a line, whole or not at all. Nothing is written to None."""
+    if path is None:
+        return
     lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
     with atomic_open(path) as file:
         file.write(f"[\n{lines}\n]\n")
@@ -106,15 +119,15 @@ _SETTINGS, _ROW = "settings.json", "row.json"
 
 
 def open_run(folder: str, settings, row_type: type[Row]) -> Row | None:
-    """The row of the run in ``folder`` if it is finished; None if it is new or was stopped.
+    """The row of the run in ``folder`` if the run is finished; None if it is new or was stopped.
 
-    So a job of many runs that was stopped goes on where it was.
+    So a command that trains many runs and was stopped can skip the runs that it has finished.
 
     Args:
-        settings: a dataclass of what makes the run, kept in its folder.
+        settings: a dataclass of the run's settings, which is kept in its folder.
 
     Raises:
-        InputError: the folder cannot be written, is damaged, or holds a run of other settings.
+        InputError: the folder cannot be written, is damaged, or holds a run with other settings.
     """
     path = os.path.join(folder, _SETTINGS)
     prepare_outputs(path)
@@ -130,34 +143,42 @@ def open_run(folder: str, settings, row_type: type[Row]) -> Row | None:
 
 
 def finish_run(folder: str, row) -> None:
-    """Keep the row of a run that :func:`open_run` opened."""
+    """Write the row of a run that :func:`open_run` opened, which makes it a finished one."""
     write_rows(os.path.join(folder, _ROW), [row])
 
 
 def differences(there: dict, here: dict) -> dict[str, tuple]:
-    """What two nested dicts (configs, say) have differently: both values by dotted key."""
-    there, here = dict(_leaves(there)), dict(_leaves(here))
+    """Where two nested dicts, such as configs, differ: both values, by dotted key."""
+    there, here = dict(leaves(there)), dict(leaves(here))
     return {key: (there.get(key), here.get(key)) for key in {**there, **here} if there.get(key) != here.get(key)}
 
 
-def _leaves(tree, prefix=""):
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each value in a nested dict, such as a config."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean of ``values``, by Student's t. None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
 def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """The mean over seeds and the sample standard deviation; None for what there are too few values for, and for
-    both where one of them is None."""
+    """The mean over seeds and the sample standard deviation. Each is None if there are too few values for it, and both
+    are if one of the values is None."""
     if not values or None in values:
         return None, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def markdown(lines: Sequence[Sequence], headers: Sequence[str], digits: str = ".3f") -> str:
-    """A table. Floats are written with ``digits``, None as a dash; columns of numbers stand on the right."""
+    """A table in Markdown. Floats are written with ``digits``, None as a dash, and numbers are right-aligned."""
     columns = list(zip(*lines))
     numbers = [all(value is None or isinstance(value, (int, float)) for value in column) for column in columns]
     cells = [

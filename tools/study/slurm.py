@@ -1,8 +1,8 @@
 """Train a comparison's runs as jobs of a Slurm cluster, through submitit.
 
-Each run is a job with one task on each of its machines. The id of its job stands in the run's folder, ``slurm_job``:
-whoever watches the comparison next asks Slurm about it before a run is submitted again. Slurm says whether a run has
-ended, and run.json, which the job writes, how.
+Each run is a job with one task on each of its machines. The file ``slurm_job`` in the run's folder has the job's id, so
+that whoever watches the comparison next asks Slurm about the job before submitting the run again. Slurm says whether a
+run has ended, and run.json, which the job writes, says how.
 """
 
 import copy
@@ -28,14 +28,14 @@ from .processes import start_training
 
 __all__ = ["Slurm", "TrainingJob", "job_of"]
 
-# Slurm's names for how jobs end; all others are of jobs that go on, requeued ones included
+# Slurm's states of jobs that have ended. In every other state a job goes on, also where Slurm requeues it.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 
 TOOLS = os.path.join(ROOT, "tools")
 
-# how often a run may reach its time limit and go on; submitit's own limit is 3
+# how often a run may reach its time limit and be requeued; submitit's default is 3
 TIMEOUTS = 1000
 
 
@@ -50,16 +50,16 @@ class Slurm:
     """Trains a comparison's runs as jobs, which go on when this process ends.
 
     Args:
-        parallel: how many run at a time, at most.
-        minutes: a job's time limit. A run that reaches it is requeued and resumes, as one that is preempted does.
-        cpus: of each machine; by default one for each training process and each of its data loader's.
-        parameters: more options of sbatch by name, {"partition": "gpu", "exclusive": True}.
+        parallel: how many jobs run at a time, at most.
+        minutes: a job's time limit. A run that reaches it, or is preempted, is requeued and resumes.
+        cpus: CPUs of each machine, by default one for each training process and for each process of its data loader.
+        parameters: more options of sbatch by name, for instance {"partition": "gpu", "exclusive": True}.
 
     Raises:
         InputError: submitit or Slurm is not installed.
     """
 
-    pause = 5.0  # seconds between two looks at the runs: every user's squeue is work for the same slurmctld
+    pause = 5.0  # seconds between two looks at the runs, because each squeue is work for the cluster's slurmctld
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Slurm:
             "ntasks_per_node": 1,
             "cpus_per_task": cpus,
             "setup": [f"export PYTHONPATH={shlex.quote(TOOLS)}${{PYTHONPATH:+:$PYTHONPATH}}"],  # to find this module
-            # srun takes --cpus-per-task from sbatch in some versions only. A machine that failed ends the others, which
-            # would wait for it
+            # Only some versions of srun take --cpus-per-task from sbatch. A machine that fails ends the others, which
+            # would wait for it.
             "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
             "additional_parameters": {"requeue": True, **parameters},
         }
@@ -109,8 +109,8 @@ class Slurm:
         """
         os.makedirs(self.folder, exist_ok=True)
         with open(os.path.join(self.folder, "lock"), "w") as lock:
-            with suppress(OSError):  # of a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once submit one after the other
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that start at once submit one after the other
             queue = _squeue()
             jobs = {run: _read(run.path("slurm_job")) for run in runs}
             self._jobs = {run: job for run, job in jobs.items() if job in queue and queue[job].state not in ENDED}
@@ -139,16 +139,16 @@ class Slurm:
             self._jobs[run] = job.job_id
 
     def _prepare(self, run):
-        """Whether the run's folder can be used; why not, is its state."""
+        """Whether the run's folder can be used. If not, the run's state says why."""
         try:
             os.makedirs(run.folder, exist_ok=True)
             _forget_failure(run)
-        except OSError as error:  # a file where its folder should be, say
+        except OSError as error:  # for instance if there is a file in place of its folder
             self._states[run] = RunState("failed", str(error))
         return self._states[run].status != "failed"
 
     def states(self) -> dict[Run, RunState]:
-        """Of every run that was started. Where Slurm does not answer, as it was before."""
+        """The state of every run that was started; the last known one if Slurm does not answer."""
         try:
             queue = _squeue()
         except InputError as error:
@@ -161,7 +161,7 @@ class Slurm:
             return RunState("queued", None if job.reason == "None" else f"Slurm says {job.reason}")
         if job and job.state not in ENDED:
             return RunState("running", None if job.state == "RUNNING" else f"Slurm says {job.state}")
-        os.listdir(run.folder)  # makes a network's file system look again
+        os.listdir(run.folder)  # makes a network file system look again
         state = self.comparison.state(run)
         if state.status != "not finished":
             return state
@@ -184,11 +184,11 @@ class Slurm:
 
 
 class TrainingJob:
-    """What each task of a run's job does, in ``minutes`` at most. submitit requeues what has a ``checkpoint``."""
+    """What each task of a run's job does, in at most ``minutes``. submitit calls ``checkpoint`` to requeue it."""
 
     def __init__(self, comparison: Comparison, run: Run, minutes: int):
         self.comparison, self.run, self.minutes = copy.copy(comparison), run, minutes
-        vars(self.comparison).pop("cfg", None)  # its device is of the machine that submits
+        vars(self.comparison).pop("cfg", None)  # it names the device of the machine that submits
 
     def __call__(self):
         import submitit
@@ -197,27 +197,28 @@ class TrainingJob:
         job = submitit.JobEnvironment()
         rank, url = job.global_rank, "auto"
         if self.comparison.num_machines > 1:
-            url = f"tcp://{job.hostnames[0]}:{10000 + int(job.raw_job_id) % 20000}"  # below the ports given by chance
+            port = 10000 + int(job.raw_job_id) % 20000  # lower than the ports that systems give out by themselves
+            url = f"tcp://{job.hostnames[0]}:{port}"
         import_modules(self.comparison.imports)
-        if rank == 0:  # the job's first start may have left one, too
+        if rank == 0:  # an earlier start of this job may have left one
             _forget_failure(self.run)
         with start_training(self.comparison, self.run, rank, url) as process:
             code = process.wait()
-        if code == -signal.SIGTERM:  # from Slurm, which then kills or requeues this job: it has not failed by itself
+        if code == -signal.SIGTERM:  # Slurm sent it and will kill or requeue this job, so the run has not failed
             time.sleep(600)
         state = process.end(self.comparison.machine())
-        # of several that fail, the first: the others lose the connection
+        # Where several tasks fail, the first one has the reason, because the others lose the connection to it.
         if (state.reason or rank == 0) and self.run.recorded_state().status == "not finished":
             self.run.record(state)
         if state.reason:
             sys.exit(state.reason)
 
     def checkpoint(self):
-        """What to requeue when the job is preempted or reaches its time limit. None, so that the run has failed, if it
-        had most of its time for itself and wrote no checkpoint: it would do so each time."""
+        """What submitit requeues when the job is preempted or reaches its time limit. None, and the run has failed, if
+        it had most of the job's time and wrote no checkpoint, because it would do the same each time."""
         from submitit.helpers import DelayedSubmission
 
-        enough = 60 * min(0.8 * self.minutes, self.minutes - 10)  # from there on it is a time-out to submitit
+        enough = 60 * min(0.8 * self.minutes, self.minutes - 10)  # submitit calls what comes later a time-out
         if time.time() - self._began < enough or _read(self.run.path("last_checkpoint")) != self._began_from:
             return DelayedSubmission(self)
         if self.run.recorded_state().status == "not finished":
@@ -227,7 +228,7 @@ class TrainingJob:
 
 
 def job_of(run: Run) -> str | None:
-    """The id of the job that trains ``run``, or will; None if there is none."""
+    """The id of the job that trains ``run`` or waits to; None if there is no such job."""
     job = _read(run.path("slurm_job"))
     if job is None or shutil.which("squeue") is None:
         return None
@@ -236,7 +237,7 @@ def job_of(run: Run) -> str | None:
 
 
 def _squeue() -> dict[str, InQueue]:
-    """What Slurm knows of this user's jobs, those included that ended some minutes ago."""
+    """What Slurm says of this user's jobs, also of those that ended some minutes ago."""
     command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

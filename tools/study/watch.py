@@ -1,4 +1,4 @@
-"""Watch a comparison's runs, wherever they are trained, in one table."""
+"""Watch a comparison's runs in one table, wherever they are trained."""
 
 import datetime
 import shutil
@@ -19,7 +19,8 @@ __all__ = ["train_all", "StatusTable"]
 
 
 def train_all(cluster: Local | Slurm) -> Iterator[Run]:
-    """Train on ``cluster`` what is not finished, and yield each run that ends. One that fails takes no other down."""
+    """Train the runs that are not finished on ``cluster``, and yield each one when it ends. A run that fails does not
+    stop the others."""
     comparison = cluster.comparison
     states = {run: comparison.state(run) for run in comparison.runs}
     left = [run for run in comparison.runs if states[run].status != "finished"]
@@ -37,7 +38,8 @@ def train_all(cluster: Local | Slurm) -> Iterator[Run]:
 
 
 class StatusTable:
-    """The runs of a comparison, drawn in place on a terminal. Elsewhere, in a file say, a line for each change."""
+    """Shows how the runs of a comparison stand: on a terminal as a table that is drawn in place, in a file as a line
+    for each change."""
 
     def __init__(self, comparison: Comparison, file: IO | None = None):
         self._comparison, self._file = comparison, file or sys.stdout
@@ -55,7 +57,7 @@ class StatusTable:
         self._file.flush()
 
     def _row(self, run, state):
-        """Run, status, iterations done, time left, and why."""
+        """The cells of a run: its name, status, iterations done, time left, and the reason of its status."""
         done = self._total if state.status == "finished" else self._comparison.iterations_done(run)
         seconds = last_record(run.path("metrics.json")).get("eta_seconds") if state.status == "running" else None
         left = "" if seconds is None else str(datetime.timedelta(seconds=int(seconds)))
@@ -64,14 +66,14 @@ class StatusTable:
 
     def _draw(self, lines):
         width, height = shutil.get_terminal_size()
-        if len(lines) >= height:  # what scrolled away cannot be drawn again
+        if len(lines) >= height:  # lines that have scrolled away cannot be drawn again
             lines = [*lines[: height - 2], f"and {len(lines) - height + 2} more"]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         self._file.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[0J")
         self._drawn = len(lines)
 
     def _say(self, run, status, done, left, reason):
-        change = status, reason, 10 * done // self._total  # a line at each tenth too
+        change = status, reason, 10 * done // self._total  # so there is a line at each tenth of the iterations too
         if self._said.get(run) != change:
             self._said[run] = change
             words = [f"{run}: {status}", f"at iteration {done} of {self._total}" * (status == "running")]
