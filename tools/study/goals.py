@@ -92,9 +92,9 @@ def what_bounds(rows: list[NormCostRow]) -> str:
     moved = (8 + 3 * (row.after == "add_relu")) * _bytes(row) / row.fraction_of_copy_bandwidth / row.milliseconds / 1e6
     headers = ["after the norm", "fused to", "passes", "bound", "fused, of a copy", "other, of a copy", "measured"]
     return (
-        f"What bounds these ratios: a copy moves {moved:.1f} GB/s here. If each op moved its data as fast, the ratio of\n"
-        "times would be that of the passes over the data. Where a speed is above that of a copy, part of the data was in\n"
-        f"the caches. Geometric means, from 1 MB on:\n\n{markdown(lines, headers, '.2f')}"
+        f"What bounds these ratios: a copy moves {moved:.1f} GB/s here. If each op moved its data as fast, the ratio\n"
+        "of times would be that of the passes over the data. Where a speed is above that of a copy, part of the data\n"
+        f"was in the caches. Geometric means, from 1 MB on:\n\n{markdown(lines, headers, '.2f')}"
     )
 
 
