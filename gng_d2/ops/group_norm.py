@@ -96,8 +96,9 @@ def _by_kernels(input, num_groups, weight, bias, eps, activation, residual):
     if torch.is_grad_enabled():
         return _GroupNorm.apply(*arguments)
     if is_plain(input, weight, bias, residual):  # the dispatcher takes a tenth of the time
-        return _forward(backend, *arguments)[0]
-    return torch.ops.gng_d2.group_norm.default(*arguments)[0]
+        moments = _statistics(backend, input, num_groups, eps)
+        return _apply(backend, input, *moments, weight, bias, num_groups, activation, residual)
+    return _forward(*arguments)[0]
 
 
 def _backend(input, num_groups, weight, bias, eps, activation=None, residual=None):
@@ -131,10 +132,17 @@ def _fits(backend, x, num_groups, weight, bias, activation, residual):
     )
 
 
+def _forward(x, weight, bias, num_groups, eps, activation, residual):
+    """Output, mean and 1 / std, by two ops: recompute_norms keeps what the first returns and runs the second again."""
+    mean, rstd = torch.ops.gng_d2.group_norm_statistics.default(x, num_groups, eps)
+    y = torch.ops.gng_d2.group_norm_apply.default(x, mean, rstd, weight, bias, num_groups, activation, residual)
+    return y, mean, rstd
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps, activation, residual):
-        y, mean, rstd = torch.ops.gng_d2.group_norm.default(x, weight, bias, num_groups, eps, activation, residual)
+        y, mean, rstd = _forward(x, weight, bias, num_groups, eps, activation, residual)
         # What the activation's slope is computed from. For relu that is the output, which the next layer keeps too.
         kept = None if activation is None or residual is None else y if activation == "relu" else residual
         # A bias that is not needed may change before the backward pass.
@@ -185,24 +193,38 @@ def _fault(x, num_groups, dtypes=None, activation=None, **others):
         return f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels"
     if activation not in _ACTIVATIONS:
         return f"{activation!r} is none of the activations {_ACTIVATIONS}"
-    channels, groups = shape[1:2], (shape[0], num_groups)
-    shapes = {"weight": channels, "bias": channels, "mean": groups, "rstd": groups}
-    faults = [fault_of("the input", x, shape, x.device, dtypes)] + [
-        fault_of(name, t, shapes.get(name, shape), x.device, dtypes)
-        for name, t in others.items()
-        if t is not None or name not in ("weight", "bias", "residual", "kept")
-    ]
-    return next((fault for fault in faults if fault is not None), None)
+    of_channels, of_groups = (shape[1:2], dtypes), ((shape[0], num_groups), dtypes and (torch.float32,))
+    needs = {
+        "the input": (shape, dtypes),
+        "weight": of_channels,
+        "bias": of_channels,
+        "mean": of_groups,
+        "rstd": of_groups,
+    }
+    for name, t in {"the input": x, **others}.items():
+        shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
+        may_be_missing = name in ("weight", "bias", "residual", "kept")
+        fault = None if t is None and may_be_missing else fault_of(name, t, shape_of_it, x.device, its_dtypes)
+        if fault:
+            return fault
+    return None
 
 
-def _forward(backend, x, weight, bias, num_groups, eps, activation=None, residual=None):
+def _statistics(backend, x, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
-    refuse(_fault(x, num_groups, backend.DTYPES, activation, weight=weight, bias=bias, residual=residual))
-    check_memory(x, weight, bias, residual)
+    refuse(_fault(x, num_groups, backend.DTYPES))
+    check_memory(x)
+    return backend.statistics(*_as_read(backend, memory_format(x), x), num_groups, eps)
+
+
+def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
+    tensors = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "residual": residual}
+    refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
+    check_memory(x, *tensors.values())
     layout = memory_format(x)
     x, residual = _as_read(backend, layout, x, residual)
-    y, mean, rstd = backend.forward(x, *_contiguous(weight, bias), num_groups, eps, activation, residual)
-    return y.contiguous(memory_format=layout), mean, rstd
+    y = backend.apply(x, *_contiguous(mean, rstd, weight, bias), num_groups, activation, residual)
+    return y.contiguous(memory_format=layout)
 
 
 def _backward(backend, dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):
@@ -228,28 +250,37 @@ def _contiguous(*tensors):
 
 
 if HAS_OPS:
-    torch.library.define(
-        "gng_d2::group_norm",
-        "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, str? activation=None,"
-        " Tensor? residual=None) -> (Tensor, Tensor, Tensor)",
-    )
-    torch.library.define(
-        "gng_d2::group_norm_backward",
-        "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups, str? activation=None,"
-        " Tensor? bias=None, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::group_norm", "cpu")(partial(_forward, group_norm_cpu))
-        torch.library.impl("gng_d2::group_norm_backward", "cpu")(partial(_backward, group_norm_cpu))
-    if HAS_TRITON:
-        torch.library.impl("gng_d2::group_norm", "cuda")(partial(_forward, group_norm_triton))
-        torch.library.impl("gng_d2::group_norm_backward", "cuda")(partial(_backward, group_norm_triton))
+    _OPS = {
+        "group_norm_statistics": (_statistics, "(Tensor x, int num_groups, float eps) -> (Tensor, Tensor)"),
+        "group_norm_apply": (
+            _apply,
+            "(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, str? activation=None,"
+            " Tensor? residual=None) -> Tensor",
+        ),
+        "group_norm_backward": (
+            _backward,
+            "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups, str? activation=None,"
+            " Tensor? bias=None, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
+        ),
+    }
+    for _name, (_function, _schema) in _OPS.items():
+        torch.library.define(f"gng_d2::{_name}", _schema)
+        if cpu_kernels.is_compiled():
+            torch.library.impl(f"gng_d2::{_name}", "cpu")(partial(_function, group_norm_cpu))
+        if HAS_TRITON:
+            torch.library.impl(f"gng_d2::{_name}", "cuda")(partial(_function, group_norm_triton))
 
-    @torch.library.register_fake("gng_d2::group_norm")
-    def _(x, weight, bias, num_groups, eps, activation=None, residual=None):
-        refuse(_fault(x, num_groups, None, activation, weight=weight, bias=bias, residual=residual))
+    @torch.library.register_fake("gng_d2::group_norm_statistics")
+    def _(x, num_groups, eps):
+        refuse(_fault(x, num_groups))
         mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-        return torch.empty_like(x, memory_format=memory_format(x)), mean, torch.empty_like(mean)
+        return mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("gng_d2::group_norm_apply")
+    def _(x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
+        tensors = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "residual": residual}
+        refuse(_fault(x, num_groups, None, activation, **tensors))
+        return torch.empty_like(x, memory_format=memory_format(x))
 
     @torch.library.register_fake("gng_d2::group_norm_backward")
     def _(dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):
