@@ -242,6 +242,12 @@ def test_numbers_of_the_readme():
         cells = ["{:+.1f} ({:+.1f} to {:+.1f})".format(b[norm].difference, *difference_interval(b[norm])) for b in beds]
         assert f"| `{norm}` | {' | '.join(cells)} |" in readme
     assert max(bed["PGN"].difference for bed in beds) < 0, "PGN is ahead of GN on neither"
+
+
+def test_numbers_of_what_group_norm_costs():
+    readme, page = (
+        " ".join(Path(path).read_text().split()) for path in ("README.md", "docs/speed-and-memory.md")
+    )
     ratios = {
         name: geometric_mean(
             row["ratio_to_native_gn32"]
@@ -250,14 +256,18 @@ def test_numbers_of_the_readme():
         )
         for name in ("ours", "native")
     }
-    assert f"PGN's norms take {ratios['ours']:.2f} times what GN's do" in readme
-    assert f"with PyTorch's op {ratios['native']:.2f} times" in readme
-    peaks = {
-        row["recomputed"]: row["peak_ratio"]
+    time = f"PGN's norms take {ratios['ours']:.2f} times what GN's do, forward, and with PyTorch's op "
+    assert time + f"{ratios['native']:.2f} times" in readme and time + f"{ratios['native']:.2f} times" in page
+    rows = {
+        row["recomputed"]: row
         for row in measured("memory_cpu")
         if (row["model"], row["norm"]) == ("faster_rcnn", "PGN+WS") and not row.get("fused")
     }
-    assert f"peaks at {peaks[True]:.2f} times FrozenBN's memory, and without at {peaks[False]:.2f} times" in readme
+    kept, again = (f"{rows[recomputed]['peak_ratio']:.2f} times" for recomputed in (False, True))
+    slower = f"{rows[True]['step_ratio']:.2f} times as long"
+    assert f"under `PGN+WS` peaks at {kept} FrozenBN's memory. With `--recompute-norms` it is {again};" in readme
+    assert f"under PGN+WS peaks at {kept} FrozenBN's memory, and with `--recompute-norms` at {again}." in page
+    assert f"a step takes {slower}" in readme and f"step of Faster R-CNN under PGN+WS takes {slower}" in page
 
 
 def test_what_is_left_of_pretrained_weights():
@@ -271,7 +281,8 @@ def test_what_is_left_of_pretrained_weights():
         cells = [mean_with_interval(values(norm, "calibrated", head)) for head in ("old_head", "new_head")]
         assert f"| `{norm}` | {cells[0]} | {cells[1]} |" in readme
     batch_norm, kept = fmean(values("BN", "trained", "old_head")), fmean(values("GN1", "kept", "old_head"))
-    assert f"{batch_norm:.1f} % right with batch norm, and {kept:.1f} % under `GN1` that" in readme
+    said = f"{batch_norm:.1f} % of Caltech-101 rightly with batch norm, {kept:.1f} % with `GN1` in its place"
+    assert said in " ".join(readme.split())
 
 
 def test_the_norm_table_of_the_readme():
