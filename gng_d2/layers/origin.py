@@ -1,7 +1,7 @@
 """Which layer's output a tensor is: one rule, for training and for a run without gradients.
 
 :mod:`.look` reads what autograd recorded, :mod:`.producers` watches the ops of a run. Both see the same
-ops of PyTorch's dispatcher and pass each op to :func:`origin`, so that they always agree. docs/any-model.md has the
+ops of PyTorch's dispatcher and pass each op to :func:`origin`, so that they always agree. docs/which-layer.md has the
 rule as a table.
 """
 
