@@ -85,10 +85,11 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     Raises:
         InputError: the groups do not divide the layer's output channels, or the layer cannot be standardized.
     """
-    made = Producer(type(layer).__name__, *layer_sizes(layer))
+    n_in, n_out = layer_sizes(layer)  # type: ignore[misc]
+    description = str(Producer(type(layer).__name__, n_in, n_out))
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
-    norm.bind(made.n_in, str(made))
+    norm.bind(n_in, description)
     norm.follows_registration = True
 
 

@@ -37,7 +37,7 @@ def own(module: nn.Module, name: str) -> Any:
     A ``__getattr__`` that the user wrote is not called, because it may fail while the module is under construction.
     """
     kept = vars(module)
-    for names in (kept, kept.get("_parameters"), kept.get("_buffers"), kept.get("_modules")):
+    for names in (kept, kept.get("_parameters"), kept.get("_buffers")):
         if names and name in names:
             return names[name]
     value = getattr(type(module), name, None)
