@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from gng_d2.errors import InputError, abbreviated
 
 from .group_norm import GroupNorm
-from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels, own
+from .kinds import NO_LAYER, Producer, layer_shape, layer_sizes, num_channels, own
 from .ws_conv import standardize
 
 __all__ = [
@@ -85,10 +85,11 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     Raises:
         InputError: the groups do not divide the layer's output channels, or the layer cannot be standardized.
     """
-    description = describe(layer)
+    n_in, n_out = layer_sizes(layer)  # type: ignore[misc]
+    description = str(Producer(type(layer).__name__, n_in, n_out))
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
-    norm.bind(layer_sizes(layer)[0], description)
+    norm.bind(n_in, description)
     norm.follows_registration = True
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from gng_d2.errors import InputError
 
-from .kinds import Producer
+from .kinds import Producer, layer_sizes
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
 __all__ = ["calls_with", "find_producers", "unchanged"]
@@ -155,9 +155,11 @@ class _Watch(TorchDispatchMode):
             found = Origin(None, shape, shape, value=value)  # something that is not seen may be written there
         else:
             found = origin(op, operands, shape, value)
-        if value in found.layers and found.made is not None and found.made.is_layer:
-            layer = self.running[-1] if self.running else None
-            return found._replace(made=found.made._replace(layer=layer))
+        if value in found.layers and found.made is not None and found.made.is_layer and self.running:
+            layer = self.running[-1]
+            if layer_sizes(layer) == found.made[1:3]:
+                op = type(layer).__name__
+            found = found._replace(made=found.made._replace(op=op, layer=layer))
         return found
 
     def _note(self, tensor, found):

@@ -61,7 +61,8 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
             one load ends and the next begins.
     """
     record = local_metadata.get(_KEY)
-    if f"{prefix}weight" not in state_dict if norm.affine else record is None:
+    is_loaded = f"{prefix}weight" in state_dict if norm.affine else record is not None
+    if not is_loaded:
         return
     name = prefix[:-1] or "the norm"
     if record is None:

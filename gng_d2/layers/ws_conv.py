@@ -92,8 +92,8 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
 
     The layer gets another class, as PyTorch's lazy modules do, so it may be under construction, and its parameters,
-    children and hooks stay. It computes the same but for the weight: Detectron2's ``Conv2d`` ignores its
-    ``padding_mode`` and pads with zeros, so the mode becomes "zeros"; an ``nn.Conv2d`` keeps its mode and applies no
+    children and hooks stay. Except for the weight, its outputs stay the same. Detectron2's ``Conv2d`` ignores its
+    ``padding_mode`` and pads with zeros, so the mode becomes "zeros". An ``nn.Conv2d`` keeps its mode and applies no
     norm.
 
     Raises:
