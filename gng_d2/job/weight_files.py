@@ -1,7 +1,6 @@
-"""Files of weights: read without running what they hold, and written whole or not at all.
+"""Files of weights are read without running code that they hold, and written whole or not at all.
 
-A pickle is a program. What can be data alone is read as data alone; a file that wants more is refused, unless the
-user trusts it.
+A pickle is a program. One that needs more than data is refused, unless the user trusts its files.
 """
 
 import os
@@ -23,9 +22,9 @@ __all__ = ["files_are_trusted", "read_weight_file", "save_weight_file"]
 
 
 def files_are_trusted() -> bool:
-    """Whether files may run code of their own on reading: the tools' flag ``--trust-files``.
+    """Whether files may run code of their own on reading, as the tools' flag ``--trust-files`` allows.
 
-    It is kept in the environment variable GNG_D2_TRUST_FILES, "1", so that the processes of a job have it too.
+    The flag sets the environment variable GNG_D2_TRUST_FILES to 1, so that the processes of a job have it too.
     """
     return os.environ.get("GNG_D2_TRUST_FILES") == "1"
 
@@ -49,9 +48,11 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
                 reader = pickle.Unpickler if files_are_trusted() else _DataUnpickler
                 return reader(file, encoding="latin1").load()  # the encoding of Python 2's files
             if path.endswith(".safetensors"):
-                return _load_safetensors(path)
+                from safetensors.torch import load_file  # which no other format needs
+
+                return load_file(path)
             if any(file.read(512)) and tarfile.is_tarfile(path):
-                # PyTorch's format of before 2017: up to 2.5, weights_only did not hold it back
+                # the format of before 2017: up to PyTorch 2.5, weights_only did not keep its code from running
                 raise InputError(f"{path} is a tar archive. Only what torch.save wrote is read")
         if zipfile.is_zipfile(path):  # PyTorch's format of before 2020 is no archive and has no checksums
             with zipfile.ZipFile(path) as archive:
@@ -60,16 +61,10 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not files_are_trusted())
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # damaged files have raised a dozen kinds
-        raise _unreadable(path, error) from None
-
-
-def _load_safetensors(path):
-    try:
-        from safetensors.torch import load_file
     except ImportError:
         raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
-    return load_file(path)
+    except Exception as error:  # damaged files have raised a dozen kinds
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path, error):
@@ -88,19 +83,19 @@ def _unreadable(path, error):
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Knows what NumPy arrays, numbers, texts and containers are made by, and nothing else."""
+    """Finds the functions that make NumPy arrays, numbers, texts and containers, and no others."""
 
     def find_class(self, module, name):
         try:
             make = _DATA[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None
-        # a pickle can set the attributes of a Python function: they shall not be those of NumPy's own
+        # a pickle can set attributes of a Python function, so it gets another one than NumPy's own
         return make if isinstance(make, type) else lambda *args: make(*args)
 
 
 def _latin1(text, encoding):
-    """How Python 3 writes bytes for Python 2."""
+    """What pickles of Python 3 in Python 2's format make bytes by."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in {encoding}")
     return text.encode("latin1")
