@@ -98,8 +98,8 @@ def build_on_meta(cfg: Config, like: nn.Module | None = None) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta():
-    """Inside, a parameter moves to the meta device when a module gets it. Other tensors stay where they are made, because
-    a constructor may read numbers from them."""
+    """Inside, a parameter moves to the meta device when a module gets it. Other tensors stay where they are made, as a
+    constructor may read numbers from them."""
 
     def moved(module, name, parameter):
         if parameter is None or parameter.is_meta or is_lazy(parameter):

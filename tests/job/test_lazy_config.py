@@ -272,14 +272,11 @@ def test_norms_that_met_no_layer_are_found_by_running_the_model(monkeypatch, tmp
 
 
 def test_overrides_of_the_other_kind_are_named(monkeypatch):
-    for words in (["MODEL.FPN.NORM", "PGN"], ["SEED"], ["model.backbone.norm=PGN", "SEED", "1"]):
-        status = analyze(monkeypatch, "--config-file", "configs/pfpn_pgn.py", *words)
-        assert status.startswith(
-            f"error: {next(w for w in words if '=' not in w)}: configs/pfpn_pgn.py is a lazy config"
-        )
-    for words in (["MODEL.FPN.NORM=PGN"], ["SEED", "1", "model.backbone.norm=PGN"]):
+    status = analyze(monkeypatch, "--config-file", "configs/pfpn_pgn.py", "MODEL.FPN.NORM", "PGN")
+    assert status.startswith("error: config overrides 'MODEL.FPN.NORM PGN': ") and "takes path.key=value" in status
+    for words in (["MODEL.FPN.NORM=PGN"], ["SEED", "1", "model.backbone.norm=PGN"], ["SEED=1", "SEED=2"]):
         status = analyze(monkeypatch, "--config-file", "configs/pfpn_pgn.yaml", *words)
-        assert status.startswith(f"error: {words[-1]}: a YAML config is overridden by KEY VALUE pairs")
+        assert status.startswith(f"error: config overrides '{' '.join(words)}': ") and "pairs, KEY VALUE" in status
 
 
 TINY = (

@@ -91,8 +91,8 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     """Compare the numbers of classes and keypoints that the model learns with those that its datasets have.
 
     In training they must be equal, because a label beyond the model's counts as background, or as an index past the
-    end. A dataset that only tests may have fewer classes, as the weights may have been made for more; a warning says so.
-    What the metadata of a dataset do not tell is not compared.
+    end. A dataset that only tests may have fewer classes, as the weights may have been made for more. Then there is a
+    warning. A number that the metadata of a dataset do not tell is not compared.
 
     Raises:
         InputError: names the key, the dataset and both numbers.
@@ -216,9 +216,9 @@ def _check_annotations(where, annotations, key, count):
             outside.append(f"{list(box)} of {image}")
     if len(outside) > len(annotations) / 3:
         raise InputError(
-            f"{where}: {len(outside)} of {len(annotations)} boxes are empty or end outside of their image, for instance "
-            f"{outside[0]}. In a COCO JSON a bbox is [x, y, width, height]; in records of your own bbox_mode says what "
-            f"its numbers are"
+            f"{where}: {len(outside)} of {len(annotations)} boxes are empty or end outside of their image, for "
+            f"instance {outside[0]}. In a COCO JSON a bbox is [x, y, width, height]; in records of your own bbox_mode "
+            f"says what its numbers are"
         )
 
 

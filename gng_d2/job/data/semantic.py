@@ -76,7 +76,7 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
 
 
 def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
-    """For each annotation: panoptic PNG, (height, width) of its image or None, value of each segment id, semantic PNG."""
+    """For each annotation: panoptic PNG, (height, width) of its image or None, values by segment id, semantic PNG."""
     try:
         with open(panoptic_json) as file:
             content = json.load(file)
