@@ -188,11 +188,11 @@ class Checkpointer(DetectionCheckpointer):
             frozen = sum(not norm.weight.requires_grad for norm in taken.values())
             logging.getLogger(__name__).warning(
                 f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, "
-                f"and MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They do not fit: a BatchNorm's weight "
-                f"and bias belong to its running statistics. --calibrate-norms 64 of tools/train_net.py and "
-                f"tools/compare.py fits those of the backbone. Or set MODEL.WEIGHTS to weights trained with GroupNorm "
-                f"(for instance catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or "
-                f"to '' with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch"
+                f"and MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They do not fit: a BatchNorm's affine "
+                f"belongs to its running statistics. --calibrate-norms 64 of tools/train_net.py and tools/compare.py "
+                f"fits those of the backbone. Or set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
+                f"catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or to '' with "
+                f"MODEL.BACKBONE.FREEZE_AT 0 to train from scratch"
             )
 
 
