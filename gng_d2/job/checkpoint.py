@@ -188,11 +188,11 @@ class Checkpointer(DetectionCheckpointer):
             frozen = sum(not norm.weight.requires_grad for norm in taken.values())
             logging.getLogger(__name__).warning(
                 f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, "
-                f"and MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They do not fit: a BatchNorm's affine "
-                f"belongs to its running statistics. --calibrate-norms 64 of tools/train_net.py and tools/compare.py "
-                f"fits those of the backbone. Or set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
-                f"catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or to '' with "
-                f"MODEL.BACKBONE.FREEZE_AT 0 to train from scratch"
+                f"which do not fit them, because a BatchNorm's affine belongs to its running statistics. "
+                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. --calibrate-norms 64 of tools/train_net.py "
+                f"and tools/compare.py fits those of the backbone. Or start from weights with GroupNorm (MODEL.WEIGHTS "
+                f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
+                f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
             )
 
 

@@ -48,8 +48,6 @@ def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
     """
     if not out.endswith(".pkl"):
         raise InputError(f"the output {out} must end in .pkl, by which Detectron2 knows such a file")
-    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-        raise InputError(f"the output {out} is the input: give it another name")
     conversion = read_resnet(path, depth)
     write_weights(out, conversion.weights, author=f"gng_d2, from {os.path.basename(path)}")
     return conversion
