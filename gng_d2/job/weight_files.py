@@ -32,9 +32,9 @@ def files_are_trusted() -> bool:
 def read_weight_file(path: str, pickled: bool = False) -> Any:
     """What a file of weights holds, with tensors on the CPU. Nothing of it is run.
 
-    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2's and Caffe2's are, and a
-    .safetensors is tensors alone. Any other file is what ``torch.save`` wrote; its checksums are compared, which
-    ``torch.load`` does not.
+    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2 and Caffe2 write it. A
+    .safetensors holds tensors alone. Any other file is one of ``torch.save``; its checksums are compared, which
+    ``torch.load`` does not do.
 
     Args:
         pickled: the file is a pickle, whatever its name.
@@ -61,8 +61,8 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not files_are_trusted())
     except (InputError, MemoryError):
         raise
-    except ImportError:
-        raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
+    except ImportError as error:
+        raise InputError(f"{path}: to read it, install {error.name}") from None
     except Exception as error:  # damaged files have raised a dozen kinds
         raise _unreadable(path, error) from None
 
@@ -95,7 +95,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def _latin1(text, encoding):
-    """What pickles of Python 3 in Python 2's format make bytes by."""
+    """Makes bytes in a pickle that Python 3 wrote in the format of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in {encoding}")
     return text.encode("latin1")
@@ -127,5 +127,5 @@ def save_weight_file(path: str, content: Any) -> None:
     with atomic_open(path, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # PyTorch raises it in place of what stopped the file, a full disk say
+        except RuntimeError as error:  # PyTorch raises it in place of the error of a full disk, say
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
