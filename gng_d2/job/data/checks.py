@@ -143,8 +143,8 @@ def map_values(cfg: CfgNode) -> tuple[int, int] | None:
 
 
 def compare(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
-    """Compare ``count``, the number of classes that a model has by ``key``, with ``known``, that of the dataset ``name``,
-    on which it ``trains`` or is only tested."""
+    """Compare ``count``, a model's number of classes by ``key``, with ``known``, that of the dataset ``name``, on which
+    the model ``trains`` or is only tested."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
     if count < known or (count != known and (trains or field == "keypoint_names")):
         raise InputError(message)
@@ -213,7 +213,7 @@ def _check_annotations(where, annotations, key, count):
                 f"from 0 to {count - 1}"
             )
         if len(box) == 4 and not _is_in_image(box, annotation.get("bbox_mode"), record):
-            outside.append(f"{list(box)} of {image}")
+            outside.append(f"{list(box)} of {image}, {record.get('width')} x {record.get('height')}")
     if len(outside) > len(annotations) / 3:
         raise InputError(
             f"{where}: {len(outside)} of {len(annotations)} boxes are empty or end outside of their image, for "
