@@ -120,13 +120,12 @@ class Checkpointer(DetectionCheckpointer):
         filename, _, query = path.partition("?")
         self._reading = filename
         checkpoint = read_weight_file(filename)
-        if not isinstance(checkpoint, Mapping):
-            raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
-        if filename.endswith(".pkl") and not ("model" in checkpoint and "__author__" in checkpoint):
-            # of Caffe2, as Detectron2 tells it; detectors have "blobs", ImageNet's models do not
+        by_name = isinstance(checkpoint, Mapping)
+        if by_name and filename.endswith(".pkl") and not {"model", "__author__"} <= checkpoint.keys():
+            # of Caffe2, by Detectron2's rule; its detectors have "blobs", its ImageNet models do not
             weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
             checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        elif "model" not in checkpoint:
+        elif not by_name or "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
         if query == "matching_heuristics=True":
             checkpoint["matching_heuristics"] = True

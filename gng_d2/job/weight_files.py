@@ -101,21 +101,16 @@ def _latin1(text, encoding):
     return text.encode("latin1")
 
 
-def _data_globals() -> dict[tuple, Any]:
-    found = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1}
-    found.update({("collections", made.__name__): made for made in (OrderedDict, defaultdict)})
-    for builtins in ("builtins", "__builtin__"):  # of Python 3 and 2
-        for made in (set, frozenset, complex, bytes, bytearray, int, float, str, bool, list, tuple, dict):
-            found[builtins, made.__name__] = made
-    array, scalar = np.zeros(1), np.float64(0)
-    for core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
-        found[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
-        found[f"{core}.multiarray", "scalar"] = scalar.__reduce__()[0]
-        found[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
-    return found
-
-
-_DATA = _data_globals()
+_BUILTINS = (set, frozenset, complex, bytes, bytearray, int, float, str, bool, list, tuple, dict)
+_DATA: dict[tuple[str, str], Any] = {
+    **{(module, made.__name__): made for module in ("builtins", "__builtin__") for made in _BUILTINS},  # Python 3 and 2
+    **{("collections", made.__name__): made for made in (OrderedDict, defaultdict)},
+    **{("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1},
+}
+for _core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
+    _DATA[f"{_core}.multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
+    _DATA[f"{_core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
+    _DATA[f"{_core}.numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
 
 
 def save_weight_file(path: str, content: Any) -> None:

@@ -154,12 +154,8 @@ def _is_wide(record):
     """Whether an image is wide, by which Detectron2 groups them. Records of semantic datasets do not say the size."""
     if "width" in record:
         return record["width"] > record["height"]
-    height, width = NamingMapper(_read_image)(record).shape[:2]
+    height, width = NamingMapper(lambda record: read_image(record["file_name"]))(record).shape[:2]
     return width > height
-
-
-def _read_image(record):
-    return read_image(record["file_name"])
 
 
 def _take_rle_masks(records, mapper):
