@@ -1,4 +1,4 @@
-"""The embedded dataset "gng_shapes": where it is, how it is drawn, and its names in Detectron2.
+"""Draw the embedded dataset "gng_shapes", and register it with Detectron2 under these names:
 
 ===============================  =======================================================
 ``gng_shapes_{split}``           things with boxes and masks, evaluated as COCO instances
