@@ -1,4 +1,4 @@
-"""A ResNet's batch-norm weights under torchvision's names become a checkpoint of Detectron2's with group norms."""
+"""Turn a ResNet's batch-norm weights under torchvision's names into a Detectron2 checkpoint with group norms."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def convert_and_calibrate(
         images: batches as the ResNet expects them, normalized.
 
     Raises:
-        InputError: names the file, and what it lacks or has too much; or the norm cannot stand there.
+        InputError: the file is no such ResNet, or ``norm`` is no group norm.
     """
     if not out.endswith(".pth"):
         raise InputError(f"the output {out} must end in .pth, because a .pkl cannot hold the record of the norms")
@@ -54,7 +54,7 @@ def _resnet(conversion, norm):
     channels = conversion.weights["stem.conv1.weight"].shape[1]
     model = build_resnet_backbone(cfg, ShapeSpec(channels=channels))
     weights = {name: torch.from_numpy(value) for name, value in conversion.weights.items()}
-    model.load_state_dict(weights, strict=False)  # which leaves out a batch norm's statistics
+    model.load_state_dict(weights, strict=False)  # not strict: a group norm has no place for statistics
     return model.eval()
 
 

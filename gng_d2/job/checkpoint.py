@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 
 import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import Tensor, nn
@@ -121,13 +120,12 @@ class Checkpointer(DetectionCheckpointer):
         filename, _, query = path.partition("?")
         self._reading = filename
         checkpoint = read_weight_file(filename)
-        if not isinstance(checkpoint, Mapping):
-            raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
-        if filename.endswith(".pkl") and not ("model" in checkpoint and "__author__" in checkpoint):
-            # of Caffe2, as Detectron2 tells it; detectors have "blobs", ImageNet's models do not
+        by_name = isinstance(checkpoint, Mapping)
+        if by_name and filename.endswith(".pkl") and not {"model", "__author__"} <= checkpoint.keys():
+            # of Caffe2, by Detectron2's rule; its detectors have "blobs", its ImageNet models do not
             weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
             checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        elif "model" not in checkpoint:
+        elif not by_name or "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
         if query == "matching_heuristics=True":
             checkpoint["matching_heuristics"] = True
@@ -188,12 +186,12 @@ class Checkpointer(DetectionCheckpointer):
         if taken:
             frozen = sum(not norm.weight.requires_grad for norm in taken.values())
             logging.getLogger(__name__).warning(
-                f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, and "
-                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They do not fit: a BatchNorm's weight and "
-                f"bias belong to its running statistics. --calibrate-norms 64 of tools/train_net.py and "
-                f"tools/compare.py fits those of the backbone. Or set MODEL.WEIGHTS to weights trained with GroupNorm "
-                f"(for instance catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or "
-                f"to '' with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch"
+                f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, "
+                f"which do not fit them, because a BatchNorm's affine belongs to its running statistics. "
+                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. --calibrate-norms 64 of train_net.py and "
+                f"compare.py fits those of the backbone. Or start from weights with GroupNorm (MODEL.WEIGHTS "
+                f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
+                f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
             )
 
 

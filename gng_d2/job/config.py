@@ -28,9 +28,13 @@ Config = CfgNode | DictConfig
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults, then ``config_file`` (a path, or a name in the model zoo), then ``KEY VALUE`` pairs.
+    """A YAML config: Detectron2's defaults, changed by ``config_file`` and then by ``overrides``.
 
     On a machine without CUDA ``MODEL.DEVICE`` becomes cpu.
+
+    Args:
+        config_file: a path, or a name in Detectron2's model zoo.
+        overrides: words, KEY VALUE KEY VALUE ...
 
     Raises:
         InputError: a file or a pair cannot be used, or a file has Python tags (:class:`_JudgedConfig`).
@@ -71,11 +75,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
-    """A checked config: a lazy one, which is run, from a .py file, else a YAML one.
+    """A lazy config, which is run, if ``config_file`` ends in .py, else a YAML config that is checked.
 
     Args:
         config_file: a path, or a name in Detectron2's model zoo.
-        overrides: ``KEY VALUE`` pairs of words for a YAML config, words ``path.key=value`` for a lazy one.
+        overrides: of a YAML config words KEY VALUE KEY VALUE ..., of a lazy one words path.key=value.
 
     Raises:
         InputError: the file or an override cannot be used, or a lazy config has no ``model``.
@@ -92,7 +96,7 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
         LazyConfig.apply_overrides(cfg, list(overrides))
     except Exception as error:  # Hydra's and OmegaConf's have no base of their own
         raise InputError(
-            f"config overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}. A lazy config takes "
+            f"config overrides {' '.join(overrides)!r}: {_message(error)}. A lazy config takes "
             f"path.key=value, such as model.backbone.norm=PGN"
         ) from error
     if not isinstance(cfg.get("model"), DictConfig) or "_target_" not in cfg.model:
@@ -104,10 +108,10 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
 
 
 class _JudgedConfig(CfgNode):
-    """Reads a YAML file and the files of its ``_BASE_``, each judged by itself.
+    """Reads a YAML file and the files of its ``_BASE_``, and refuses Python tags in each that is not in the model zoo.
 
-    A Python tag (``!!python/object/apply:...``) runs code on reading. Detectron2's model zoo has one, in
-    Base-RetinaNet.yaml; in any other folder it is refused, unless files are trusted.
+    A Python tag (``!!python/object/apply:...``) runs code on reading. Base-RetinaNet.yaml of Detectron2's model zoo has
+    one. In other folders a tag is read only if files are trusted.
     """
 
     @classmethod
@@ -127,7 +131,7 @@ class _JudgedConfig(CfgNode):
 
 
 def find_config_file(config_file: str) -> str:
-    """``config_file`` itself, or where it is in Detectron2's model zoo."""
+    """The path of ``config_file``, which is a path or a name in Detectron2's model zoo."""
     if not config_file:
         raise InputError("no config file: give --config-file FILE")
     if os.path.isfile(config_file):
@@ -153,7 +157,7 @@ def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
-    """(key, value) of each name of a norm, such as ("MODEL.FPN.NORM", "PGN") or ("model.backbone.norm", "PGN")."""
+    """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
     return _lazy_norm_keys(OmegaConf.to_container(cfg.model), "model")

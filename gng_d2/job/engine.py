@@ -49,8 +49,8 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        # DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them. Where and
-        # whether to log is left to who runs the job
+        # DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them. The
+        # loggers are set up by who runs the job
         ddp = partial(create_ddp_model, device_ids=None)
         with patch.multiple(defaults, create_ddp_model=ddp, setup_logger=lambda: None):
             super().__init__(cfg)

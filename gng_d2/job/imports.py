@@ -34,8 +34,8 @@ def _import_module(name):
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # one that it imports is missing
         raise InputError(
-            f"--import: there is no module {name!r}. Name a file with its .py. --import takes every word up to the next "
-            f"option, so KEY VALUE pairs must not follow it"
+            f"--import: there is no module {name!r}. Name a file with its .py. --import takes every word up to the "
+            f"next option, so KEY VALUE pairs must not follow it"
         ) from None
 
 

@@ -1,7 +1,4 @@
-"""ResNet weights under torchvision's names (timm's and mmdetection's too) become Detectron2's.
-
-Nothing that a file holds is run on the way: only tensors, numbers, texts and containers of them are read.
-"""
+"""Convert a ResNet's weights from torchvision's names, which timm and mmdetection use too, to Detectron2's."""
 
 import os
 import pickle
@@ -22,7 +19,7 @@ from .weight_files import read_weight_file
 
 __all__ = ["DEPTHS", "Conversion", "config_keys", "convert_file", "convert_resnet", "read_resnet", "write_weights"]
 
-# blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
+# how many blocks layer1 to layer4 have, by depth; they are basic blocks below 50, and bottlenecks from there on
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 DEPTHS = tuple(_BLOCKS)
 _A_BLOCK = "layer1.0.conv1.weight"  # every ResNet has it
@@ -48,8 +45,6 @@ def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
     """
     if not out.endswith(".pkl"):
         raise InputError(f"the output {out} must end in .pkl, by which Detectron2 knows such a file")
-    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-        raise InputError(f"the output {out} is the input: give it another name")
     conversion = read_resnet(path, depth)
     write_weights(out, conversion.weights, author=f"gng_d2, from {os.path.basename(path)}")
     return conversion
@@ -105,7 +100,7 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
     norm = next((n for n in ("bn", "gn", "norm") if any(re.search(rf"\b{n}\d\.", name) for name in state)), "bn")
     statistics = any(name.endswith(".running_mean") for name in state)
     num_groups, per_group = _groups(state, found)
-    _check_shapes(state, found, _shapes(state, found, norm, statistics, num_groups, per_group))
+    _check_shapes(state, found, norm, statistics, num_groups, per_group)
 
     reasons = {
         "beside the weights": beside,
@@ -195,8 +190,8 @@ def _groups(state, depth):
     return max(len(first) // max(second.shape[1], 1), 1), max(second.shape[1], 1)
 
 
-def _shapes(state, depth, norm, statistics, num_groups, width_per_group):
-    """The shape of each tensor that such a ResNet has, by torchvision's names."""
+def _check_shapes(state, depth, norm, statistics, num_groups, width_per_group):
+    """See that ``state`` has the tensors of such a ResNet, in its shapes, and no others."""
     block = resnet.BasicBlock if depth < 50 else resnet.Bottleneck
     make_norm = nn.BatchNorm2d if statistics else lambda channels: nn.GroupNorm(1, channels)
     with torch.device("meta"):
@@ -204,10 +199,7 @@ def _shapes(state, depth, norm, statistics, num_groups, width_per_group):
     shapes = {re.sub(r"\bbn(\d)", rf"{norm}\1", name): tuple(value.shape) for name, value in model.state_dict().items()}
     if "conv1.weight" in state and state["conv1.weight"].ndim == 4:  # images may have any number of channels
         shapes["conv1.weight"] = (64, state["conv1.weight"].shape[1], 7, 7)
-    return {name: s for name, s in shapes.items() if not name.startswith("fc.") and "num_batches_tracked" not in name}
-
-
-def _check_shapes(state, depth, shapes):
+    shapes = {n: s for n, s in shapes.items() if not n.startswith("fc.") and not n.endswith("num_batches_tracked")}
     unknown = [name for name in state if name not in shapes]
     if unknown:
         raise InputError(f"Detectron2's ResNet-{depth} has no place for {abbreviated(unknown)}")

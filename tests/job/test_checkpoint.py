@@ -162,7 +162,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_with_its_name(name, tmp_path):
     else:
         file.write_bytes({"text": b"Not found", "empty": b"", "zeros": bytes(5000)}[name.partition(".")[0]])
     before = file.read_bytes()
-    with pytest.raises(InputError, match=rf"^{file} cannot be read as") as error:
+    with pytest.raises(InputError, match=rf"^{file} (cannot be read as|holds no) weights") as error:
         Checkpointer(torch.nn.Linear(2, 2)).load(str(file))
     assert len(str(error.value).splitlines()) == 1 and "weights_only" not in str(error.value)
     assert file.read_bytes() == before

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import runpy
 import shutil
 import sys
@@ -215,7 +214,9 @@ def test_file_is_what_detectron2_loads(folder, resnet18):
     assert sorted(os.listdir(folder)) == ["in.pth", "out.pkl"]
 
 
-@pytest.mark.parametrize("prefix", ["module.encoder_q.", "_orig_mod.", "ema_model.module.", "model.backbone.", "net.0."])
+@pytest.mark.parametrize(
+    "prefix", ["module.encoder_q.", "_orig_mod.", "ema_model.module.", "model.backbone.", "net.0."]
+)
 def test_any_prefix_is_stripped(prefix, resnet18):
     """Of MoCo, torch.compile, EMA, Lightning."""
     conversion = convert_resnet({"state_dict": {**prefixed(resnet18, prefix), "queue": torch.ones(1)}})
@@ -336,15 +337,12 @@ def test_bad_paths(folder, resnet18):
     (folder / "taken.pkl").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*taken\.pkl"):
         convert_file(good, str(folder / "taken.pkl"))
-    os.link(good, folder / "same.pkl")
-    with pytest.raises(InputError, match=r"same\.pkl is the input"):
-        convert_file(good, str(folder / "same.pkl"))
     with tarfile.open(folder / "real.pth.tar", "w") as tar:
         tar.add(good, "in.pth")
     with pytest.raises(InputError, match=r"real\.pth\.tar is a tar archive"):
         convert_file(str(folder / "real.pth.tar"), str(folder / "out.pkl"))
     assert Path(good).read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["in.pth", "made", "real.pth.tar", "same.pkl", "taken.pkl"]
+    assert sorted(os.listdir(folder)) == ["in.pth", "made", "real.pth.tar", "taken.pkl"]
 
 
 def test_failed_write_leaves_what_was_there(folder, resnet18, monkeypatch):
@@ -378,7 +376,7 @@ def test_tool(folder, monkeypatch, capsys):
         "MODEL.RESNETS.RES2_OUT_CHANNELS 64",
         "MODEL.RESNETS.STRIDE_IN_1X1 False",
         "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
-        "They do not fit GN",
+        "These weights do not fit GN",
     ):
         assert text in said
     with pytest.raises(SystemExit, match=r"^error: .*in\.pth: it is a ResNet-18, not a ResNet-50$"):

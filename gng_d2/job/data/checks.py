@@ -1,4 +1,4 @@
-"""Datasets that fit the config and the model: refused before a run, not in its first step or last evaluation."""
+"""Check before a run that the datasets fit the config and the model, and not in its first step or last evaluation."""
 
 import itertools
 import logging
@@ -53,7 +53,7 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name what to train on")
     check_classes(cfg, eval_only)
-    if map_values(cfg):  # without this, the maps of the test set would be read for the first time after the training
+    if map_values(cfg):  # else the maps of the test set would be read for the first time after the training
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
         for name in cfg.DATASETS.TEST:
             for record in itertools.islice(DatasetCatalog.get(name), _FIRST):
@@ -91,8 +91,8 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
     """Compare the numbers of classes and keypoints that the model learns with those that its datasets have.
 
     In training they must be equal, because a label beyond the model's counts as background, or as an index past the
-    end. A dataset that only tests may have fewer classes, as the weights may have been made for more; a warning says so.
-    What the metadata of a dataset do not tell is not compared.
+    end. A dataset that only tests may have fewer classes, as the weights may have been made for more. Then there is a
+    warning. A number that the metadata of a dataset do not tell is not compared.
 
     Raises:
         InputError: names the key, the dataset and both numbers.
@@ -143,8 +143,8 @@ def map_values(cfg: CfgNode) -> tuple[int, int] | None:
 
 
 def compare(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
-    """Compare the number of classes ``count`` that a model has by ``key`` with the number ``known`` of the dataset
-    ``name``, on which it ``trains`` or is only tested."""
+    """Compare ``count``, a model's number of classes by ``key``, with ``known``, that of the dataset ``name``, on which
+    the model ``trains`` or is only tested."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
     if count < known or (count != known and (trains or field == "keypoint_names")):
         raise InputError(message)
@@ -205,7 +205,7 @@ def _check_annotations(where, annotations, key, count):
     outside = []
     for annotation, record in annotations:
         box, image = annotation.get("bbox"), record.get("file_name")
-        if not hasattr(box, "__len__") or len(box) not in (4, 5):  # 5: rotated
+        if not hasattr(box, "__len__") or len(box) not in (4, 5):  # a rotated box is five numbers
             raise InputError(f"{where}: {image} has the bbox {box}; a box is four numbers")
         if not 0 <= annotation.get("category_id", 0) < count:
             raise InputError(
@@ -213,12 +213,12 @@ def _check_annotations(where, annotations, key, count):
                 f"from 0 to {count - 1}"
             )
         if len(box) == 4 and not _is_in_image(box, annotation.get("bbox_mode"), record):
-            outside.append(f"{list(box)} of {image}")
+            outside.append(f"{list(box)} of {image}, {record.get('width')} x {record.get('height')}")
     if len(outside) > len(annotations) / 3:
         raise InputError(
-            f"{where}: {len(outside)} of {len(annotations)} boxes are empty or end outside of their image, for instance "
-            f"{outside[0]}. In a COCO JSON a bbox is [x, y, width, height]; in records of your own bbox_mode says what "
-            f"its numbers are"
+            f"{where}: {len(outside)} of {len(annotations)} boxes are empty or end outside of their image, for "
+            f"instance {outside[0]}. In a COCO JSON a bbox is [x, y, width, height]; in records of your own bbox_mode "
+            f"says what its numbers are"
         )
 
 
@@ -226,5 +226,5 @@ def _is_in_image(box, mode, record):
     x, y, right, bottom = box
     if mode in (BoxMode.XYWH_ABS, BoxMode.XYWH_REL):
         right, bottom = x + right, y + bottom
-    # 5 %, as annotators draw a little over the edge
+    # 5 % more, because some annotators draw a little over the edge
     return x < right <= 1.05 * record.get("width", math.inf) and y < bottom <= 1.05 * record.get("height", math.inf)

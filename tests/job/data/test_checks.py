@@ -238,7 +238,7 @@ def test_boxes_of_another_kind_than_bbox_mode_says_are_refused(mode, boxes, refu
     if not refused:
         build_train_loader(detector("boxes"))
         return
-    message = rf"TRAIN boxes: {refused} of 3 boxes are empty or end outside of their image, .* of .*0.png. In a COCO"
+    message = rf"TRAIN boxes: {refused} of 3 boxes are empty or end outside of their image, .*0.png, 48 x 32. In a COCO"
     with pytest.raises(InputError, match=message):
         build_train_loader(detector("boxes"))
 
