@@ -65,7 +65,7 @@ class MLPRow(MLPRun):
 
     test_error: float  # in %
     iteration: list[int]  # the points of the learning curve
-    train_loss: list[float]  # the mean of the losses from one of these points to the next
+    train_loss: list[float]  # at each point, the mean of the losses since the point before
     machine: str
 
 
