@@ -279,7 +279,9 @@ SECTIONS = {
 def _regrets(results):
     camvid = regret.read_values(results, ("camvid_semantic_fpn", "camvid_mixtures"), "mIoU")
     bccd = regret.read_values(results, ("bccd_faster_rcnn", "bccd_mixtures"), "AP")
-    return regret.table({"CamVid": camvid, "BCCD": bccd}) if camvid and bccd else "Not measured, because it needs the comparisons on both sets."
+    if not camvid or not bccd:
+        return "Not measured, because it needs the comparisons on both sets."
+    return regret.table({"CamVid": camvid, "BCCD": bccd})
 
 
 def _ws_effect(results):
@@ -321,7 +323,7 @@ NUMBERS = {
     "quick_head_width": lambda: _config("quick/pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_width": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_group": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
-    "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # the bed has the same head
+    "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # the bed's head is the same
     "camvid_head_group": lambda: _config("study/semantic_fpn_camvid.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_rate": lambda: _config("study/semantic_fpn_camvid.yaml").SOLVER.BASE_LR,
     "bccd_rate": lambda: _config("study/faster_rcnn_bccd.yaml").SOLVER.BASE_LR,
