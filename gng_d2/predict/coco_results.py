@@ -99,8 +99,8 @@ class CocoResults:
         self._stuff = _dataset_ids(metadata, "stuff")
 
     def add(self, image_id: int | str, name: str, picture: str, output: dict) -> None:
-        """Add a model's ``output`` for an image, which is called ``name`` in the list of images. ``picture`` is the name
-        of its panoptic PNG file."""
+        """Add a model's ``output`` for an image. It is called ``name`` in the list of images, and ``picture`` is the
+        name of its panoptic PNG file."""
         if "panoptic_seg" in output:
             self.panoptic.append(self._add_panoptic(image_id, picture, *output["panoptic_seg"]))
         if "instances" in output:

@@ -8,7 +8,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from panopticapi.evaluation import pq_compute_single_core
@@ -23,7 +23,7 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.data.coco_format import split_files
-from gng_d2.predict.coco_results import image_ids
+from gng_d2.predict.coco_results import CocoResults, image_ids
 from gng_d2.predict.predictions import find_images, output_names, predict, set_threshold
 from gng_d2.predict.settings import prediction_settings
 
@@ -128,6 +128,25 @@ def test_panoptic_maps_are_those_of_detectron2_and_panopticapi_reads_them(run, w
     pairs = [(next(a for a in truth["annotations"] if a["image_id"] == annotation["image_id"]), annotation)]
     categories = {c["id"]: c for c in truth["categories"]}
     pq_compute_single_core(0, pairs, str(files["panoptic_root"]), str(tmp_path / "r_panoptic"), categories)
+
+
+def test_a_panoptic_map_without_a_list_of_segments_is_read_as_panoptic_deeplabs(tmp_path):
+    """Its segments are called class * label_divisor + number, and -1 is void."""
+    metadata = Metadata(
+        name="two",
+        thing_dataset_id_to_contiguous_id={7: 0},
+        stuff_dataset_id_to_contiguous_id={9: 1},
+        label_divisor=1000,
+    )
+    results = CocoResults(str(tmp_path / "r.json"), metadata)
+    segments = torch.tensor([[1, -1], [1000, 1000]])
+    sem_seg = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
+    results.add(1, "a.jpg", "a.png", {"panoptic_seg": (segments, None), "sem_seg": sem_seg})
+    results.write()
+    (annotation,) = json.loads((tmp_path / "r_panoptic.json").read_text())["annotations"]
+    found = [(s["id"], s["category_id"], s["area"]) for s in annotation["segments_info"]]
+    assert found == [(2, 7, 1), (1001, 9, 2)]
+    assert rgb2id(np.asarray(Image.open(tmp_path / "r_panoptic" / "a.png"))).tolist() == [[2, 0], [1001, 1001]]
 
 
 def test_pictures_have_the_images_own_size(run, tmp_path):
