@@ -48,13 +48,13 @@ def draw_output(
     return drawn.get_image()
 
 
-def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -> None:
-    """Write a picture in which each of the first ``count`` images of DATASETS.TEST has a row: the image, its ground
-    truth, and what ``model`` predicts."""
+def draw_validation(cfg: CfgNode, model: nn.Module, path: str) -> None:
+    """Write a picture in which each of the first five images of DATASETS.TEST has a row: the image, its ground truth,
+    and what ``model`` predicts."""
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-    records, panoptic = DatasetCatalog.get(name)[:count], {}
+    records, panoptic = DatasetCatalog.get(name)[:5], {}
     if metadata.get("panoptic_json"):  # the records to evaluate on lack the panoptic ground truth
         paths = metadata.panoptic_json, metadata.image_root, metadata.panoptic_root
         panoptic = {record["image_id"]: record for record in load_coco_panoptic_json(*paths, metadata.as_dict())}

@@ -1,4 +1,4 @@
-"""The tool that predicts: on whatever files it is given, its pictures and its results in COCO's formats."""
+"""The tool that predicts: the files that it is given, its pictures, and its results in COCO's formats."""
 
 import json
 import os
@@ -38,7 +38,7 @@ SEMANTIC = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", "('
 
 @pytest.fixture(scope="module")
 def weights(shapes, tmp_path_factory):
-    """Drawn weights of the tiny config. Those of its semantic half are the same."""
+    """Drawn weights of the tiny config. The semantic model takes its part of them."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     Checkpointer(build_model(load_config(CONFIG, TINY)), str(folder)).save("model")
@@ -47,7 +47,7 @@ def weights(shapes, tmp_path_factory):
 
 @pytest.fixture
 def run(weights, tmp_path, monkeypatch, capsys):
-    """Runs the tool, with --output and --json in ``tmp_path``; gives its exit status, what it said, and the JSON."""
+    """Runs the tool with --output and --json in ``tmp_path``, and returns its exit status, its stderr, and the JSON."""
 
     def run(*inputs, flags=(), opts=(), json_name="r.json"):
         words = ["--config-file", CONFIG, "--weights", weights, "--input", *map(str, inputs)]
@@ -69,7 +69,7 @@ def validation(shapes):
 
 
 def predictor(weights, opts=()):
-    """Detectron2's own, from the same checkpoint."""
+    """Detectron2's own predictor with the same checkpoint."""
     return DefaultPredictor(load_config(CONFIG, ["MODEL.WEIGHTS", weights, *TINY, *opts]))
 
 
@@ -131,7 +131,7 @@ def test_panoptic_maps_are_those_of_detectron2_and_panopticapi_reads_them(run, w
 
 
 def test_a_panoptic_map_without_a_list_of_segments_is_read_as_panoptic_deeplabs(tmp_path):
-    """Its segments are called class * label_divisor + number, and -1 is void."""
+    """Such a segment is called class * label_divisor + number, and -1 is void."""
     metadata = Metadata(
         name="two",
         thing_dataset_id_to_contiguous_id={7: 0},
@@ -250,7 +250,7 @@ def test_threshold_leaves_out_what_is_below_it(run, shapes, tmp_path):
     ],
 )
 def test_the_threshold_is_the_models_too(config, keys):
-    """As the config's keys set it: a lower one than theirs lets more through."""
+    """It sets what the config's keys set, so that a lower threshold than theirs lets more instances through."""
 
     def numbers(model):
         own = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
