@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Train a small Panoptic FPN with PGN on the CPU, in minutes.
+"""Train a small Panoptic FPN with PGN, on the CPU, in minutes.
 
-The tool draws a dataset, evaluates the untrained model, trains it and evaluates it again. Then it draws the
-predictions beside the ground truth, the loss curves and the groups of the norms.
+The tool draws a dataset, evaluates the untrained model, trains it and evaluates it again. Then it draws pictures of the
+predictions beside the ground truth, of the losses, and of the groups of the norms.
 """
 
 import os

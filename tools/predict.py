@@ -5,16 +5,16 @@
         --input photo.jpg folder 'more/**/*.png' --output predictions --json predictions/results.json
 
 --json OUT.json writes
-    OUT.json                          instances (boxes, scores, classes, masks) as COCO results, for pycocotools'
-                                      COCO("OUT_images.json").loadRes("OUT.json"); from a semantic model a mask for
-                                      each class
+    OUT.json                          instances (boxes, scores, classes, masks) as COCO results. pycocotools reads
+                                      them by COCO("OUT_images.json").loadRes("OUT.json"). From a semantic model it
+                                      has a mask for each class
     OUT_images.json                   the images with their sizes and ids, and the categories. Images of the config's
                                       test dataset keep their ids, others are numbered
-    OUT_panoptic.json, OUT_panoptic/  from a panoptic model: what panopticapi reads
+    OUT_panoptic.json, OUT_panoptic/  the results of a panoptic model, which panopticapi reads
 
-A file that cannot be read as an image is named and skipped; the exit status is then 1. Images are turned as their
+A file that cannot be read as an image is named and skipped, and the exit status is then 1. Images are turned as their
 EXIF orientation says, and pictures and results are turned with them.
-For videos and webcams: demo/demo.py of Detectron2, with `import gng_d2` in it.
+For videos and webcams use demo/demo.py of Detectron2 with `import gng_d2` in it.
 """
 
 import os
@@ -26,23 +26,28 @@ from command_line import add_config_file, add_import, add_overrides, add_trust, 
 def parse_args():
     parser = tool_parser(__doc__)
     add_config_file(parser)
-    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of that config's model")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint of that config's model")
     parser.add_argument(
         "--input",
         required=True,
         nargs="+",
         metavar="IMG|FOLDER|GLOB",
-        help="images; a folder means its files, 'FOLDER/**/*' those in its subfolders too. Another option must follow",
+        help="images; a folder stands for the files in it, 'FOLDER/**/*' for those in its subfolders too. Give another "
+        "option after it, not KEY VALUE",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures, named as the images")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the pictures, which are named as the images"
+    )
     parser.add_argument("--json", metavar="OUT.json", help="write the results in COCO's formats")
     parser.add_argument(
         "--threshold",
         type=float,
         metavar="T",
-        help="leave out instances with a lower score. Default: the config's in --json, and 0.5 in pictures",
+        help="leave out instances with a lower score; default: the config's threshold in --json, and 0.5 in pictures",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="run N images of one size together")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="run N images of one size together; default: 1"
+    )
     add_import(parser)
     add_trust(parser)
     add_overrides(parser, lazy=True)
@@ -84,11 +89,13 @@ def main():
         skipped = write_predictions(
             args, settings, model, metadata, names, dict(zip(paths, image_ids(paths, records))), results
         )
-    finally:  # what was predicted before an error or Ctrl-C is written
+    finally:  # so that an error or Ctrl-C loses no prediction
         if results:
             print("results:", *results.write(), sep="\n  ")
     if skipped or without:
-        raise InputError(f"{skipped + len(without)} of --input were skipped, named above; the others are predicted")
+        raise InputError(
+            f"{skipped + len(without)} of --input were skipped and are named above; the others are predicted"
+        )
 
 
 def find_inputs(inputs, cfg):
@@ -98,9 +105,7 @@ def find_inputs(inputs, cfg):
     paths, without = find_images(inputs)
     keys = [given for given in without if given.split(".")[0] in cfg and ("=" in given or given[0].isupper())]
     if keys:
-        raise InputError(
-            f"{keys[0]} was taken as an --input: another option must stand between --input and the overrides"
-        )
+        raise InputError(f"{keys[0]} was taken as an --input: put another option between --input and the overrides")
     if not paths:
         raise InputError("; ".join(f"--input {given}: {reason}" for given, reason in without.items()))
     return paths, without
@@ -112,7 +117,7 @@ def check_numbers(args):
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
     if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: at least 1")
+        raise InputError(f"--batch-size {args.batch_size}: a batch has at least 1 image")
 
 
 def check_inputs_stay(output, results, names):
@@ -122,11 +127,12 @@ def check_inputs_stay(output, results, names):
     written = {os.path.realpath(os.path.join(folder, picture)) for folder in folders for _, picture in names.values()}
     ours = [path for path in names if os.path.realpath(path) in written]
     if ours:
-        raise InputError(f"--output: a picture would overwrite an image of --input, {ours[0]}. Name another folder")
+        raise InputError(f"--output: a picture would overwrite {ours[0]}, an image of --input. Name another folder")
 
 
 def write_predictions(args, settings, model, metadata, names, ids, results):
-    """Write a picture for each image, add to ``results`` unless they are None, and return how many were skipped."""
+    """Write a picture for each image, add its output to ``results`` unless that is None, and return how many images
+    were skipped."""
     from tqdm import tqdm
 
     from gng_d2.predict.pictures import draw_output

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the paper's tables again, and what norms cost; write docs/results.md.
+"""Measure the paper's tables again and the costs of norms, and write docs/results.md.
 
     tools/reproduce.py table1 --json table1.json
     tools/reproduce.py table3 --data datasets --processes 2 --plot figure2.png
     tools/reproduce.py gradients --help
 
-Tables 5 and 6 are trainings under several norms and seeds: tools/compare.py.
+Tables 5 and 6 are trainings under several norms and seeds; tools/compare.py runs these.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 
 from command_line import ANEW, run_tool, tool_parser
 
-# name -> its module in study/, and what it is
+# name -> its module in study/, and what it measures
 EXPERIMENTS = {
     "table1": ("table1", "Equations A to D for the paper's four blocks"),
     "table2": ("table2", "gains of eleven activations"),
@@ -24,11 +24,11 @@ EXPERIMENTS = {
     "table3": ("mlp", "and Figure 2: an MLP on MNIST under every number of groups"),
     "table4": ("classifier", "ResNets as image classifiers under GN, GN1 and PGN"),
     "retention": ("retention", "what is left of a network when its batch norms become group norms"),
-    "finetune": ("finetune", "batch-norm weights are fine-tuned under group norms, fresh and calibrated"),
+    "finetune": ("finetune", "batch-norm weights that are fine-tuned under fresh and calibrated group norms"),
     "kernel-tests": ("kernel_tests", "the tests of the kernels, on a GPU where there is one"),
     "norm-cost": ("norm_cost", "the time of each norm of a detector"),
     "step-cost": ("step_cost", "the time and memory of a training step"),
-    "memory": ("memory", "the memory of a training step, with norms computed again and without"),
+    "memory": ("memory", "the memory of a training step, with recomputed norms and without"),
     "collapse": ("collapse", "what the norms of trained models receive and lose"),
     "page": ("page", "docs/results.md, from docs/results/*.json"),
 }
@@ -41,7 +41,7 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="EXPERIMENT", dest="experiment")
     for name, (module, summary) in EXPERIMENTS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == chosen:  # no other is imported: it takes seconds
+        if name == chosen:  # importing the others too would take seconds
             experiment = importlib.import_module(f"study.{module}")
             command.description = experiment.__doc__
             experiment.add_arguments(command)

@@ -1,4 +1,4 @@
-"""Predictions in COCO's formats, as pycocotools and panopticapi read them."""
+"""Predictions in COCO's formats, which pycocotools and panopticapi read."""
 
 import itertools
 import json
@@ -23,20 +23,27 @@ __all__ = ["CocoResults", "class_metadata", "image_ids"]
 def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Metadata, list[dict]]:
     """The metadata of the dataset to test on, which names the classes, and the dataset's records.
 
-    There are no records if ``with_records`` is False or the dataset's files are missing. Where the config has no
-    dataset, the classes are named by their numbers.
+    The list of records is empty if ``with_records`` is False or the dataset's files are missing. If the config has no
+    dataset to test on, the classes are called by their numbers.
 
     Raises:
         InputError: the dataset is not registered, or the file that names its classes cannot be read.
     """
     name, key = settings.dataset, settings.dataset_key
     if name is None:
-        return _numbered(settings.num_classes), []
+        things, stuff = (settings.num_classes.get(kind, 0) for kind in ("thing_classes", "stuff_classes"))
+        numbered = Metadata(
+            name="no dataset",
+            thing_classes=[str(i) for i in range(things)],
+            stuff_classes=[str(i) for i in range(stuff)],
+            stuff_dataset_id_to_contiguous_id={things + i: i for i in range(stuff)},
+        )
+        return numbered, []
     mend = f"{key}{' ()' if key.isupper() else '=[]'} calls the classes by their numbers"
     if name not in DatasetCatalog:
         raise InputError(
             f"{key}: no dataset named {name!r} is registered, so the names of the classes are not known. "
-            f"--import takes the module that registers it; {mend}"
+            f"--import runs the module that registers it; {mend}"
         )
     metadata = MetadataCatalog.get(name)
     named = metadata.get("thing_classes") or metadata.get("stuff_classes")
@@ -50,26 +57,15 @@ def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Me
                 f"{key}: the files of {name!r}, which name the classes, cannot be read: {error}. {mend}"
             ) from error
         logging.getLogger(__name__).warning(
-            f"the files of dataset {name!r} cannot be read ({error}). So images get numbers as ids, and so do "
-            f"categories if the dataset's registration does not name their ids"
+            f"the files of dataset {name!r} cannot be read ({error}). So the ids of images are numbers, and those of "
+            f"categories too if the dataset's registration does not have them"
         )
         return metadata, []
 
 
-def _numbered(num_classes):
-    things, stuff = num_classes.get("thing_classes", 0), num_classes.get("stuff_classes", 0)
-    return Metadata(
-        name="no dataset",
-        thing_classes=[str(i) for i in range(things)],
-        stuff_classes=[str(i) for i in range(stuff)],
-        thing_dataset_id_to_contiguous_id={i: i for i in range(things)},
-        stuff_dataset_id_to_contiguous_id={things + i: i for i in range(stuff)},
-    )
-
-
 def image_ids(paths: Sequence[str], records: Sequence[dict]) -> list[int | str]:
-    """An id for each image: the one in the dataset's ``records`` if one of them has the same path, or is the only one
-    with the same file name; else a number that no record has."""
+    """An id for each image. It is the id of the record in the dataset's ``records`` that has the image's path, or that
+    alone has its file name; without such a record it is a number that no record has."""
     by_path = {os.path.realpath(record["file_name"]): record.get("image_id") for record in records}
     by_name = {}
     for path, image_id in by_path.items():
@@ -85,14 +81,14 @@ def image_ids(paths: Sequence[str], records: Sequence[dict]) -> list[int | str]:
 
 
 class CocoResults:
-    """Collects predictions, and writes them for ``path`` = "out.json":
+    """Collects predictions and writes them. With ``path`` "out.json" the files are:
 
-    - ``out.json``: a list for :meth:`pycocotools.coco.COCO.loadRes`, with the boxes, scores and masks of the instances.
-      If the model is a semantic one, it has a mask for each class, as COCO's stuff annotations do.
-    - ``out_images.json``: the images with their ids, and the categories, as a COCO dataset without annotations.
-    - ``out_panoptic.json`` and the folder ``out_panoptic`` of PNG files, if the model is a panoptic one.
+    - ``out.json``, a list for :meth:`pycocotools.coco.COCO.loadRes` with the boxes, scores and masks of the instances.
+      For a semantic model it has a mask of each class, as COCO's stuff annotations do.
+    - ``out_images.json``, a COCO dataset without annotations: the images with their ids, and the categories.
+    - ``out_panoptic.json`` and a folder ``out_panoptic`` of PNG files, if the model is a panoptic one.
 
-    Category ids are those of the dataset's JSON, or the model's class numbers if the dataset has no such ids.
+    The ids of categories are those in the dataset's JSON, or the model's class numbers if the dataset has no such ids.
     """
 
     def __init__(self, path: str, metadata: Metadata):
@@ -103,7 +99,8 @@ class CocoResults:
         self._stuff = _dataset_ids(metadata, "stuff")
 
     def add(self, image_id: int | str, name: str, picture: str, output: dict) -> None:
-        """Add the output for the image that is listed as ``name`` and whose panoptic PNG file is ``picture``."""
+        """Add a model's ``output`` for an image. It is called ``name`` in the list of images, and ``picture`` is the
+        name of its panoptic PNG file."""
         if "panoptic_seg" in output:
             self.panoptic.append(self._add_panoptic(image_id, picture, *output["panoptic_seg"]))
         if "instances" in output:
@@ -120,8 +117,8 @@ class CocoResults:
     def _category(self, dataset_ids, number):
         if number not in dataset_ids:
             raise InputError(
-                f"the model predicts class {number}, and {self.metadata.name!r} has "
-                f"{len(dataset_ids)} classes. Name the dataset that the model was trained for"
+                f"the model predicts class {number}, but {self.metadata.name!r} has {len(dataset_ids)} classes. Name "
+                f"the dataset that the model was trained for"
             )
         return dataset_ids[number]
 
@@ -134,27 +131,25 @@ class CocoResults:
 
     def _add_panoptic(self, image_id, picture, segments, info):
         segments = segments.numpy()
-        if info is None:  # as in Panoptic-DeepLab: a segment is class * label_divisor + number, and -1 is void
-            segments, info = segments + 1, _decoded(segments, self.metadata)
+        if info is None:  # Panoptic-DeepLab: a segment is called class * label_divisor + number, and -1 is void
+            things, divisor = self.metadata.thing_dataset_id_to_contiguous_id.values(), self.metadata.label_divisor
+            classes = {label: label // divisor for label in np.unique(segments).tolist() if label >= 0}
+            info = [{"id": label + 1, "category_id": n, "isthing": n in things} for label, n in classes.items()]
+            segments = segments + 1
         areas = dict(zip(*(values.tolist() for values in np.unique(segments, return_counts=True))))
         rgb = np.stack([segments % 256, segments // 256 % 256, segments // 256**2], axis=-1).astype(np.uint8)
         save_png(rgb, os.path.join(self.folder, picture))
-        segments_info = [
-            {
-                "id": segment["id"],
-                "category_id": self._category(
-                    self._things if segment["isthing"] else self._stuff, segment["category_id"]
-                ),
-                "area": areas[segment["id"]],
-                "iscrowd": 0,
-            }
-            for segment in info
-            if segment["id"] in areas  # panopticapi refuses segments without a pixel
-        ]
+        segments_info = []
+        for segment in info:
+            if segment["id"] in areas:  # panopticapi refuses segments without a pixel
+                category = self._category(self._things if segment["isthing"] else self._stuff, segment["category_id"])
+                segments_info.append(
+                    {"id": segment["id"], "category_id": category, "area": areas[segment["id"]], "iscrowd": 0}
+                )
         return {"image_id": image_id, "file_name": picture, "segments_info": segments_info}
 
     def write(self) -> list[str]:
-        """Write what has been added so far, and return the names of the files."""
+        """Write the files with all that was added so far, and return their names."""
         base = self.path.removesuffix(".json")
         listing = {"info": {}, "images": self.images, "annotations": [], "categories": self._categories()}
         contents = {self.path: self.results, f"{base}_images.json": listing}
@@ -176,15 +171,8 @@ class CocoResults:
 
 
 def _dataset_ids(metadata, kind) -> dict[int, int]:
-    """Category ids by the model's class numbers, for the ``kind`` thing or stuff."""
+    """The ids of categories by the model's class numbers, for the ``kind`` "thing" or "stuff"."""
     ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id")
     if ids is None:
         return {i: i for i in range(len(metadata.get(f"{kind}_classes") or ()))}
     return {number: dataset_id for dataset_id, number in ids.items()}
-
-
-def _decoded(segments, metadata):
-    things = metadata.thing_dataset_id_to_contiguous_id.values()
-    labels = [label for label in np.unique(segments).tolist() if label >= 0]
-    numbers = {label: label // metadata.label_divisor for label in labels}
-    return [{"id": label + 1, "category_id": n, "isthing": n in things} for label, n in numbers.items()]

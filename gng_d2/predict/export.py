@@ -1,7 +1,7 @@
 """A trained model as a file that runs without gng_d2 and Detectron2: TorchScript, ONNX, or torch.export.
 
-Detectron2's TracingAdapter turns a model into one from tensors to tensors. While it is traced or exported, the norms
-run PyTorch's own op (:func:`gng_d2.ops.backends.is_transformed`). Weight standardization must be folded before.
+Detectron2's TracingAdapter makes a model take and return tensors. While it is traced or exported, the norms run
+PyTorch's own op (:func:`gng_d2.ops.backends.is_transformed`). Weight standardization must be folded before.
 """
 
 import io
@@ -21,23 +21,27 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from gng_d2.errors import InputError
-from gng_d2.job.files import atomic_open
 
 __all__ = ["FORMATS", "MIN_SIDE", "TOLERANCE", "backbone_input", "check_format", "export", "largest_difference"]
 __all__ += ["load_and_run", "output_names", "trace"]
 
 FORMATS = ("torchscript", "onnx", "torch_export")
 
-# as a part of the largest value of an output: float32 sums in another order differ by 1e-6 to 1e-4
+# The largest difference that is allowed, as a part of an output's largest value. Where float32 numbers are added in
+# another order, sums differ by 1e-6 to 1e-4.
 TOLERANCE = 1e-3
 
-# Of the images that a backbone is exported with. The last map of a pyramid has one pixel for smaller ones, and
-# torch.export takes a size of 1 as fixed.
+# The smallest side of the images with which a backbone is exported. With smaller ones the last map of a pyramid has one
+# pixel, and torch.export would take that size as fixed.
 MIN_SIDE = 256
 
 
 def check_format(format: str) -> None:
-    """Raises: InputError: PyTorch is too old for ``format``, or a package that it needs is not installed."""
+    """Check that a model can be exported to ``format`` here.
+
+    Raises:
+        InputError: PyTorch is too old for ``format``, or a package that it needs is not installed.
+    """
     if format != "torchscript" and torch.__version__ < (2, 6):
         raise InputError(
             f"--format {format} needs PyTorch 2.6 or newer; this is {torch.__version__}. Export torchscript, or "
@@ -49,24 +53,21 @@ def check_format(format: str) -> None:
 
 
 def trace(model: nn.Module, example: Tensor, backbone: bool = False) -> TracingAdapter:
-    """``model`` as a module from a tensor to a tuple of tensors, whose names are :func:`output_names`.
+    """``model`` as a module from a tensor to a tuple of tensors, which are called by :func:`output_names`.
 
     - A whole model takes a (3, H, W) image. Its boxes are in pixels of that image and its masks are relative to their
-      boxes, as Detectron2's models have them before they resize results to the original image. The step that combines
-      the two heads of a panoptic model is Python code and is left out.
+      boxes, as in Detectron2's models before they resize results to the original image. The step that combines the two
+      heads of a panoptic model is Python code and is left out.
     - A backbone takes a batch as :func:`backbone_input` makes it, and returns the feature maps.
     """
-    if backbone:
-        adapter = TracingAdapter(model.backbone, example)
-    else:
-        adapter = TracingAdapter(model, example, _predict)
-    adapter.eval()(example)  # after this call it knows its outputs
+    adapter = TracingAdapter(model.backbone, example) if backbone else TracingAdapter(model, example, _predict)
+    adapter.eval()(example)  # this call records the names of the outputs
     return adapter
 
 
 def backbone_input(model: nn.Module, image: Tensor) -> Tensor:
-    """A (3, H, W) image as the backbone takes it: (1, 3, H', W'), normalized, with sides that the backbone can divide
-    and that have MIN_SIDE pixels or more."""
+    """The input of the backbone for a (3, H, W) image: it is normalized, (1, 3, H', W'), and its sides are multiples of
+    the backbone's largest stride and have MIN_SIDE pixels or more."""
     normalized = (image.to(model.pixel_mean.device) - model.pixel_mean) / model.pixel_std
     scale = max(1.0, MIN_SIDE / min(image.shape[1:]))
     normalized = nn.functional.interpolate(normalized[None], size=[round(scale * side) for side in image.shape[1:]])[0]
@@ -74,6 +75,7 @@ def backbone_input(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def output_names(adapter: TracingAdapter) -> list[str]:
+    """The names of the tensors that :func:`trace`'s module returns, in their order."""
     return adapter.outputs_schema.keys
 
 
@@ -101,16 +103,17 @@ def _tensors(output):
 def export(adapter: TracingAdapter, format: str) -> bytes:
     """The content of a file in ``format`` that computes what ``adapter`` does.
 
-    An exported backbone takes any number of images, of any size that it can divide, from MIN_SIDE pixels on. A whole
-    model takes one image: of any size in TorchScript and ONNX, of the size that it was traced with in torch.export.
+    An exported backbone takes any number of images, whose sides are multiples of its largest stride and have MIN_SIDE
+    pixels or more. A whole model takes one image: in TorchScript and ONNX of any size, in torch.export of the size with
+    which it was traced.
 
     Raises:
-        InputError: the model cannot be exported in this format; says in which it can.
+        InputError: the model cannot be exported in this format; says which formats can take it.
     """
     try:
         with _quiet(), torch.no_grad():
             return _EXPORT[format](adapter, adapter.flattened_inputs)
-    except Exception as error:  # of any kind, because exporters run the model's Python on things that are no tensors
+    except Exception as error:  # exporters run the model's code on objects in place of tensors, so any error may come
         line = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"--format {format} cannot take this model: {type(error).__name__}: {line}. Whole models can "
@@ -120,7 +123,7 @@ def export(adapter: TracingAdapter, format: str) -> bytes:
 
 @contextmanager
 def _quiet():
-    """Silences the hundreds of warnings about Python numbers in a trace, and the printed graph of a failed export."""
+    """Silence the hundreds of warnings about Python numbers in a trace, and the graph that a failed export prints."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -158,7 +161,8 @@ def _onnx(adapter, inputs):
 
 
 def _with_fixed_sizes(content, outputs):
-    """An ONNX model with those sizes of its ``outputs`` that its exporter took for dynamic ones without a name."""
+    """An ONNX model in which those sizes of ``outputs`` are fixed that do not depend on the input. PyTorch's exporter
+    takes them for dynamic ones without a name."""
     import onnx
 
     model = onnx.load_from_string(content)
@@ -174,7 +178,7 @@ _EXPORT = {"torchscript": _torchscript, "onnx": _onnx, "torch_export": _torch_ex
 
 _LOAD_AND_RUN = """
 import sys
-sys.modules.update(gng_d2=None, detectron2=None)  # importing them is an error, as where they are not installed
+sys.modules.update(gng_d2=None, detectron2=None)  # to import them is an error, as if they were not installed
 import torch, torchvision  # torchvision has ops that a detector needs
 format, device, path, inputs, outputs = sys.argv[1:]
 if format == "onnx":
@@ -190,18 +194,17 @@ torch.save([[torch.as_tensor(x).cpu() for x in result] for result in results], o
 
 
 def load_and_run(content: bytes, format: str, examples: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The outputs of an exported file's ``content`` for each example, from a process that can import neither gng_d2
-    nor Detectron2.
+    """Load and run the ``content`` of an exported file in a process that can import neither gng_d2 nor Detectron2, and
+    return its outputs for each example.
 
     Raises:
         InputError: the file cannot be loaded or run there.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, inputs, outputs = (os.path.join(folder, name) for name in ("model.pt2", "inputs", "outputs"))
-        with atomic_open(path, "wb") as file:
+        with open(path, "wb") as file:
             file.write(content)
-        with atomic_open(inputs, "wb") as file:
-            torch.save([example.cpu() for example in examples], file)
+        torch.save([example.cpu() for example in examples], inputs)
         device = "cpu" if format == "onnx" else str(examples[0].device)
         command = [sys.executable, "-W", "ignore", "-c", _LOAD_AND_RUN, format, device, path, inputs, outputs]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -212,16 +215,15 @@ def load_and_run(content: bytes, format: str, examples: Sequence[Tensor]) -> lis
 
 
 def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], results: Sequence[list[Tensor]]) -> float:
-    """The largest difference between the ``results`` of an exported file and the model's, as a part of the largest
-    value of each output. The order of detections does not count.
+    """The largest difference between the ``results`` of an exported file and the outputs of the model, as a part of the
+    largest value of each output. The order of detections does not matter.
 
     Raises:
         InputError: they differ by more than TOLERANCE, or in shape.
     """
     names, largest = output_names(adapter), 0.0
     for example, result in zip(examples, results):
-        expected = dict(zip(names, (x.cpu() for x in adapter(example))))
-        found = dict(zip(names, result))
+        expected, found = dict(zip(names, (x.cpu() for x in adapter(example)))), dict(zip(names, result))
         where = f"The exported file differs from the model on an image of {tuple(example.shape)}"
         for name in names:
             if found[name].shape != expected[name].shape:
@@ -230,17 +232,16 @@ def largest_difference(adapter: TracingAdapter, examples: Sequence[Tensor], resu
         found = _in_the_order_of(expected, found)
         for name in names:
             ours, theirs = expected[name].double(), found[name].double()
-            difference = 0.0
-            if ours.numel():
-                difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-6))
-            if not difference <= TOLERANCE:  # which holds for NaN too
+            difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-6)) if ours.numel() else 0.0
+            if not difference <= TOLERANCE:  # this is true for NaN too
                 raise InputError(f"{where}: {name} by {difference:.1e} of its largest value. Nothing is written")
             largest = max(largest, difference)
     return largest
 
 
 def _in_the_order_of(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``found`` with its detections in the order of ``expected``: those of nearly the same score may change places."""
+    """``found`` with its detections in the order of ``expected``, because detections with nearly the same score may
+    change places."""
     if "pred_boxes" not in expected or not len(expected["pred_boxes"]):
         return found
     distance = torch.cdist(expected["pred_boxes"], found["pred_boxes"], p=float("inf"))

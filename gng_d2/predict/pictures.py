@@ -1,4 +1,4 @@
-"""Pictures: what a model predicts, its groups along the depth, its losses."""
+"""Pictures of what a model predicts, of its groups along the depth, and of its losses."""
 
 from collections.abc import Sequence
 
@@ -23,17 +23,17 @@ __all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
 def draw_output(
     image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5
 ) -> np.ndarray:
-    """Draw what a Detectron2 model returned for an image: the panoptic segmentation if there is one, else the semantic
+    """Draw a Detectron2 model's output for an image: the panoptic segmentation if there is one, otherwise the semantic
     segmentation and the instances.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        scale: the picture's size over the image's.
+        scale: how many times as large as the image the picture is.
         threshold: instances with a lower score are not drawn. A panoptic segmentation is drawn whole, because its model
-            has left out some of its instances already.
+            has already left out instances with low scores.
 
     Returns:
-        An RGB picture.
+        The picture, (H', W', 3), RGB.
     """
     visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
@@ -48,14 +48,16 @@ def draw_output(
     return drawn.get_image()
 
 
-def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -> None:
-    """Write a picture with a row for each of the first ``count`` images of DATASETS.TEST: the image, its ground truth,
+def draw_validation(cfg: CfgNode, model: nn.Module, path: str) -> None:
+    """Write a picture in which each of the first five images of DATASETS.TEST has a row: the image, its ground truth,
     and what ``model`` predicts."""
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-    records = DatasetCatalog.get(name)[:count]
-    panoptic = _panoptic_records(metadata)
+    records, panoptic = DatasetCatalog.get(name)[:5], {}
+    if metadata.get("panoptic_json"):  # the records to evaluate on lack the panoptic ground truth
+        paths = metadata.panoptic_json, metadata.image_root, metadata.panoptic_root
+        panoptic = {record["image_id"]: record for record in load_coco_panoptic_json(*paths, metadata.as_dict())}
     figure = Figure(figsize=(12, 4 * len(records)), layout="constrained")
     axes = figure.subplots(len(records), 3, squeeze=False)
     model.eval()
@@ -75,19 +77,10 @@ def draw_validation(cfg: CfgNode, model: nn.Module, path: str, count: int = 5) -
     save_figure(figure, path, dpi=80)
 
 
-def _panoptic_records(metadata) -> dict:
-    """By image id, the records with the panoptic ground truth, which those to evaluate on lack; {} if there is none."""
-    json_file = metadata.get("panoptic_json")
-    if json_file is None:
-        return {}
-    records = load_coco_panoptic_json(json_file, metadata.image_root, metadata.panoptic_root, metadata.as_dict())
-    return {record["image_id"]: record for record in records}
-
-
 def plot_groups(rows: Sequence[NormRow], path: str) -> None:
-    """Draw two panels along the depth of a model, from the rows of :func:`gng_d2.models.norm_table.norm_table`: the
-    group counts beside the channels; and for the norms that have groups the ratio K that GN (32 groups), GN1 and PGN
-    would give."""
+    """Draw two panels along the depth of a model, from the rows of :func:`gng_d2.models.norm_table.norm_table`. One has
+    the numbers of groups and of channels. The other has the ratio K that GN (32 groups), GN1 and PGN would give to each
+    norm that has groups."""
     rows = [row for row in rows if row.n_in is not None]
     depth = range(len(rows))
     figure = Figure(figsize=(max(8, 0.16 * len(rows)), 8), layout="constrained")
@@ -122,7 +115,7 @@ def plot_groups(rows: Sequence[NormRow], path: str) -> None:
 
 
 def plot_losses(metrics_json: str, path: str) -> None:
-    """Draw the loss curves of a run from the metrics.json that Detectron2 writes."""
+    """Draw the loss curves of a run from its metrics.json, which Detectron2 writes."""
     records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

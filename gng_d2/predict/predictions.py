@@ -1,4 +1,4 @@
-"""A model's predictions on image files: find them, read them, run them in batches."""
+"""Find image files, read them, and run a model on them in batches."""
 
 import glob
 import os
@@ -22,22 +22,22 @@ __all__ = ["Prediction", "find_images", "model_input", "output_names", "predict"
 
 
 class Prediction(NamedTuple):
-    """What a model predicts on an image file, or the ``error`` because of which there is no image and no output."""
+    """What a model predicts for an image file; or the ``error`` that is why there is no image and no output."""
 
     path: str
     image: np.ndarray | None = None  # (H, W, 3), RGB
-    output: dict | None = None  # as Detectron2's models return it, in the image's own size
+    output: dict | None = None  # as Detectron2's models return it for the image's own size, on the CPU
     error: str | None = None
 
 
 def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The image files that a user's list of files, folders and patterns names, each once.
+    """The image files in a list of files, folders and patterns, each file once.
 
-    All files of a folder are taken except hidden ones. Their endings do not matter, because only reading a file shows
+    Of a folder all files are taken except hidden ones. Their endings do not matter, because only reading a file shows
     whether it is an image.
 
     Returns:
-        The files; and the inputs that name no file, each with the reason.
+        The files, and the inputs that name no file with the reason of each.
     """
     files, without = {}, {}
     for given in inputs:
@@ -58,8 +58,8 @@ def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A unique name for each image and one for its picture, for instance ("a.jpg", "a.png").
 
-    Where two images have the same name, the names include the subfolders. Where two differ only in their ending, the
-    pictures' names include the ending ("a.jpg.png").
+    If two images have the same name, the names include the subfolders. If two differ only in their ending, the names of
+    the pictures include the ending ("a.jpg.png").
     """
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):
@@ -73,10 +73,10 @@ def output_names(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
-    """An image in the config's format as the input of a Detectron2 model, resized as in its evaluation.
+    """The input of a Detectron2 model for an (H, W, C) image in the config's format, resized as in evaluation.
 
     Raises:
-        InputError: one side of the resized image would have no pixels.
+        InputError: a side of the resized image would have no pixels.
     """
     height, width = image.shape[:2]
     augmented = T.AugInput(image)
@@ -91,9 +91,9 @@ def model_input(settings: PredictionSettings, image: np.ndarray) -> dict:
 def predict(
     settings: PredictionSettings, model: nn.Module, paths: Sequence[str], batch_size: int = 1
 ) -> Iterator[Prediction]:
-    """Run ``model`` on image files, and yield for each file its prediction or what is wrong with it.
+    """Run ``model`` on image files, and yield the prediction for each file, or what is wrong with the file.
 
-    A batch holds images of one size only, because Detectron2 pads an image next to a larger one, and norms whose
+    The images of a batch have the same size. Detectron2 pads an image that is next to a larger one, and a norm whose
     statistics include the padding would give another output. So the order may differ from that of ``paths``.
     """
     waiting: dict[tuple[int, ...], list] = {}
@@ -101,14 +101,11 @@ def predict(
         try:
             image = read_image(path, settings.image_format)
             inputs = model_input(settings, image)
-        except UnidentifiedImageError:
-            yield Prediction(path, error="is no image, or of a format that PIL does not know")
-            continue
-        except InputError as error:
-            yield Prediction(path, error=str(error))
-            continue
         except Exception as error:  # broken files raise errors of many kinds
-            yield Prediction(path, error=f"cannot be read as an image: {_one_line(error)}")
+            reason = str(error) if isinstance(error, InputError) else f"cannot be read as an image: {_one_line(error)}"
+            if isinstance(error, UnidentifiedImageError):
+                reason = "is no image, or of a format that PIL does not know"
+            yield Prediction(path, error=reason)
             continue
         group = waiting.setdefault(inputs["image"].shape, [])
         group.append((path, detection_utils.convert_image_to_rgb(image, settings.image_format), inputs))
@@ -119,13 +116,13 @@ def predict(
 
 
 def _predict_batch(model, group):
-    outputs, reason = None, ""
+    reason = None
     try:
         with torch.no_grad():
             outputs = model([inputs for _, _, inputs in group])
-    except (RuntimeError, InputError) as error:  # it is too large for the memory, or too small for the model
+    except (RuntimeError, InputError) as error:  # an image is too large for the memory, or too small for the model
         reason = f"the model cannot take it: {_one_line(error)}"
-    if outputs is not None:
+    if reason is None:
         for (path, image, _), output in zip(group, outputs):
             yield Prediction(path, image, _on_cpu(output))
     elif len(group) == 1:
@@ -136,7 +133,7 @@ def _predict_batch(model, group):
 
 
 def save_png(picture: np.ndarray, path: str) -> None:
-    """Write an (H, W, 3) RGB picture, whole or not at all, and make its folder if there is none."""
+    """Write an (H, W, 3) RGB picture, whole or not at all. Its folder is made if there is none."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_open(path, "wb") as file:
         Image.fromarray(picture).save(file, "PNG")
@@ -145,7 +142,8 @@ def save_png(picture: np.ndarray, path: str) -> None:
 def set_threshold(model: nn.Module, threshold: float) -> None:
     """Make a Detectron2 ``model`` leave out the instances whose score is below ``threshold``, and no others."""
     for module in model.modules():
-        for name in ("test_score_thresh", "combine_instances_score_thresh"):  # of heads; of a panoptic combination
+        # heads have the first, panoptic models the second
+        for name in ("test_score_thresh", "combine_instances_score_thresh"):
             if hasattr(module, name):
                 setattr(module, name, threshold)
 

@@ -1,10 +1,11 @@
-"""What a config, YAML or lazy, says about the images and the classes of its model."""
+"""The settings in a config, YAML or lazy, that prediction needs: how to read images, and which classes there are."""
 
 from typing import NamedTuple
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from omegaconf import OmegaConf
 
 from gng_d2.errors import InputError
@@ -13,7 +14,7 @@ from gng_d2.job.data import checks
 
 __all__ = ["PredictionSettings", "check_test_classes", "prediction_settings"]
 
-# where Detectron2's lazy configs have the number of a model's classes
+# the keys of Detectron2's lazy configs that have a model's number of classes
 _NUM_CLASSES = {
     "model.roi_heads.num_classes": "thing_classes",
     "model.num_classes": "thing_classes",
@@ -22,13 +23,13 @@ _NUM_CLASSES = {
 
 
 class PredictionSettings(NamedTuple):
-    """How images are read and resized for a model, and what its classes are."""
+    """How images are read and resized for a model, and which classes it has."""
 
-    dataset: str | None  # the first dataset to test on, whose metadata names the classes
-    dataset_key: str  # the key of the config that names the dataset
-    num_classes: dict[str, int]  # the model's number of "thing_classes" and "stuff_classes"
+    dataset: str | None  # the first dataset to test on, whose metadata has the names of the classes
+    dataset_key: str  # the config's key that names the dataset
+    num_classes: dict[str, int]  # the model's number of "thing_classes" and of "stuff_classes"
     image_format: str  # a mode of PIL, or BGR
-    augmentations: list[T.Augmentation]  # they resize an image for evaluation
+    augmentations: list[T.Augmentation]  # what resizes an image as in evaluation
 
 
 def prediction_settings(cfg: Config) -> PredictionSettings:
@@ -38,17 +39,15 @@ def prediction_settings(cfg: Config) -> PredictionSettings:
         InputError: a lazy config has no dataloader.test.mapper that says how images are read.
     """
     if isinstance(cfg, CfgNode):
-        num_classes = {"thing_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES}
-        num_classes["stuff_classes"] = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-        num_classes.update({field: number for _, number, field in checks.learned_classes(cfg)})
-        resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-        dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else None
-        return PredictionSettings(dataset, "DATASETS.TEST", num_classes, cfg.INPUT.FORMAT, [resize])
+        heads = {"thing_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES, "stuff_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}
+        learned = {field: number for _, number, field in checks.learned_classes(cfg)}
+        dataset, resize = next(iter(cfg.DATASETS.TEST), None), build_augmentation(cfg, is_train=False)
+        return PredictionSettings(dataset, "DATASETS.TEST", {**heads, **learned}, cfg.INPUT.FORMAT, resize)
     mapper = OmegaConf.select(cfg, "dataloader.test.mapper")
     if not mapper or "augmentations" not in mapper or "image_format" not in mapper:
         raise InputError(
             "the lazy config has no dataloader.test.mapper with image_format and augmentations, which say how images "
-            "are read and resized for its model. Detectron2's configs/common/data/coco.py has one"
+            "are read and resized for its model. Copy the one in Detectron2's configs/common/data/coco.py"
         )
     names = OmegaConf.select(cfg, "dataloader.test.dataset.names") or []
     dataset = names if isinstance(names, str) else next(iter(names), None)
@@ -63,7 +62,7 @@ def _lazy_learned(cfg):
 
 
 def check_test_classes(cfg: Config, settings: PredictionSettings) -> None:
-    """Compare the model's number of classes with that of the dataset to test on.
+    """Check that the model has as many classes as the dataset to test on. More are a warning.
 
     Raises:
         InputError: the dataset has more classes than the model; names the key and both numbers.

@@ -1,4 +1,4 @@
-"""Exported files, run without gng_d2 and compared with the model that is neither exported nor folded."""
+"""Exported files are run without gng_d2 and compared with the model, which is neither exported nor folded."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ SEMANTIC += ["MODEL.FPN.OUT_CHANNELS", "64"]
 
 @pytest.fixture
 def export(tmp_path, monkeypatch, capsys):
-    """Runs the tool with drawn weights: gives its exit status, what it printed, the file, and the model unfolded."""
+    """Runs the tool with drawn weights and returns its exit status, its output, the file, and the unfolded model."""
 
     def export(config, format, flags=(), opts=()):
         cfg = load_config(config, [*TINY, *opts, "MODEL.DEVICE", "cpu"])
@@ -52,7 +52,7 @@ def export(tmp_path, monkeypatch, capsys):
 
 
 def run_file(path, format, image):
-    """The file's outputs by what its format calls them, through the runtime itself."""
+    """The outputs of the file by name or number, as the runtime of its format gives them."""
     if format == "onnx":
         import onnxruntime
 
@@ -76,7 +76,7 @@ def run_file(path, format, image):
 
 
 def assert_equal(found, expected):
-    """Outputs in the order of their names."""
+    """Check that the outputs are equal and in the order of their names."""
     assert list(found) in (sorted(expected), list(range(len(expected))))
     for ours, name in zip(found.values(), sorted(expected)):
         scale = float(expected[name].abs().max())
@@ -168,7 +168,7 @@ def test_a_file_that_needs_gng_d2_does_not_pass():
 
 
 class Detections:
-    """In place of a traced detector."""
+    """A stand-in for a traced detector."""
 
     class outputs_schema:
         keys = ["pred_boxes", "pred_classes", "scores"]

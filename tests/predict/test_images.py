@@ -1,4 +1,4 @@
-"""Every kind of image file that a user may have, read as Detectron2 reads it, or refused."""
+"""Every kind of image file that a user may have is read as Detectron2 reads it, or refused."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Weights that are not this model's predict nothing and are not exported."""
+"""Weights that do not fit the model are refused by the tools that predict and export."""
 
 import pickle
 import sys
@@ -18,7 +18,7 @@ from gng_d2.job.config import load_config
 
 
 def network(norm="PGN", width=16, blocks=1, mask_head=False):
-    """As Detectron2's: layers with their norm inside, in stages, and heads that a config may leave out."""
+    """A model like Detectron2's: its layers have their norm inside, and a config may leave out heads."""
 
     def layer(n_in):
         made = get_norm(norm, width)

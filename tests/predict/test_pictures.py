@@ -1,4 +1,4 @@
-"""The tools that end in pictures, on a model that has hardly trained."""
+"""The demo's pictures and results, of a model that was hardly trained."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The tool that predicts: on whatever files it is given, its pictures and its results in COCO's formats."""
+"""The tool that predicts: the files that it is given, its pictures, and its results in COCO's formats."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from panopticapi.evaluation import pq_compute_single_core
@@ -23,7 +23,7 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.data.coco_format import split_files
-from gng_d2.predict.coco_results import image_ids
+from gng_d2.predict.coco_results import CocoResults, image_ids
 from gng_d2.predict.predictions import find_images, output_names, predict, set_threshold
 from gng_d2.predict.settings import prediction_settings
 
@@ -38,7 +38,7 @@ SEMANTIC = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", "('
 
 @pytest.fixture(scope="module")
 def weights(shapes, tmp_path_factory):
-    """Drawn weights of the tiny config. Those of its semantic half are the same."""
+    """Drawn weights of the tiny config. The semantic model takes its part of them."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     Checkpointer(build_model(load_config(CONFIG, TINY)), str(folder)).save("model")
@@ -47,7 +47,7 @@ def weights(shapes, tmp_path_factory):
 
 @pytest.fixture
 def run(weights, tmp_path, monkeypatch, capsys):
-    """Runs the tool, with --output and --json in ``tmp_path``; gives its exit status, what it said, and the JSON."""
+    """Runs the tool with --output and --json in ``tmp_path``, and returns its exit status, its stderr, and the JSON."""
 
     def run(*inputs, flags=(), opts=(), json_name="r.json"):
         words = ["--config-file", CONFIG, "--weights", weights, "--input", *map(str, inputs)]
@@ -69,7 +69,7 @@ def validation(shapes):
 
 
 def predictor(weights, opts=()):
-    """Detectron2's own, from the same checkpoint."""
+    """Detectron2's own predictor with the same checkpoint."""
     return DefaultPredictor(load_config(CONFIG, ["MODEL.WEIGHTS", weights, *TINY, *opts]))
 
 
@@ -128,6 +128,25 @@ def test_panoptic_maps_are_those_of_detectron2_and_panopticapi_reads_them(run, w
     pairs = [(next(a for a in truth["annotations"] if a["image_id"] == annotation["image_id"]), annotation)]
     categories = {c["id"]: c for c in truth["categories"]}
     pq_compute_single_core(0, pairs, str(files["panoptic_root"]), str(tmp_path / "r_panoptic"), categories)
+
+
+def test_a_panoptic_map_without_a_list_of_segments_is_read_as_panoptic_deeplabs(tmp_path):
+    """Such a segment is called class * label_divisor + number, and -1 is void."""
+    metadata = Metadata(
+        name="two",
+        thing_dataset_id_to_contiguous_id={7: 0},
+        stuff_dataset_id_to_contiguous_id={9: 1},
+        label_divisor=1000,
+    )
+    results = CocoResults(str(tmp_path / "r.json"), metadata)
+    segments = torch.tensor([[1, -1], [1000, 1000]])
+    sem_seg = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
+    results.add(1, "a.jpg", "a.png", {"panoptic_seg": (segments, None), "sem_seg": sem_seg})
+    results.write()
+    (annotation,) = json.loads((tmp_path / "r_panoptic.json").read_text())["annotations"]
+    found = [(s["id"], s["category_id"], s["area"]) for s in annotation["segments_info"]]
+    assert found == [(2, 7, 1), (1001, 9, 2)]
+    assert rgb2id(np.asarray(Image.open(tmp_path / "r_panoptic" / "a.png"))).tolist() == [[2, 0], [1001, 1001]]
 
 
 def test_pictures_have_the_images_own_size(run, tmp_path):
@@ -231,7 +250,7 @@ def test_threshold_leaves_out_what_is_below_it(run, shapes, tmp_path):
     ],
 )
 def test_the_threshold_is_the_models_too(config, keys):
-    """As the config's keys set it: a lower one than theirs lets more through."""
+    """It sets what the config's keys set, so that a lower threshold than theirs lets more instances through."""
 
     def numbers(model):
         own = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())

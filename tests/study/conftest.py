@@ -8,7 +8,7 @@ from study.comparison import Comparison
 
 @pytest.fixture
 def reproduce(monkeypatch, capsys):
-    """Runs ``tools/reproduce.py`` with these words, here, where importing takes no time; returns what it printed."""
+    """Runs ``tools/reproduce.py`` with these words, in this process to save imports, and returns what it printed."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["tools/reproduce.py", *map(str, words)])
@@ -21,7 +21,7 @@ def reproduce(monkeypatch, capsys):
 
 @pytest.fixture
 def line_of():
-    """The cells of the line of a Markdown table that begins with a text."""
+    """The cells of that line in a Markdown table that begins with a text."""
 
     def cells(table, first):
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} ")]
@@ -30,7 +30,7 @@ def line_of():
     return cells
 
 
-# a training job that does what its norm says, in no time
+# a training job that takes no time; some norms make it fail or be killed
 JOB = """
 import json, os, signal, sys
 given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
@@ -62,7 +62,7 @@ def job(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """A comparison of the quick Panoptic FPN, two norms and two seeds unless told otherwise."""
+    """A comparison of the quick Panoptic FPN, by default with two norms and two seeds."""
 
     def make(norms=("GN", "PGN"), seeds=(0, 1), overrides=("SOLVER.MAX_ITER", "20"), **launch):
         output, keys = str(tmp_path / "out"), ["MODEL.SEM_SEG_HEAD.NORM"]

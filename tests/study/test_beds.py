@@ -1,4 +1,4 @@
-"""configs/study: the layers under test are those of the paper's tables, and the real datasets are read as they are."""
+"""configs/study: the layers under test are those of the paper's tables, and the real datasets are read correctly."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ MODULE = "configs/study/bccd_camvid.py"
     ],
 )
 def test_the_layers_under_test_are_those_of_the_table(bed, table, part):
-    """Names, widths, groups: every norm of Table 6's model, the semantic head's of Table 5's."""
+    """The norms have the names, widths and groups of all norms of Table 6's model, or of Table 5's semantic head."""
 
     def norms(config):
         rows = norm_table(build_on_meta(load_config(f"configs/{config}.yaml")))

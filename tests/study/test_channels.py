@@ -7,7 +7,7 @@ from study.detector_norms import _layers
 
 @pytest.mark.slow
 def test_channels_of_every_layer(tmp_path):
-    """Against the arithmetic of study.detector_norms, which builds no model."""
+    """They are compared with study.detector_norms, which computes them without a model."""
     rows = channels.measure(["GN", "GN1", "PGN"])
     found = {norm: sorted(r.channels_per_group for r in rows if r.norm == norm) for norm in ("GN", "GN1", "PGN")}
     box_head = [(1, 256, 256, ())] * 4

@@ -1,4 +1,4 @@
-"""Table 4's job: the real ResNet's norms, and whole runs of a small one on small images of the test's own."""
+"""Table 4's experiment: the norms of the real ResNet, and whole runs of a small one on small images drawn here."""
 
 import glob
 import itertools
@@ -28,7 +28,7 @@ def draw_image(path, color, draw):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Folders of 20, 10 and 15 images, of another color each."""
+    """Folders of 20, 10 and 15 images. Each folder has a color of its own."""
     root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, count, color in (("blue", 20, (0, 0, 200)), ("green", 10, (0, 200, 0)), ("red", 15, (200, 0, 0))):
         (root / name).mkdir()
@@ -39,7 +39,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def small_resnet(monkeypatch):
-    """One block in place of 16."""
+    """A ResNet with one block in place of 16."""
 
     def make_default_stages(depth, **kwargs):
         sizes = {"in_channels": 64, "out_channels": 64, "bottleneck_channels": 32}
@@ -95,7 +95,7 @@ def test_a_seed_means_the_same_images_whatever_the_norm(small_resnet, root, tmp_
 
 @pytest.mark.slow
 def test_stopped_and_resumed_is_as_never_stopped(small_resnet, root, tmp_path):
-    """Stopped after step 5 of 13, resumed from the checkpoint after step 4, with other numbers of workers."""
+    """It is stopped after step 5 of 13 and resumes from the checkpoint after step 4, with another number of workers."""
     images, whole, cut = load_images("colors", root), str(tmp_path / "whole"), str(tmp_path / "cut")
     error = train(run_of(), images, whole, workers=2)
 

@@ -1,4 +1,4 @@
-"""What a norm receives and loses, beside sums over lists of numbers."""
+"""What a norm receives and loses, compared with sums over lists of numbers."""
 
 import os
 from dataclasses import replace
@@ -20,13 +20,13 @@ from study.rows import read_rows
 
 
 def inputs():
-    """Three images, in two calls."""
+    """Three images, and the same images in two batches."""
     x = torch.randn(3, 8, 4, 5) + torch.randn(8, 1, 1) + torch.randn(3, 8, 1, 1)
     return x, [x[:2], x[2:]]
 
 
 def measured(norm, calls):
-    """As the norm of a model that sees them."""
+    """What ``norm`` has received as part of a model that sees the inputs in ``calls``."""
     found = collapse.measure(nn.Sequential(norm), calls)
     assert not norm._forward_pre_hooks
     return found["0"]
@@ -81,7 +81,7 @@ def test_table(line_of):
 
 
 def test_mixture_table(line_of):
-    """Between 1 and 4 channels, in equal parts, are 2."""
+    """The geometric mean of 1 and 4 channels with equal weights is 2."""
     rows = [
         replace(row("MIX", seed, 0.2), mixtures=[[1, first, 0.0], [4, 1 - first, 1.0]])
         for seed, first in ((0, 0.25), (1, 0.75))

@@ -1,4 +1,4 @@
-"""Comparisons of norms: which runs, that all else is equal, killed, failing and damaged runs."""
+"""Comparisons of norms: their runs, that all else is equal, and runs that are killed, fail or are damaged."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ TINY = [
     ],
 )
 def test_the_norms_of_the_model_that_are_gn_or_ours_are_varied(name, keys):
-    """Not FrozenBN, and not SEM_SEG_HEAD.NORM, GN by default, where there is no such head."""
+    """FrozenBN is not varied, nor is SEM_SEG_HEAD.NORM, which is GN by default, if there is no such head."""
     assert set(default_norm_keys(load_config(f"configs/{name}.yaml"))) == {f"MODEL.{key}.NORM" for key in keys}
 
 
@@ -182,7 +182,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(shapes, tmp_path, 
 
 
 def test_a_norm_with_which_no_run_could_start_is_refused_before_the_first(shapes, tmp_path):
-    """64 channels in 3 groups."""
+    """3 groups do not divide 64 channels."""
     comparison = Comparison(CONFIG, ["PGN", "GN3"], [0], str(tmp_path), overrides=TINY)
     with pytest.raises(InputError, match=r"backbone.fpn_lateral2.norm and 34 more: GN3 cannot follow Conv2d\(64, 32\)"):
         comparison.check()
@@ -190,7 +190,7 @@ def test_a_norm_with_which_no_run_could_start_is_refused_before_the_first(shapes
 
 @pytest.mark.slow
 def test_two_processes_train_a_run(shapes, tmp_path, monkeypatch):
-    """gloo, where there is no GPU."""
+    """Without a GPU they are processes that use gloo."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     comparison = Comparison(CONFIG, ["PGN"], [0], str(tmp_path), overrides=[*TINY, "DATASETS.TEST", "()"], num_gpus=2)
     (run,) = train_all(Local(comparison))

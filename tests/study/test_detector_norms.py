@@ -10,7 +10,7 @@ from study.detector_norms import detector_norms
 
 @pytest.mark.parametrize("size", [(1, 800, 1216), (2, 64, 96)])
 def test_they_are_those_of_the_real_models(size):
-    """Of Detectron2's, run on the meta device, in the order in which they run."""
+    """The norms of Detectron2's models, which run on the meta device, in the order in which they run."""
     images, height, width = size
     seen = {}
     for name in ("faster_rcnn_pgn_ws", "pfpn_pgn"):

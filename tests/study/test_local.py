@@ -1,4 +1,4 @@
-"""Runs on this machine: side by side, ended with their parent, recorded; and the table of how they stand."""
+"""Runs on this machine, side by side; processes that end with their parent; and the table of how runs stand."""
 
 import fcntl
 import io
@@ -76,7 +76,7 @@ def test_a_run_that_another_process_has_is_left_alone(job, small):
     assert train(Local(comparison)) == [(str(comparison.runs[1]), "finished")]
 
 
-# a job that waits until as many are there as it was told
+# a job that waits until there are two
 TOGETHER = """
 import os, sys, time
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_an_interrupted_command_leaves_no_process(tmp_path):
 
 
 def test_a_command_ends_with_its_parent(tmp_path):
-    """Also where the parent has threads, and is killed."""
+    """This parent has threads and is killed."""
     parent = f"""
 import sys, threading, time
 sys.path.insert(0, "tools")

@@ -12,7 +12,7 @@ from study.mixture_norm import NORMS, MixtureNorm
 
 
 def brute_force(norm, x, of_mean, of_variance):
-    """In float64, with each group's numbers in a list of their own."""
+    """The norm's output in float64, computed from a list of each group's numbers."""
     x = x.double()
     y = torch.empty_like(x)
     for n, image in enumerate(x):
@@ -30,7 +30,7 @@ def softmax(logits, rate):
 
 
 def weights_of(name, norm):
-    """By the description in the module's docstring."""
+    """The mixtures that the docstring of the module describes."""
     n = len(norm.sizes)
     if name == "MIX-uniform":
         return [1 / n] * n, [1 / n] * n
@@ -70,7 +70,7 @@ def test_one_size_alone_is_group_norm(size):
 
 
 def test_weights_learn_as_fast_as_their_rate_says():
-    """One step of SGD on the same loss, to first order: 100 times, 10 times as fast as with a rate of 1."""
+    """One small step of SGD on the same loss moves them 100 or 10 times as far as with a rate of 1."""
     x = torch.randn(2, 8, 4, 4, dtype=torch.double)
     moved = {}
     for rate in (1, math.sqrt(10), 10):

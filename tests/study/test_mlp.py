@@ -1,4 +1,4 @@
-"""Table 3's job, on a small MNIST of the test's own."""
+"""Table 3's experiment on a small MNIST that is made here."""
 
 import struct
 import subprocess
@@ -16,7 +16,7 @@ from study.rows import read_rows
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """A root with 256 and 64 images: noise around a pattern for each digit, digit 1 twice as frequent."""
+    """A root with 256 and 64 images of noise around a pattern for each digit. Digit 1 is twice as frequent."""
     root = tmp_path_factory.mktemp("data")
     (root / "MNIST" / "raw").mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def sets(root):
 
 
 def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monkeypatch):
-    """Seen from outside the training: what goes into the first layer, and the weights it starts with."""
+    """The inputs of the first layer and the initial weights are recorded, which the training does not know."""
     seen = {}
     for groups in (1, 64, 512):
 
@@ -58,7 +58,7 @@ def test_a_seed_means_the_same_weights_and_order_whatever_the_groups(mnist, monk
 
 @pytest.mark.slow
 def test_groups_of_one_number_give_a_constant_classifier(mnist):
-    """Table 3's last column: the hidden output is the bias, so the best is the most frequent class."""
+    """In Table 3's last column the hidden output is the bias, so the best prediction is the most frequent class."""
     (images, labels), test_set = sets(mnist)
     model = mlp(512)
     torch.nn.init.normal_(model[1].bias)
@@ -79,7 +79,7 @@ def test_the_curve_is_the_mean_over_windows_of_iterations(mnist):
 
 @pytest.mark.slow
 def test_stopped_and_started_again_is_as_never_stopped(mnist, line_of, tmp_path):
-    """Killed with some runs finished: these are not trained again, and the rows are those of runs in one go."""
+    """After a kill the finished runs are not trained again, and the rows are those of a command that was not killed."""
     output, json_file, plot = (tmp_path / name for name in ("runs", "rows.json", "curves.png"))
     words = f"--data {mnist} --groups 1 64 --seeds 0 1 --epochs 60 --output {output} --json {json_file} --plot {plot}"
     command = [sys.executable, "tools/reproduce.py", "table3", *words.split()]

@@ -38,7 +38,7 @@ def test_tables_of_other_pages_are_those_of_the_measurements():
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_every_file_of_results_is_read_and_written_as_it_is(name, tmp_path):
-    """Where later rows have more fields, those have their defaults."""
+    """Fields that are newer than a file have their defaults in its rows."""
     write_rows(tmp_path / "rows.json", rows_of(name))
     written = (tmp_path / "rows.json").read_text()
     later = re.sub(r', "channels_per_group": \[\], "curves": null', "", written)

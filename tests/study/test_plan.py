@@ -1,4 +1,4 @@
-"""What a plan says: times in turn, whether they differ, evaluation counted."""
+"""What a plan says: the times of norms that take turns, whether they differ, and how long evaluations take."""
 
 import os
 
@@ -36,7 +36,7 @@ def test_each_norm_comes_first_and_none_always_after_the_same():
 
 
 def test_times_that_rise_together_differ_and_times_that_cross_do_not():
-    """Ratios 1.10 in each round, though the machine got three times slower; and 1.5 and 1/1.5 by turns."""
+    """The ratio of PGN is 1.10 in each round, though the machine gets three times slower; GN1's is 1.5 and 1/1.5."""
     first = [1.0, 1.5, 3.0, 2.0]
     compared = compare_times({"GN": first, "PGN": [1.1 * t for t in first], "GN1": [1.5, 1.0, 4.5, 4 / 3]})
     assert compared["GN"].cells() == ["1.875 (1.000 to 3.000)", "-"]
@@ -69,7 +69,7 @@ def test_an_evaluation_is_timed_by_what_it_prints(printed, seconds):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Iterations of 2 s, under PGN of 4 s in every round; evaluations of 36 s."""
+    """An iteration takes 2 s under GN and 4 s under PGN in every round, and an evaluation takes 36 s."""
     monkeypatch.setattr(planning, "time_iteration", lambda comparison, norm: {"GN": 2.0, "PGN": 4.0}[norm])
     monkeypatch.setattr(planning, "time_evaluation", lambda comparison: 36.0)
 

@@ -1,4 +1,4 @@
-"""The regret of a norm, beside what can be counted by hand."""
+"""The regret of a norm, compared with what can be counted by hand."""
 
 import itertools
 from statistics import mean
@@ -19,7 +19,7 @@ def values(seed):
 
 
 def brute_force(norm, sets):
-    """Every pair of draws, one by one."""
+    """The regret and its interval, by a loop over every pair of draws."""
 
     def shortfall(of, draw):
         return max(mean(of[name][s] for s in draw) for name in FIXED) - mean(of[norm][s] for s in draw)
@@ -55,7 +55,7 @@ def test_seeds_that_a_norm_lacks_count_for_no_norm():
 
 
 def test_ten_seeds_take_no_longer_than_a_moment():
-    """They have 10^10 draws, of which 92,378 differ."""
+    """Ten seeds have 10^10 draws, of which 92,378 differ. A sample of them stands in for all."""
     numbers = np.random.default_rng(0)
     of = {norm: dict(enumerate(numbers.normal(30, 2, 10).tolist())) for norm in FIXED}
     row = regret("GN", {"a": of, "b": of})

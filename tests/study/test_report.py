@@ -38,7 +38,7 @@ def test_statistics_are_those_by_hand():
 
 @pytest.mark.parametrize("pairs, marked", [((1.0, 1.1, 1.2), True), ((0.2, 1.1, 2.0), False), ((1.0, 2.0), False)])
 def test_a_difference_is_marked_where_the_seeds_do_not_explain_it(pairs, marked):
-    """Standard errors of 0.06 and 0.52 with 2 degrees of freedom (t 4.303), of 0.5 with 1 (t 12.706)."""
+    """The standard errors are 0.06 and 0.52 with 2 degrees of freedom (t = 4.303), and 0.5 with 1 (t = 12.706)."""
     values = {"GN": {s: {"AP": 0.0} for s in range(len(pairs))}, "PGN": {s: {"AP": d} for s, d in enumerate(pairs)}}
     rows = summarize(values, {})
     (line,) = [line for line in report.table(rows).splitlines() if line.startswith("| PGN - GN ")]
@@ -86,7 +86,7 @@ def test_the_report_of_finished_runs(job, tmp_path, small):
 @pytest.mark.slow
 @pytest.mark.parametrize("test", ["('quick_val',)", "()"])
 def test_results_of_another_machine_go_on_with_more_seeds_and_norms(test, job, tmp_path, small):
-    """Without DATASETS.TEST the result is the loss."""
+    """The result is AP, or the loss if DATASETS.TEST is empty."""
     given = ["SOLVER.MAX_ITER", "20", "DATASETS.TEST", test]
     kept, folder = tmp_path / "kept.json", tmp_path / "out"
     first = small(["GN"], [0, 1], given)
@@ -120,8 +120,8 @@ def test_results_of_another_comparison_are_not_taken(tmp_path, small):
     assert small(["PGN"], [5], recompute_norms=True).recipe() == mine.recipe()
 
 
-def test_detections_that_were_not_there_stay_so(tmp_path, small):
-    """None of a metric that Detectron2 could not compute, beside one that it could."""
+def test_a_metric_that_could_not_be_computed_stays_unknown(tmp_path, small):
+    """A metric that Detectron2 could not compute is None in the file and in the restored run."""
     kept, comparison = tmp_path / "kept.json", small(["GN"], [3])
     rows = summarize({"GN": {3: {"AP": 1.0, "AP50": None}}}, {})
     write_rows(kept, [replace(row, recipe=comparison.recipe(), machine="a") for row in rows])
@@ -144,7 +144,7 @@ def test_the_paper_stands_beside_its_own_training_only(tmp_path):
 
 
 def test_curves_are_averaged_over_stretches_that_all_seeds_have(monkeypatch):
-    """Of 100 stretches of four iterations each, the short one has the last two."""
+    """There are 100 stretches of four iterations, and the short run has the last two of them."""
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path, dpi: figures.append(figure))
     long = [(iteration, 2.0 * iteration) for iteration in range(400)]

@@ -1,4 +1,4 @@
-"""What is left of a network whose norms were replaced, and after fine-tuning: on a small dataset drawn here."""
+"""What is left of a network whose norms were replaced, before and after fine-tuning, on a small dataset drawn here."""
 
 import json
 import math
@@ -20,7 +20,7 @@ ROW = {"seed": 0, "image_size": 64, "old_head": 50.0, "new_head": 60.0, "last_er
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Three classes of 32 images, each of its own hue; the number of an image is the red of its last pixel."""
+    """Three classes of 32 images. Each class has a hue, and each image of a class has other last columns."""
     root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for label in range(3):
         (root / f"class{label}").mkdir()
@@ -80,7 +80,7 @@ def test_the_head_is_at_the_optimum_of_logistic_regression():
 
 
 def test_the_head_does_not_depend_on_the_scale_and_the_mean_of_the_features():
-    """Features of a lost network deviate by a ten thousandth of their mean, and much may be left in them."""
+    """The features of a lost network deviate by a ten thousandth of their mean, but much may be left in them."""
     labels = torch.arange(3).repeat(20)
     inputs = (torch.randn(60, 5) + 2 * F.one_hot(labels, 5)).double()
     shifted = 5e-5 * inputs + 0.5

@@ -1,4 +1,4 @@
-"""Runs as jobs, on a Slurm whose commands say what a test wants. A real one: tests/slurm."""
+"""Runs as jobs of a fake Slurm, whose commands print what a test wants. tests/slurm has the tests with a real one."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ from study.watch import train_all
 
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
 
-# squeue says what stands in the file `queue`; sbatch keeps its script, and queues what it has
+# squeue prints the file `queue`; sbatch keeps the script that it is given and adds its jobs to the file
 SBATCH = """#!/bin/sh
 cat "$1" > "$FAKE/script"
 echo $(( $(cat "$FAKE/last" 2>/dev/null || echo 10) + 1 )) > "$FAKE/last"
@@ -45,7 +45,7 @@ class Fake:
         self.folder = folder
 
     def queue(self, **states):
-        """What squeue says from now on: job_11_0="RUNNING|None" of the job 11_0."""
+        """Set what squeue prints from now on: job_11_0="RUNNING|None" is a line for the job 11_0."""
         lines = [f"{job.removeprefix('job_')}|{state}\n" for job, state in states.items()]
         (self.folder / "queue").write_text("".join(lines))
 
@@ -217,7 +217,7 @@ def test_where_slurm_does_not_answer_the_runs_stay_what_they_were(fake, small):
 @needs_submitit
 @pytest.mark.parametrize("answer, cancelled", [("y", "11_0 11_1\n"), ("n", ""), ("", ""), (None, "")])
 def test_ctrl_c_asks_before_it_cancels(answer, cancelled, fake, small, monkeypatch):
-    """None: there is no terminal to ask on."""
+    """No job is cancelled, because there is no terminal on which to ask."""
     monkeypatch.setattr("sys.stdin.isatty", lambda: answer is not None, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: answer)
     with pytest.raises(KeyboardInterrupt), started(small(["GN"], [0, 1])):
@@ -249,7 +249,7 @@ IN_A_JOB = {
 
 @pytest.fixture
 def enter(monkeypatch):
-    """Has this process be a run's task of a rank."""
+    """Make this process a task of a run's job."""
 
     def enter(run, rank):
         for name, value in {**IN_A_JOB, "SLURM_PROCID": str(rank)}.items():
@@ -261,7 +261,7 @@ def enter(monkeypatch):
 
 @pytest.fixture
 def task(enter):
-    """Does what a task of a rank does for a run; returns how it exited."""
+    """Do what a task of a run's job does, and return how it exited."""
 
     def work(comparison, run, rank):
         enter(run, rank)
@@ -319,7 +319,7 @@ def test_a_training_that_slurm_terminates_waits_for_what_comes(fake, small, task
 
 @needs_submitit
 def test_submitits_signal_ends_no_training(fake, small, task, tmp_path, monkeypatch):
-    """Slurm sends it to all processes of a job; the task alone does what it asks for."""
+    """Slurm sends the signal to all processes of a job, but only the task should react to it."""
     (tmp_path / "job.py").write_text(
         TERMINATED.format(signal.SIGUSR2.name).replace("'went on'", repr(str(tmp_path / "on")))
     )

@@ -9,7 +9,7 @@ DEVIATIONS = 5  # of a standard error: the seed is fixed, so this is a margin fo
 
 
 def measured(block, experiments=200, inputs=64):
-    """Equation -> (value, standard error)."""
+    """The value and the standard error of each equation."""
     ratios = measure_ratios(block, experiments, inputs, torch.Generator().manual_seed(0))
     return {e: (r.mean().item(), (r.std() / math.sqrt(len(r))).item()) for e, r in ratios.items()}
 
@@ -66,8 +66,8 @@ def test_estimates():
 
 
 def test_convolution_lies_far_below_the_paper_for_small_groups():
-    """One channel a group: the paper has 2.5. ReLU features have a mean, which becomes 1/pi of each channel's
-    energy; the norm takes it out. So at most 1/2 / (1 - 1/pi), but for the border."""
+    """With one channel in a group the paper's formula gives 2.5. ReLU features have a mean, which is 1/pi of the energy
+    of each channel and is removed by the norm. So D is at most 1/2 / (1 - 1/pi), apart from the border."""
     block = UnitBlock(64, 32, 32, 3, 8)
     assert paper_ratios(block)["D"] == 2.5
     value, error = measured(block, 40, 8)["D"]

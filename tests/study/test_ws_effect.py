@@ -1,4 +1,4 @@
-"""What weight standardization changes, by hand."""
+"""The table of what weight standardization changes, compared with numbers computed by hand."""
 
 from study.ws_effect import table
 

@@ -1,12 +1,14 @@
-"""Channels in a group, along the depth of a detector: what the name of a norm means in each layer.
+"""The channels in a group along the depth of a detector: what the name of a norm means in each layer.
 
-G = 32 is 2 channels a group where a layer is 64 wide and 64 channels where it is 2048 wide. What a group norm does to
-the means of channels depends on the channels in a group alone, so this is what to look at when norms are compared.
+With G = 32 a layer of 64 channels has 2 channels in a group, and a layer of 2048 channels has 64. What a group norm
+does to the means of channels depends only on the channels in a group, so compare norms by that number.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
+
+from matplotlib.figure import Figure
 
 from command_line import add_outputs
 from gng_d2.job.build import build_on_meta
@@ -29,12 +31,12 @@ class ChannelsRow:
 
     norm: str
     layer: str  # the norm's path in the model
-    part: str  # of the model, such as "res2"
+    part: str  # one of _PARTS
     channels_per_group: int
 
 
 def measure(norms: list[str]) -> list[ChannelsRow]:
-    """Channels in a group of each layer of Faster R-CNN R-50-FPN under each of ``norms``, in the order of depth."""
+    """The channels in a group of each layer of Faster R-CNN R-50-FPN under each of ``norms``, from input to output."""
     rows = []
     for norm in norms:
         words = [*BOX_HEAD, *(word for key in KEYS for word in (key, norm))]
@@ -53,9 +55,7 @@ def _part(name):
 
 
 def draw(rows: list[ChannelsRow], path: str) -> None:
-    """One curve a norm, channels in a group over the layers."""
-    from matplotlib.figure import Figure
-
+    """Draw the channels in a group over the layers, with a curve for each norm."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     by_norm = _by_norm(rows)
@@ -77,7 +77,7 @@ def draw(rows: list[ChannelsRow], path: str) -> None:
 
 
 def table(rows: list[ChannelsRow]) -> str:
-    """How many layers have how many channels in a group."""
+    """A table that says, for each norm, how many layers have how many channels in a group."""
     lines = []
     for norm, layers in _by_norm(rows).items():
         counts = sorted(Counter(row.channels_per_group for row in layers).items())
@@ -99,8 +99,7 @@ def add_arguments(parser) -> None:
 def main(args) -> None:
     prepare_outputs(args.json, args.plot)
     rows = measure(args.norms)
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     if args.plot:
         draw(rows, args.plot)
     print(table(rows))

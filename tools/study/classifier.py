@@ -1,16 +1,16 @@
 """Table 4 of the paper: Detectron2's ResNet-50 and -101 as image classifiers under GN, GN1 and PGN.
 
-For a seed, the initial weights, the order of the images and their augmentation are the same for every norm. On a
-GPU it trains in mixed precision. Can be stopped at any time, and stops by itself after --minutes: the same command
-goes on where it was.
+The initial weights, the order of the images and their augmentation depend on the seed and are the same for every norm.
+On a GPU the training is in mixed precision. The command can be stopped at any time, and stops by itself after
+--minutes; when it is started again, it continues.
 
-The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, for training from
-scratch: SGD with momentum 0.9, learning rate 0.005 with a linear warmup over the first 5 % and a cosine decay to
-0, weight decay 1e-4 but none on norms, 100 epochs of batches of 64, images of 128 x 128 pixels: a random crop of
-8 to 100 % of the image and a random flip in training, the central 7/8 in the test. The test error is that of the
-last step. Of a folder of classes a random 80 % of each class are for training, the same for every run;
-Oxford-IIIT Pet has its own split. The learning rate was chosen by the train loss of R-50 with GN alone: on
-Caltech-101, in 60 steps of 16 images of 64 pixels, it rose from 5 to 35 at 0.025, and to 8 at 0.005.
+The paper's hyper-parameters are in an appendix that is not at hand. These are common ones for training from scratch:
+SGD with momentum 0.9, learning rate 0.005 with a linear warmup over the first 5 % of the steps and a cosine decay to 0,
+weight decay 1e-4 except on norms, and 100 epochs of batches of 64. Images have 128 x 128 pixels: in training a random
+crop of 8 to 100 % of the image with a random flip, in the test the central 7/8. The test error is the one after the
+last step. A random 80 % of each class, the same for every run, are for training; Oxford-IIIT Pet has a split of its
+own. The learning rate was chosen by the train loss of R-50 with GN alone: in 60 steps of 16 images of 64 pixels of
+Caltech-101, the loss rose from 5 to 35 at a rate of 0.025, and to 8 at 0.005.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ PET = "oxford-iiit-pet"
 
 @dataclass(frozen=True)
 class ClassifierRun:
-    """What makes a run."""
+    """The settings of a run."""
 
     norm: str
     seed: int
@@ -65,12 +65,12 @@ class ClassifierRun:
     train_images: int
     test_images: int
     depth: int
-    weights: str  # the file that it starts from, "" from scratch
+    weights: str  # the name of the file of initial weights, "" for training from scratch
     epochs: int
     image_size: int  # pixels
     batch_size: int
     lr: float
-    amp: bool  # in mixed precision
+    amp: bool  # whether it is trained in mixed precision
 
     @property
     def iterations(self) -> int:
@@ -79,7 +79,7 @@ class ClassifierRun:
 
 @dataclass(frozen=True)
 class ClassifierRow(ClassifierRun):
-    """A run and what came of it."""
+    """A run and its result."""
 
     error: float  # on the test images, in %
     machine: str
@@ -95,20 +95,20 @@ class ImageSet:
 
 
 def load_images(dataset: str, root: str, num_classes: int | None = None) -> ImageSet:
-    """Oxford-IIIT Pet, downloaded to ``root`` if it is not there, or else the folders of classes in ``root``.
+    """Oxford-IIIT Pet, which is downloaded to ``root`` if it is missing, or the folders of classes in ``root``.
 
     Args:
-        num_classes: take only so many folders, those with the fewest images.
+        num_classes: how many of the folders to take, those with the fewest images first; by default all.
 
     Raises:
-        InputError: they are not there, cannot be downloaded, or hold no images.
+        InputError: the images are missing and cannot be downloaded, or are too few.
     """
     try:
         if dataset == PET:
             splits = [OxfordIIITPet(root, split, download=True) for split in ("trainval", "test")]
             return ImageSet(*splits, splits[0].classes)
         return _split(ImageFolder(root), num_classes)
-    except Exception as error:  # each way of fetching and reading raises its own
+    except Exception as error:  # each way to download and to read has errors of its own
         raise InputError(f"--data {root}: no images of {dataset}: {error}") from error
 
 
@@ -129,7 +129,7 @@ def _split(images, num_classes):
 
 
 class Classifier(nn.Module):
-    """Detectron2's ResNet with a linear layer on its average; a model for Detectron2's trainers.
+    """Detectron2's ResNet with a linear layer on its averaged features, as a model for Detectron2's trainers.
 
     Shape:
         - Input: images (N, 3, H, W), normalized by ImageNet's RGB means and deviations, and labels (N,).
@@ -168,7 +168,7 @@ def _transforms(size):
 
 
 def _solver(run):
-    """Detectron2's config of a run's optimizer, whose momentum and weight decay are its defaults."""
+    """A Detectron2 config with the run's schedule, and with Detectron2's defaults for momentum and weight decay."""
     cfg = get_cfg()
     cfg.SOLVER.BASE_LR = run.lr
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
@@ -188,20 +188,20 @@ def train(
     on_step: Callable = lambda done: None,
     until: float = math.inf,
 ) -> float | None:
-    """Train one classifier and return its test error in %, or None where the time was over first.
+    """Train one classifier and return its test error in %, or None if it was stopped at ``until``.
 
-    The initial weights, the order of the images and their augmentation follow from the seed and the step alone,
-    and are the same for every norm. Where ``folder`` has a checkpoint of this run it goes on there, as if it
-    had not been stopped: bit by bit on a CPU with as many threads.
+    The initial weights, the order of the images and their augmentation depend on the seed and the step alone. If
+    ``folder`` has a checkpoint of this run, training continues from it, on a CPU with the same number of threads bit by
+    bit as if it had not been stopped.
 
     Args:
-        weights: a .pkl of ``tools/convert_weights.py`` to start from.
-        workers: processes that load images.
-        on_step: called with the number of steps since the last call.
-        until: of :func:`time.monotonic`; then a checkpoint is written and training stops.
+        weights: a .pkl file of ``tools/convert_weights.py`` to start from.
+        workers: the number of processes that load images.
+        on_step: is called with the number of steps since the last call.
+        until: a value of :func:`time.monotonic` at which a checkpoint is written and training stops.
 
     Raises:
-        InputError: ``weights`` cannot be read or are no such ResNet's.
+        InputError: ``weights`` cannot be read or do not fit the ResNet.
         FloatingPointError: the loss is not finite.
     """
     os.makedirs(folder, exist_ok=True)
@@ -211,7 +211,7 @@ def train(
     optimizer = build_optimizer(cfg, model)
     train_transform, test_transform = _transforms(run.image_size)
 
-    def batches():  # from the step that the trainer has come to when it asks for the first
+    def batches():  # they begin at the step at which the trainer asks for the first one
         dataset = _Transformed(images.train, train_transform)
         start = trainer.iter * run.batch_size
         yield from DataLoader(
@@ -261,7 +261,7 @@ class _TimeIsOver(Exception):
 
 
 def _check_weights(model, checkpointer, weights):
-    """Refuse what Detectron2's checkpointer only warns of: weights that are missing."""
+    """Refuse missing weights, for which Detectron2's checkpointer only has a warning."""
     found = checkpointer.read(weights)["model"]
     wanted = {k: v.shape for k, v in model.resnet.state_dict().items() if not k.startswith("linear.")}
     wrong = [name for name, shape in wanted.items() if name not in found or tuple(found[name].shape) != shape]
@@ -282,18 +282,20 @@ def _test_error(model, batches):
 def train_all(
     runs: list[ClassifierRun], images: ImageSet, output: str, weights: str, workers: int, until: float = math.inf
 ) -> list[ClassifierRow]:
-    """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are trained.
+    """The rows of ``runs``. Those that are not finished in the folder ``output`` are trained first.
 
     Args:
-        until: as :func:`train` takes it; rows of runs that are not finished by then are missing.
+        until: as :func:`train` takes it. Runs that are not finished by then have no row.
 
     Raises:
-        InputError: as :func:`train`, or a loss is not finite.
+        InputError, FloatingPointError: as :func:`train` does.
     """
     device = "cuda" if runs[0].amp else "cpu"
     names = [f"{run.dataset}-R{run.depth}-{norm_in_path(run.norm)}-seed{run.seed}" for run in runs]
     folders = [os.path.join(output, name) for name in names]
-    logging.getLogger("detectron2.engine.train_loop").disabled = True  # it prints tracebacks of what is raised anyway
+    logging.getLogger(
+        "detectron2.engine.train_loop"
+    ).disabled = True  # it prints tracebacks of errors that reach the user anyway
     jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run, ClassifierRow) is None]
     with tqdm(total=sum(run.iterations for run, _ in jobs), unit="step", disable=not jobs) as bar:
         for run, folder in jobs:
@@ -308,7 +310,7 @@ def train_all(
 
 
 def table(rows: list[ClassifierRow], all_classes: bool = True) -> str:
-    """A line for each norm, with the paper's error beside it unless the classes are a part of the paper's."""
+    """A table with a line for each norm. The paper's error stands beside ours if all classes were trained."""
     first = rows[0]
     paper = TABLE_4.get((first.dataset, first.depth), {}) if all_classes else {}
     lines = []
@@ -336,19 +338,21 @@ def add_arguments(parser) -> None:
         "--dataset",
         default="caltech-101",
         metavar="NAME",
-        help=f"{PET}, or what to call the folders of classes in ROOT; default: %(default)s",
+        help=f"{PET}, or a name of your own for the folders of classes in ROOT; default: %(default)s",
     )
     parser.add_argument(
         "--data",
         required=True,
         metavar="ROOT",
-        help="folder with a folder of images for each class, of Caltech-101 (https://data.caltech.edu/records/"
-        f"mzrjq-6wc02) its 101_ObjectCategories; {PET} is downloaded to it if missing",
+        help="folder that has a folder of images for each class, such as 101_ObjectCategories of Caltech-101 "
+        f"(https://data.caltech.edu/records/mzrjq-6wc02); {PET} is downloaded there if it is missing",
     )
     parser.add_argument(
-        "--classes", type=int, metavar="N", help="only the N classes with the fewest images; default: all"
+        "--classes", type=int, metavar="N", help="take only the N classes with the fewest images; default: all"
     )
-    parser.add_argument("--depth", type=int, default=50, choices=(50, 101), help="of the ResNet; default: %(default)s")
+    parser.add_argument(
+        "--depth", type=int, default=50, choices=(50, 101), help="the ResNet's depth; default: %(default)s"
+    )
     parser.add_argument(
         "--norms",
         nargs="+",
@@ -361,7 +365,7 @@ def add_arguments(parser) -> None:
         "--weights",
         default="",
         metavar="FILE.pkl",
-        help="of tools/convert_weights.py, to start from; default: from scratch",
+        help="a file of tools/convert_weights.py to start from; default: train from scratch",
     )
     parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
@@ -370,20 +374,23 @@ def add_arguments(parser) -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="stop after so many; a test that has begun ends; default: never"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="stop after this time; a test that has begun is finished; default: never",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="processes that load images; default: %(default)s",
+        help="load images in N processes; default: %(default)s",
     )
     parser.add_argument(
         "--output",
         default="output/classifier",
         metavar="DIR",
-        help="a folder for each run, with its checkpoints, goes here; default: %(default)s",
+        help="folder in which each run gets a folder with its checkpoints; default: %(default)s",
     )
 
 
@@ -415,9 +422,8 @@ def main(args) -> None:
         for norm in args.norms
     ]
     rows = train_all(runs, images, args.output, args.weights, args.workers, until)
-    if args.json and rows:
-        write_rows(args.json, rows)
     if rows:
+        write_rows(args.json, rows)
         print(table(rows, args.classes is None))
     if len(rows) < len(runs):
         print(f"{len(rows)} of {len(runs)} runs are finished; {IF_STOPPED}")

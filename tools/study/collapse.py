@@ -1,15 +1,16 @@
-"""What trained norms receive and lose: channels that are constant, and what sets one image apart.
+"""What trained norms receive and lose: constant channels, and what distinguishes one image from another.
 
     tools/reproduce.py collapse --import configs/study/bccd_camvid.py --runs output/camvid --json OUT --plot OUT.png
 
-Each finished run in the folders of tools/compare.py sees test images once. Measured is, at each norm of single images,
+Each finished run in the folders of tools/compare.py sees test images once. Two shares are measured at each norm that
+normalizes every image by itself:
 
-constant  of the power of its input, the share that is the same for all images and positions of a channel: where it is
-          large, the layer before it says little of what it sees
-lost      of the variance of a channel's mean from image to image, the share that goes when the norm subtracts the
-          mean of the channel's group. A norm of 1 channel a group loses all
+constant  the share of the power of its input that is the same for all images and positions of a channel. If it is
+          large, the layer before the norm says little of what it sees
+lost      the share of the variance of a channel's mean from image to image that goes when the norm subtracts the mean
+          of the channel's group. A norm with 1 channel in a group loses all of it
 
-For a norm of study/mixture_norm.py that learns its mixtures, the rows have them too.
+The rows of a norm of study/mixture_norm.py that learns its mixtures have these mixtures too.
 """
 
 import glob
@@ -29,14 +30,14 @@ from command_line import add_import, add_outputs, add_trust
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer
-from gng_d2.job.config import load_config, with_value
+from gng_d2.job.config import load_config
 from gng_d2.job.data.checks import prepare_datasets
 from gng_d2.job.engine import Trainer
 from gng_d2.job.files import prepare_outputs, save_figure
 from gng_d2.job.imports import import_modules
-from gng_d2.models.norm_table import norm_table
+from gng_d2.job.norm_keys import norms_of_key
 
-from .rows import machine, markdown, mean_and_std, write_rows
+from .rows import leaves, machine, markdown, mean_and_std, write_rows
 
 __all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixture_table", "plot"]
 
@@ -45,23 +46,23 @@ __all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixt
 class CollapseRow:
     """A norm of a trained model."""
 
-    run: str  # the norm that the run was trained with, as compare's --norms have it
+    run: str  # the norm with which the run was trained, as --norms of tools/compare.py names it
     seed: int
-    name: str  # of the norm in the model
+    name: str  # the norm's path in the model
     under_test: bool  # whether the norm is one that the comparison varies
     constant: float
-    lost: float | None  # None where all images have the same means
+    lost: float | None  # None if all images have the same means
     images: int
     machine: str
     mixtures: list[tuple[int, float, float]] | None = None  # (channels in a group, weight in the mean, in the variance)
 
 
 class Collapse:
-    """What a norm has received: the sums over its calls.
+    """Sums over the inputs that a norm has received, and the two shares that follow from them.
 
     Args:
-        norm: a GroupNorm, or another whose ``subtracted(means)`` says what it takes off where the channels have these
-            means, (N, C).
+        norm: a GroupNorm, or a norm with a method ``subtracted``, which takes the channels' means, (N, C), and returns
+            what the norm subtracts from each channel.
     """
 
     def __init__(self, norm: nn.Module):
@@ -70,7 +71,7 @@ class Collapse:
         self.means = []
 
     def add(self, x: Tensor) -> None:
-        """An input of the norm, (N, C, *)."""
+        """Add an input of the norm, (N, C, *)."""
         x = x.detach().flatten(2).double()
         self.numbers += x.shape[0] * x.shape[2]
         self.total = self.total + x.sum((0, 2))
@@ -94,8 +95,7 @@ class Collapse:
 
 
 def measure(model: nn.Module, batches: Iterable) -> dict[str, Collapse]:
-    """What the norms of ``model``, by their names in it, receive when it sees ``batches``. Those that it does not reach
-    are left out."""
+    """Run ``model`` on ``batches``, and return what each norm that it reaches has received, by the norm's path."""
     norms = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or hasattr(m, "subtracted"))
     found = {name: Collapse(norm) for name, norm in norms}
     hooks = [c.norm.register_forward_pre_hook(lambda _, args, c=c: c.add(args[0])) for c in found.values()]
@@ -112,39 +112,23 @@ def measure(model: nn.Module, batches: Iterable) -> dict[str, Collapse]:
 
 
 def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
-    """Config and weights of the finished runs of a comparison, and the keys that it varies.
+    """The paths of config and weights of each finished run of a comparison, with the keys that the comparison varies.
 
     Raises:
-        InputError: the folder is none of tools/compare.py, or no run in it is finished.
+        InputError: tools/compare.py did not make the folder, or no run in it is finished.
     """
     try:
         with open(os.path.join(folder, "comparison.yaml"), encoding="utf-8") as file:
             config = yaml.safe_load(file)["config"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"--runs: {folder} is no folder of tools/compare.py: {error}") from error
-    keys = {key for key, value in _leaves(config) if str(value).startswith("<norm>")}
+    keys = {key for key, value in leaves(config) if str(value).startswith("<norm>")}
     runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), "*", "seed_*", "run.json"))]
     runs = [(os.path.join(run, "config.yaml"), os.path.join(run, "model_final.pth")) for run in sorted(runs)]
     runs = [(config, weights, keys) for config, weights in runs if os.path.isfile(weights)]
     if not runs:
         raise InputError(f"--runs: no run in {folder} is finished")
     return runs
-
-
-def _leaves(tree, prefix=""):
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-
-def _under_test(cfg, keys):
-    """The names of the norms that ``keys`` make."""
-    tables = []
-    for name in ("LN", "BN"):
-        varied = cfg
-        for key in keys:
-            varied = with_value(varied, key, name)
-        tables.append(norm_table(build_on_meta(varied)))
-    return {a.name for a, b in zip(*tables) if a.norm != b.norm}
 
 
 def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[CollapseRow]:
@@ -157,8 +141,9 @@ def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[
     Checkpointer(model).load(weights)
     loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
     batches = [batch for batch, _ in zip(loader, range(images))]
-    under_test = _under_test(cfg, keys)
-    (norm,) = {_value(cfg, key) for key in keys}
+    on_meta = build_on_meta(cfg)
+    under_test = {path for key in keys for path in norms_of_key(cfg, key, on_meta)[1]}
+    (norm,) = {value for key, value in leaves(cfg) if key in keys}
     return [
         CollapseRow(
             run=norm,
@@ -181,14 +166,8 @@ def _mixtures(norm):
     return list(zip(norm.sizes, *(weights.tolist() for weights in norm.mixtures())))
 
 
-def _value(cfg, key):
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _by_run(rows):
-    """norm of the run -> seed -> its norms under test."""
+    """The norms under test by the run's norm and seed."""
     by_run = {}
     for row in rows:
         if row.under_test:
@@ -201,7 +180,7 @@ def _mean(rows, share):
 
 
 def table(rows: list[CollapseRow]) -> str:
-    """Both shares under each norm: mean over the norms under test, and over seeds with its standard deviation."""
+    """Both shares under each norm: the mean over the norms under test, then over the seeds with its deviation."""
     lines = []
     for run, by_seed in _by_run(rows).items():
         shares = [mean_and_std([_mean(norms, share) for norms in by_seed.values()]) for share in ("constant", "lost")]
@@ -211,8 +190,8 @@ def table(rows: list[CollapseRow]) -> str:
 
 
 def mixture_table(rows: list[CollapseRow]) -> str:
-    """Over how many channels each norm takes its mean and its variance: the geometric mean of the group sizes by their
-    weights, and the weight of single channels and of all; all of it the mean over seeds."""
+    """Over how many channels each learned mixture takes mean and variance: the geometric mean of the group sizes by
+    their weights, and in brackets the weights of single channels and of all channels; each is the mean over seeds."""
     learned = {}
     for row in rows:
         if row.under_test and row.mixtures:
@@ -226,7 +205,7 @@ def mixture_table(rows: list[CollapseRow]) -> str:
 
 
 def plot(rows: list[CollapseRow], path: str) -> None:
-    """Draw both shares at each norm under test, a line for each norm of a run: the mean over its seeds."""
+    """Draw both shares along the norms under test. Each line is a norm's mean over its seeds."""
     names = list(dict.fromkeys(row.name for row in rows if row.under_test))
     figure = Figure(figsize=(max(9, 0.2 * len(names)), 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -244,23 +223,24 @@ def plot(rows: list[CollapseRow], path: str) -> None:
 
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "--runs", required=True, nargs="+", metavar="DIR", help="--output of tools/compare.py, one or more"
+        "--runs", required=True, nargs="+", metavar="DIR", help="one or more folders that tools/compare.py made"
     )
     add_outputs(parser, json="write a row for each run and norm", plot="draw both shares along the norms under test")
-    parser.add_argument("--images", type=int, default=32, metavar="N", help="of the test images; default: %(default)s")
+    parser.add_argument(
+        "--images", type=int, default=32, metavar="N", help="number of test images; default: %(default)s"
+    )
     add_import(parser)
     add_trust(parser)
 
 
 def main(args) -> None:
     if args.images < 2:
-        raise InputError(f"--images {args.images}: what sets images apart shows in two or more")
+        raise InputError(f"--images {args.images}: images are compared, so there must be two or more")
     import_modules(args.imports)
     prepare_outputs(args.json, args.plot)
     runs = [run for folder in args.runs for run in finished_runs(folder)]
     rows = [row for run in tqdm(runs, unit="run") for row in measure_run(*run, args.images)]
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))

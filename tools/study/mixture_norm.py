@@ -1,16 +1,16 @@
-"""Norms whose mean and variance are taken over different groups, for the ``--import`` of our tools.
+"""Norms whose mean and variance are taken over different groups. The ``--import`` of our tools takes this file.
 
     tools/compare.py --import configs/study/bccd_camvid.py tools/study/mixture_norm.py --norms GN MIX MIX-fixed ...
 
-Every NORM key then takes these names, each also with ``+WS``:
+Every NORM key then takes these names, each of them also with ``+WS``:
 
 ==================  ================================================================================================
-``MIX``             mean and variance are two learned mixtures over groups of 1, 2, 4, ... channels and of all
-``MIX-slow``        the same; its mixtures learn a tenth as fast
-``MIX-shared``      one learned mixture for both
-``MIX-uniform``     the same weight for each group size, not learned
-``MIX-fixed``       the mean over 1 channel, the variance over all channels of the layer, not learned
-``MIX-fixed-last``  that in the last norm of each path of Detectron2's semantic head, GN in the others
+``MIX``             mean and variance are two learned mixtures over groups of 1, 2, 4, ... and all channels
+``MIX-slow``        the same with mixtures that learn a tenth as fast
+``MIX-shared``      mean and variance share one learned mixture
+``MIX-uniform``     each group size has the same weight, and nothing is learned
+``MIX-fixed``       the mean is taken over 1 channel and the variance over all channels, and nothing is learned
+``MIX-fixed-last``  MIX-fixed in the last norm of each path of Detectron2's semantic head, GN in the others
 ==================  ================================================================================================
 """
 
@@ -35,17 +35,18 @@ class MixtureNorm(nn.InstanceNorm2d):
 
     .. math:: y = \gamma \frac{x - \sum_k a_k M_k}{\sqrt{\sum_k b_k V_k + \epsilon}} + \beta
 
-    where :math:`M_k` and :math:`V_k` are mean and variance over groups of k channels, for each power of two k that
-    divides the channels and for all channels. They follow from the mean and variance of each channel of each image, so
-    that only those are taken over the input.
+    where :math:`M_k` and :math:`V_k` are mean and variance over groups of k channels. k is each power of two that
+    divides the number of channels, and the number of channels itself. All of them follow from the mean and variance of
+    each channel of each image, so that only these two are computed from the input.
 
     Args:
-        num_features: channels of the input.
-        rate: the weights are a softmax of ``rate`` times logits that are learned and begin at 0, so that under SGD they
-            learn ``rate`` squared times as fast as with 1. None: the weights are not learned.
-        shared: a and b are the same.
-        fixed: a is 1 for single channels and b is 1 for all channels. Without ``rate``; else all weights are the same.
-        name: what a config calls it.
+        num_features: the number of channels.
+        rate: the weights are a softmax of ``rate`` times logits, which are learned and begin at 0. Under SGD the
+            weights learn ``rate`` squared times as fast as with a rate of 1. With None the weights are not learned.
+        shared: whether a and b are the same mixture.
+        fixed: without a ``rate``, a is 1 for single channels and b is 1 for all channels. If it is False too, each
+            group size has the same weight.
+        name: the norm's name in a config.
 
     Shape:
         - Input, output: :math:`(N, C, *)` with :math:`C` = ``num_features``.
@@ -81,7 +82,7 @@ class MixtureNorm(nn.InstanceNorm2d):
         squares = self._over_groups(own_variance + own_mean.square())
         of_mean, of_variance = self.mixtures()
         mean = torch.tensordot(of_mean, means, 1)
-        # rounding may make it negative
+        # rounding may make the difference negative
         variance = torch.tensordot(of_variance, squares - means.square(), 1).clamp(min=0)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
@@ -89,7 +90,7 @@ class MixtureNorm(nn.InstanceNorm2d):
         return torch.addcmul(shift.view(shape), input, scale.view(shape))
 
     def subtracted(self, means: Tensor) -> Tensor:
-        """What is taken off where the channels have these ``means``, (N, C)."""
+        """What the norm subtracts from each channel, (N, C), if the channels have these ``means``, (N, C)."""
         of_mean, _ = self.mixtures()
         return torch.tensordot(of_mean.to(means), self._over_groups(means), 1)
 
@@ -113,7 +114,7 @@ NORMS = {
 
 
 def _extend_get_norm():
-    """Where our ``get_norm`` knows no name, it asks Detectron2's: so that one learns these."""
+    """Let Detectron2's ``get_norm`` make these norms. Ours calls it for each name that it does not know."""
     function = batch_norm.get_norm
     detectron2_get_norm = function.gng_d2_original
 
@@ -132,7 +133,8 @@ def _standardize_layer(parent, name, norm):
 
 
 def _extend_semantic_head():
-    """A norm does not know where it stands in a head: the head, once it is built, takes GN where it stands first."""
+    """Let the semantic head, once it is built, replace ``MIX-fixed-last`` by GN in all norms of a path but the last.
+    The norm itself cannot know where it stands."""
     build = semantic_seg.SemSegFPNHead.__init__
 
     @functools.wraps(build)

@@ -1,12 +1,13 @@
 """Table 3 and Figure 2 of the paper: an MLP on MNIST under every number of groups.
 
-784-512-10 with group norm and ReLU, G = 1, 2, ..., 512. For a seed, the initial weights and the order of the images
-are the same for every G. Can be stopped at any time: the same command goes on with the runs that are not finished.
+The MLP is 784-512-10 with group norm and ReLU, and G = 1, 2, ..., 512. The initial weights and the order of the images
+depend on the seed and are the same for every G. The command can be stopped at any time; when it is started again, it
+trains the runs that are not finished.
 
-The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, fixed before any
-test error was seen: SGD with momentum 0.9, learning rate 0.1 with a cosine decay to 0, weight decay 1e-4,
-20 epochs of batches of 128, PyTorch's initialization, pixels normalized by MNIST's mean and deviation, no
-augmentation. The test error is that of the last step.
+The paper's hyper-parameters are in an appendix that is not at hand. These are common ones, fixed before any test error
+was seen: SGD with momentum 0.9, learning rate 0.1 with a cosine decay to 0, weight decay 1e-4, 20 epochs of batches of
+128, PyTorch's initialization, pixels normalized by MNIST's mean and deviation, and no augmentation. The test error is
+the one after the last step.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ CURVE_POINTS = 100
 
 @dataclass(frozen=True)
 class MLPRun:
-    """What makes a run."""
+    """The settings of a run."""
 
     num_groups: int
     seed: int
@@ -54,29 +55,29 @@ class MLPRun:
 
     @classmethod
     def of(cls, num_groups: int, seed: int, epochs: int) -> "MLPRun":
-        """The run with the recipe that all have in common."""
+        """A run with the recipe that all runs have in common."""
         return cls(num_groups, seed, epochs, batch_size=128, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 @dataclass(frozen=True)
 class MLPRow(MLPRun):
-    """A run and what came of it."""
+    """A run and its results."""
 
     test_error: float  # in %
-    iteration: list[int]  # the learning curve: up to here, from the one before,
-    train_loss: list[float]  # the mean
+    iteration: list[int]  # the points of the learning curve
+    train_loss: list[float]  # at each point, the mean of the losses since the point before
     machine: str
 
 
 def load_mnist(root: str, train: bool) -> tuple[Tensor, Tensor]:
-    """Normalized images (N, 784) and labels (N,) of ``root``/MNIST, downloaded if they are not there.
+    """Normalized images (N, 784) and labels (N,) of ``root``/MNIST, which is downloaded if it is missing.
 
     Raises:
-        InputError: they are not there and cannot be downloaded, or cannot be read.
+        InputError: MNIST cannot be read, or is missing and cannot be downloaded.
     """
     try:
         dataset = MNIST(root, train=train, download=True)
-    except Exception as error:  # each way of fetching and reading raises its own
+    except Exception as error:  # each way to download and to read has errors of its own
         raise InputError(
             f"--data {root}: MNIST cannot be read in {os.path.join(root, 'MNIST', 'raw')}, nor downloaded: {error}"
         ) from error
@@ -84,14 +85,14 @@ def load_mnist(root: str, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def mlp(num_groups: int) -> nn.Sequential:
-    """The model, from PyTorch's own layers: our GroupNorm refuses the groups of a single number of Table 3's end."""
+    """The model, made of PyTorch's own layers, because our GroupNorm refuses G = 512, where a group is one number."""
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.GroupNorm(num_groups, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
 def train(
     run: MLPRun, train_set: Sequence[Tensor], test_set: Sequence[Tensor], on_epoch: Callable = lambda: None
 ) -> MLPRow:
-    """Train from the seed: the same initial weights and order of images for every number of groups."""
+    """Train and test an MLP. Its initial weights and the order of the images depend on the run's seed alone."""
     images, labels = train_set
     torch.manual_seed(run.seed)
     model = mlp(run.num_groups)
@@ -121,16 +122,14 @@ def train(
 
 
 def train_all(runs: Sequence[MLPRun], root: str, output: str, processes: int = 1) -> list[MLPRow]:
-    """The rows of ``runs``: of those that are finished in the folder ``output``, and of the others, which are
-    trained, in ``processes`` processes of one thread each.
-
-    A run that was stopped is trained anew, so it ends as if it had not been.
+    """The rows of ``runs``. Those that are not finished in the folder ``output`` are trained first, in ``processes``
+    processes of one thread each; one that was stopped is trained from its beginning.
     """
     folders = [os.path.join(output, f"groups{run.num_groups}-seed{run.seed}") for run in runs]
     jobs = [(run, folder) for run, folder in zip(runs, folders) if open_run(folder, run, MLPRow) is None]
     if jobs:
         for is_train in (True, False):
-            load_mnist(root, is_train)  # here, where an error is one line
+            load_mnist(root, is_train)  # an error in this process is one line
         if processes == 1:
             _train_share(0, jobs, root, 1)
         else:
@@ -161,8 +160,8 @@ def table(rows: list[MLPRow]) -> str:
 
 
 def plot(rows: list[MLPRow], path: str) -> None:
-    """Draw the paper's Figure 2: the train loss over the iterations, the mean over the seeds, a curve for each number
-    of groups, the practical one in black."""
+    """Draw the paper's Figure 2: the mean train loss over the iterations, with a curve for each number of groups. The
+    curve of the practical number is black."""
     curves = {}
     for row in rows:
         curves.setdefault(row.num_groups, []).append(row)
@@ -183,13 +182,13 @@ def add_arguments(parser) -> None:
     add_outputs(
         parser,
         json="write a row for each run, with its learning curve",
-        plot="draw the learning curves, the mean over the seeds",
+        plot="draw the mean learning curve of each number of groups",
     )
     parser.add_argument(
         "--data",
         default="datasets",
         metavar="ROOT",
-        help="folder that has MNIST/raw, or that it is downloaded to; default: %(default)s",
+        help="folder with MNIST/raw in it; MNIST is downloaded there if it is missing; default: %(default)s",
     )
     parser.add_argument(
         "--groups",
@@ -207,13 +206,13 @@ def add_arguments(parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="runs at a time, each on one CPU thread; default: %(default)s",
+        help="train N runs at a time, each on one CPU thread; default: %(default)s",
     )
     parser.add_argument(
         "--output",
         default="output/mlp_mnist",
         metavar="DIR",
-        help="a folder for each run goes here; default: %(default)s",
+        help="folder in which each run gets a folder; default: %(default)s",
     )
 
 
@@ -221,8 +220,7 @@ def main(args) -> None:
     prepare_outputs(args.json, args.plot)
     runs = [MLPRun.of(groups, seed, args.epochs) for seed in args.seeds for groups in args.groups]
     rows = train_all(runs, args.data, args.output, args.processes)
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))

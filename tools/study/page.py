@@ -1,9 +1,10 @@
 """Write docs/results.md from the measurements in docs/results.
 
-The prose is tools/study/page.md. In it {{NAME}} stands for a section of SECTIONS, the table of docs/results/NAME.json
-with its command and machine, for a table of COMPUTED, made of several such files, or for a number of NUMBERS. To add
-a measurement, add its JSON file, a line in SECTIONS, and a heading with {{NAME}} in page.md. Other pages beside it
-have the same tables between their lines <!-- table of NAME --> and <!-- end of table -->.
+The prose is in tools/study/page.md. A {{NAME}} in it is replaced by a section of SECTIONS, which is the table of
+docs/results/NAME.json with its command and machine; by a table of COMPUTED, which is made from several such files; or
+by a number of NUMBERS. To add a measurement, add its JSON file, a line in SECTIONS, and a heading with {{NAME}} in
+page.md. The same tables are written into other pages of docs/, between their lines <!-- table of NAME --> and
+<!-- end of table -->.
 """
 
 import glob
@@ -50,16 +51,16 @@ DOCS = os.path.join(ROOT, "docs")
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page, of the rows in docs/results/NAME.json."""
+    """A table of the page, made from the rows in docs/results/NAME.json."""
 
     row_type: type
-    table: Callable[[list], str]  # Markdown of the rows
-    command: str  # that measured them, without "python tools/"
-    pictures: tuple[str, ...] = ()  # their names in docs/results
-    beside: tuple[str, ...] = ()  # of a comparison: another's name and the norms of it that come first in the table
+    table: Callable[[list], str]  # makes Markdown of the rows
+    command: str  # the command that measured them, without "python tools/"
+    pictures: tuple[str, ...] = ()  # file names in docs/results
+    beside: tuple[str, ...] = ()  # the name of another comparison, and its norms that come first in this one's table
 
     def text(self, name: str, results: str, title: str) -> str:
-        """What stands below the heading ``title``."""
+        """The text below the heading ``title``."""
         path = os.path.join(results, f"{name}.json")
         if not os.path.exists(path):
             return f"Not measured. The command:\n\n    python tools/{self.command}"
@@ -75,14 +76,14 @@ class Section:
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """A short run by which the recipe of a bed in configs/study was fixed."""
+    """A short run that helped to fix the recipe of a bed in configs/study."""
 
     bed: str
     norm: str
     learning_rate: float
     iterations: int
     seed: int
-    images: str  # that it was evaluated on
+    images: str  # the images on which it was evaluated
     metric: str
     value: float
     machine: str
@@ -284,7 +285,9 @@ SECTIONS = {
 def _regrets(results):
     camvid = regret.read_values(results, ("camvid_semantic_fpn", "camvid_mixtures"), "mIoU")
     bccd = regret.read_values(results, ("bccd_faster_rcnn", "bccd_mixtures"), "AP")
-    return regret.table({"CamVid": camvid, "BCCD": bccd}) if camvid and bccd else "Not measured: it needs both sets."
+    if not camvid or not bccd:
+        return "Not measured, because it needs the comparisons on both sets."
+    return regret.table({"CamVid": camvid, "BCCD": bccd})
 
 
 def _ws_effect(results):
@@ -296,7 +299,7 @@ def _ws_effect(results):
     return ws_effect.table({"CamVid": camvid, "BCCD": bccd})
 
 
-# tables of several files: what makes them, from the folder of the files
+# tables made from several files: functions of the folder that has the files
 COMPUTED = {"regrets": _regrets, "ws_effect": _ws_effect}
 
 
@@ -326,7 +329,7 @@ NUMBERS = {
     "quick_head_width": lambda: _config("quick/pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_width": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM,
     "paper_head_group": lambda: _config("pfpn_gn.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
-    "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # a test: the bed has the same head
+    "camvid_one_group": lambda: _one_group("pfpn_pgn.yaml", "sem_seg_head."),  # the bed's head is the same
     "camvid_head_group": lambda: _config("study/semantic_fpn_camvid.yaml").MODEL.SEM_SEG_HEAD.CONVS_DIM // 32,
     "camvid_rate": lambda: _config("study/semantic_fpn_camvid.yaml").SOLVER.BASE_LR,
     "bccd_rate": lambda: _config("study/faster_rcnn_bccd.yaml").SOLVER.BASE_LR,
@@ -337,10 +340,10 @@ NUMBERS = {
 
 
 def page(docs: str = DOCS) -> str:
-    """The page, of the measurements in ``docs``/results.
+    """The text of the page, with the measurements in ``docs``/results.
 
     Raises:
-        InputError: one of them is damaged, or page.md names what there is not.
+        InputError: a file is damaged, or page.md has a {{NAME}} that is not known.
     """
 
     def fill(match):
@@ -359,7 +362,7 @@ def page(docs: str = DOCS) -> str:
 
 
 def with_tables(text: str, docs: str = DOCS) -> str:
-    """``text`` with the measurements of ``docs``/results between its lines ``<!-- table of NAME -->`` and
+    """``text`` with the tables of ``docs``/results between its lines ``<!-- table of NAME -->`` and
     ``<!-- end of table -->``."""
 
     def fill(match):

@@ -1,4 +1,4 @@
-"""Numbers of the paper, for ours to be set beside.
+"""Numbers of the paper that stand beside ours.
 
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
@@ -29,7 +29,7 @@ TABLE_2 = {
 # test error (%) by number of groups, an average over three runs
 TABLE_3 = {1: 1.827, 2: 1.720, 4: 1.773, 8: 1.730, 16: 1.727, 32: 1.720, 64: 1.670, 128: 1.753, 256: 3.240, 512: 88.650}
 
-# test error (%) by dataset and depth, an average over three runs; Pet's at G = 1 is not legible to us
+# test error (%) by dataset and depth, an average over three runs. We could not read Pet's at G = 1.
 TABLE_4 = {
     ("oxford-iiit-pet", 50): {"GN": 22.894, "PGN": 21.119},
     ("oxford-iiit-pet", 101): {"GN": 24.067, "PGN": 22.924},
@@ -37,7 +37,7 @@ TABLE_4 = {
     ("caltech-101", 101): {"GN": 22.781, "GN1": 26.647, "PGN": 22.247},
 }
 
-# by the config that trains the row
+# by the config that trains a row
 TABLE_5 = {
     "pfpn_gn.yaml": {"PQ": 41.750, "PQ_th": 49.357, "PQ_st": 30.268},
     "pfpn_gn1.yaml": {"PQ": 41.461, "PQ_th": 49.688, "PQ_st": 29.043},

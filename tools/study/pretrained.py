@@ -33,6 +33,7 @@ __all__ = [
 IF_STOPPED = "with --json and --resume the same command goes on with the rows that are missing"
 
 TRAIN, TEST = 20, 10  # images of each class
+DECAY = 1e-3  # of the weights of a linear head
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(normalized(batch)) for batch in images.split(32)])
 
 
-def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linear:
+def linear_head(inputs: Tensor, labels: Tensor) -> nn.Linear:
     """A head trained by logistic regression. The features are centred and divided by their mean deviation for that, and
     the head is then changed so that it takes them as they are.
 
@@ -124,7 +125,7 @@ def linear_head(inputs: Tensor, labels: Tensor, decay: float = 1e-3) -> nn.Linea
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(head(centred), labels) + decay / 2 * head.weight.square().sum()
+        value = F.cross_entropy(head(centred), labels) + DECAY / 2 * head.weight.square().sum()
         value.backward()
         return value
 

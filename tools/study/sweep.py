@@ -1,8 +1,9 @@
 """Where the paper's Eqs. 22 and 31 hold: what a block does to the gradient, over the size of its groups.
 
-B (Eq. 22) is the factor of the norm, D (K, Eq. 31) that of the block, for a fully connected layer and for 3x3
-convolutions on maps of three sizes. Fully connected groups start at 4 features: the expected values of smaller ones
-have no bound. At 4 they have one, but no finite variance: what stands there is the median of the repeats.
+B (Eq. 22) is the factor by which the norm changes the variance of the gradient, and D (K, Eq. 31) that of the whole
+block. They are measured for a fully connected layer and for 3x3 convolutions on maps of three sizes. The groups of the
+fully connected layer have 4 features or more, because the expected values of smaller groups are infinite. For 4
+features they are finite but their variance is not, so the median of the repeats stands in place of the mean.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .unit_block import (
 
 __all__ = ["SweepRow", "measure", "table", "plot"]
 
-# layer -> kernel size, inputs of an experiment, map sizes, smallest group
+# layer -> kernel size, number of inputs in an experiment, map sizes, features in the smallest group
 LAYERS = {"linear": (1, 512, (1,), 4), "conv3x3": (3, 8, (4, 8, 16), 1)}
 
 
@@ -46,15 +47,15 @@ class SweepRow:
     paper: float
     exact: float | None  # None where no formula is known
     empirical: float
-    standard_error: float | None  # None where the variance is not finite
+    standard_error: float | None  # None if the variance is not finite
     machine: str
 
 
 def measure(experiments: int, seed: int = 0, n_in: int = 256, n_out: int = 128) -> list[SweepRow]:
-    """B and D over group sizes, for the layers and map sizes of ``LAYERS``.
+    """B and D over the group sizes, for the layers and map sizes in ``LAYERS``.
 
     Raises:
-        InputError: the experiments are fewer than the repeats.
+        InputError: there are fewer experiments than repeats.
     """
     blocks = [
         (layer, inputs, UnitBlock(n_in, n_out, n_out // group_size, kernel_size, map_size))
@@ -91,7 +92,7 @@ def _row(layer, block, equation, ratios):
 
 
 def table(rows: list[SweepRow]) -> str:
-    """B alone: D is B with what the other equations say."""
+    """A table of B alone, because D follows from B and the other equations."""
     lines = []
     for row in rows:
         if row.equation == "B":
@@ -147,8 +148,8 @@ def _plot_panel(axes, curves):
 def add_arguments(parser) -> None:
     add_outputs(
         parser,
-        json="write a row for each layer, map, group size and equation",
-        plot="draw paper, exact and measured over the group size",
+        json="write a row for each layer, map size, group size and equation",
+        plot="draw the paper's, the exact and the measured value over the group size",
     )
     add_experiments(parser, default=100)
 
@@ -156,8 +157,7 @@ def add_arguments(parser) -> None:
 def main(args) -> None:
     prepare_outputs(args.json, args.plot)
     rows = measure(args.experiments, args.seed)
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
     print(table(rows))

@@ -1,10 +1,10 @@
 """Table 1 of the paper measured again: Equations A to D for its four blocks.
 
-An experiment draws the weights of two blocks, and 64 inputs that share them, each with loss weights of its own.
-Variances are of the whole population, a ratio is one of averages. The interval of A and C is the mean -/+ 1.96 standard
-errors. B and D have no finite variance at 4 features a group: theirs is the median of 20 repeats, each a ratio of
-averages, and their 5 % and 95 % quantiles. The paper takes variances about each sample's own mean, which lowers A to
-n_out (1 - (2 - 1/pi) / n_in): 511.16, 255.16, 127.16, 63.16.
+An experiment draws the weights of two blocks, and 64 inputs that share them, each with loss weights of its own. The
+variances are of the whole population, and a ratio is a ratio of averages. A and C are given as the mean with an
+interval of 1.96 standard errors on either side. B and D have no finite variance where a group has 4 features, so they
+are given as the median of 20 repeats, each a ratio of averages, with the 5 % and 95 % quantiles. The paper takes
+variances about each sample's own mean, which lowers A to n_out (1 - (2 - 1/pi) / n_in): 511.16, 255.16, 127.16, 63.16.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ class Table1Row:
     num_groups: int
     equation: str  # "A" to "D", as in unit_block.py
     paper_empirical: float  # what the paper measured
-    empirical: float  # what we measured, with its interval: see above
-    low: float
+    empirical: float  # what we measured
+    low: float  # its interval
     high: float
-    theoretical: float  # the paper's formula
-    exact: float | None  # unit_block.exact_ratios
+    theoretical: float  # by the paper's formula
+    exact: float | None  # by unit_block.exact_ratios
     machine: str
 
 
@@ -51,7 +51,7 @@ def measure(experiments: int, seed: int = 0) -> list[Table1Row]:
     """Each equation of each of the paper's blocks, from ``experiments`` draws of the weights.
 
     Raises:
-        InputError: they are fewer than the repeats of unit_block.py.
+        InputError: there are fewer experiments than unit_block.REPEATS.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -89,6 +89,5 @@ def add_arguments(parser) -> None:
 def main(args) -> None:
     prepare_outputs(args.json)
     rows = measure(args.experiments, args.seed)
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     print(table(rows))

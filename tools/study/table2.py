@@ -1,6 +1,6 @@
 """Table 2 of the paper computed again: forward and backward gains of eleven activations.
 
-Ours are by quadrature, the paper's from 10^7 samples.
+Our gains are computed by quadrature, the paper's from 10^7 samples.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ __all__ = ["Table2Row", "measure", "table"]
 
 @dataclass(frozen=True)
 class Table2Row:
-    """One activation on inputs of one standard deviation."""
+    """The gains of one activation for inputs with one standard deviation."""
 
     activation: str
     sigma: float
@@ -59,6 +59,5 @@ def add_arguments(parser) -> None:
 def main(args) -> None:
     prepare_outputs(args.json)
     rows = measure()
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     print(table(rows))

@@ -1,22 +1,22 @@
 """Measured gradient ratios of a unit block: weight layer, group norm, ReLU (Equations A to D of the paper).
 
-Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation", Section 2.2. As
-there, two unit blocks with weights of unit variance take data from the standard normal distribution, and
-the ratios are those of the second block:
+Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation", Section 2.2. As there, data from
+the standard normal distribution pass two unit blocks with weights of unit variance. The ratios are those of the second
+block:
 
     A   Var[dL/dx] / Var[dL/dy]           over the weight layer
     B   Var[y] Var[dL/dy] / Var[dL/dz]    over the group norm
     C   Var[dL/dz] / Var[dL/dx']          over ReLU
     D   Var[dL/dx] / Var[dL/dx']          over the block
 
-with x the input, y the output of the weight layer, z that of the norm, x' that of ReLU. The paper calls L
-an aggregation of the features x'. A plain sum has a gradient of no variance; L is a sum with independent
-standard normal weights, which gives the paper's figures.
+x is the input of the block, y the output of the weight layer, z that of the norm, and x' that of ReLU. The paper calls
+the loss L an aggregation of the features x'. The gradient of a plain sum has no variance, so L is a sum with
+independent standard normal weights, which reproduces the paper's figures.
 
-A variance here is that of the whole population: all features, inputs, weights and loss weights. All five
-quantities have mean 0 in it, so it is a mean of squares. The paper takes each sample's variance over its
-features, about the sample's own mean: that lowers A to n_out (1 - (2 - 1/pi) / n_in), which is what its
-Table 1 shows, 511.16 for 1024 -> 512.
+A variance is taken over the whole population: all features, inputs, weights and loss weights. Each of the five
+quantities has mean 0 over it, so the variance is a mean of squares. The paper takes the variance of each sample over
+its features, about the sample's own mean. That lowers A to n_out (1 - (2 - 1/pi) / n_in), which is what its Table 1
+shows: 511.16 for 1024 -> 512.
 """
 
 from collections.abc import Callable
@@ -48,9 +48,9 @@ class UnitBlock(NamedTuple):
     """The shape of a unit block. A fully connected layer is a 1x1 convolution on a map of 1x1.
 
     Args:
-        n_in, n_out: features of the weight layer. The block before it is from n_in to n_in features.
-        num_groups: of the norms of both blocks, a divisor of both sizes.
-        kernel_size: odd; the convolution pads with zeros, so that maps keep their size.
+        n_in, n_out: features of the weight layer. The block before this one has n_in input and n_in output features.
+        num_groups: the number of groups in the norms of both blocks, a divisor of n_in and n_out.
+        kernel_size: an odd number. The convolution pads with zeros, so that maps keep their size.
         map_size: height and width of the maps.
     """
 
@@ -77,16 +77,16 @@ def paper_ratios(block: UnitBlock) -> dict[str, float]:
 
 
 def exact_ratios(block: UnitBlock) -> dict[str, float | None]:
-    """What A to D are for a fully connected block, where y is Gaussian for given inputs.
+    """The exact values of A to D for a fully connected block, in which y is Gaussian for given inputs.
 
-    - The norm's backward removes from a group's gradient the direction of the ones and that of z, which
-      leaves (n_g - 2) / n_g of it; and 1 / (the group's variance) is n_g / (n_g - 3) on average. So B is
-      (n_g - 2) / (n_g - 3), and without bound for n_g of 3 or less: None.
-    - The norm does not see the scale of x, so dL/dx has no part along x: A is n_out (1 - 1/n_in), not n_out.
-    - C is 1/2, and D the product of the three over Var[y] = n_in / 2.
+    - The norm's backward pass removes from the gradient of a group the direction of the ones and that of z, which
+      leaves (n_g - 2) / n_g of it, and 1 / (the group's variance) is n_g / (n_g - 3) on average. So B is
+      (n_g - 2) / (n_g - 3). It is infinite, given as None, if n_g is 3 or less.
+    - The norm does not depend on the scale of x, so dL/dx has no part along x, and A is n_out (1 - 1/n_in), not n_out.
+    - C is 1/2, and D is the product of the three over Var[y] = n_in / 2.
 
-    None for all of a convolution: its groups span positions too, and what passes depends on how far the
-    channels' means and variances differ, for which there is no formula here.
+    All four are None for a convolution. Its groups span positions too, and what passes depends on how far the means and
+    variances of the channels differ, for which there is no formula here.
     """
     if block.map_size > 1:
         return dict.fromkeys("ABCD")
@@ -97,7 +97,7 @@ def exact_ratios(block: UnitBlock) -> dict[str, float | None]:
 
 
 def has_finite_variance(block: UnitBlock, equation: str) -> bool:
-    """Whether a standard error means something: 1 / (variance of n_g Gaussians) has a variance for n_g > 5."""
+    """Whether ``equation`` has a standard error: 1 / (variance of n_g Gaussians) has a variance only for n_g > 5."""
     return equation in "AC" or block.map_size > 1 or block.group_size > 5
 
 
@@ -108,15 +108,18 @@ def measure_ratios(
     generator: torch.Generator | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Measure A to D in each of ``REPEATS`` repeats: float64, shape (REPEATS,), ratios of averages over experiments.
+    """Measure A to D in each of ``REPEATS`` repeats.
 
-    An experiment draws the weights of both blocks, and ``inputs`` inputs that share them, each with loss
-    weights of its own. The repeats share nothing, so their spread is the error of a ratio, for any
-    dependence within an experiment.
+    An experiment draws the weights of both blocks, and ``inputs`` inputs that share them, each with loss weights of its
+    own. The repeats share nothing, so their spread shows the error of a ratio, whatever depends on what within an
+    experiment.
 
     Args:
-        experiments: at least ``REPEATS``; split evenly among the repeats.
-        progress: called after each experiment.
+        experiments: at least ``REPEATS``. They are split evenly among the repeats.
+        progress: is called after each experiment.
+
+    Returns:
+        By equation the ratios of averages over the experiments, in float64, of shape (REPEATS,).
 
     Raises:
         InputError: there are fewer experiments than repeats.
@@ -133,10 +136,10 @@ def measure_ratios(
 
 
 def estimate(ratios: Tensor, finite_variance: bool) -> tuple[float, float, float]:
-    """A value with an interval, from the repeats of :func:`measure_ratios`.
+    """A value and its interval, (value, low, high), from the repeats of :func:`measure_ratios`.
 
-    Their mean, and 1.96 standard errors below and above. Where the variance is not finite, the median
-    of the repeats (a median of means), and the quantiles between which 90 % of them lie.
+    It is the mean of the repeats with 1.96 standard errors below and above. If the variance is not finite, it is the
+    median of the repeats with the quantiles between which 90 % of them lie.
     """
     if not finite_variance:
         return tuple(ratios.quantile(torch.tensor([0.5, 0.05, 0.95], dtype=ratios.dtype)).tolist())
@@ -151,7 +154,7 @@ def add_experiments(parser, default: int) -> None:
         type=int,
         default=default,
         metavar="N",
-        help=f"draws of the weights for each block, at least {REPEATS}; default: %(default)s, a few minutes",
+        help=f"draw the weights of each block N times, at least {REPEATS}; default: %(default)s, a few minutes",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -161,7 +164,7 @@ def standard_error(ratios: Tensor) -> float:
 
 
 def _mean_squares(block, inputs, generator):
-    """Of dL/dx, y, dL/dy, dL/dz, dL/dx', in float64."""
+    """The mean squares of dL/dx, y, dL/dy, dL/dz and dL/dx', in float64."""
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
@@ -173,7 +176,7 @@ def _mean_squares(block, inputs, generator):
 
     data = normal(inputs, block.n_in, block.map_size, block.map_size)
     x = F.relu(weight_and_norm(data, block.n_in)[1])
-    # To the expected size. The second norm does not see it, and Var[y] is the same for all inputs, as Eq. 29 has it.
+    # Scaled to its expected size, so that Var[y] is the same for all inputs, as in Eq. 29. The second norm undoes that.
     x *= (0.5 / x.square().mean((1, 2, 3), keepdim=True)).sqrt()
     x.requires_grad_()
     y, z = weight_and_norm(x, block.n_out)
