@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 
 from . import cpu_kernels, group_norm_cpu
-from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, kernels_may_run
+from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, is_transformed, kernels_may_run
 from .checks import check_memory, fault_of, memory_format, refuse
 
 _BACKENDS = {"cpu": group_norm_cpu}
@@ -68,18 +68,27 @@ def group_norm(
         if y is not None:
             return y
         if activation is not None or residual is not None:  # the norm alone may have a kernel
-            return _activate(group_norm(input, num_groups, weight, bias, eps), activation, residual)
+            y = group_norm(input, num_groups, weight, bias, eps)
+            return _activate(y, activation, residual, inplace=not (is_compiling() or is_transformed()))
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
-def _activate(y: Tensor, activation: Optional[str], residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
-    """What follows the norm, in PyTorch's ops."""
+def _activate(
+    y: Tensor,
+    activation: Optional[str],  # noqa: UP045
+    residual: Optional[Tensor],  # noqa: UP045
+    inplace: bool = False,
+) -> Tensor:
+    """What follows the norm, in PyTorch's ops. ``inplace``: ``y`` may be changed, as models do that have these ops."""
     if residual is not None:
-        y = y + residual
+        if inplace and residual.shape == y.shape and residual.dtype == y.dtype:
+            y += residual
+        else:
+            y = y + residual
     if activation is None:
         return y
     if activation == "relu":
-        return F.relu(y)
+        return F.relu(y, inplace=inplace)
     if activation == "silu":
         return F.silu(y)
     raise InputError(f"activation is {activation}: set it to 'relu', 'silu' or None")
