@@ -134,11 +134,7 @@ def _fits(backend, x, num_groups, weight, bias, activation, residual):
     if _fault(x, num_groups, backend.DTYPES, activation, weight=weight, bias=bias, residual=residual):
         return False
     of_affine = {p.dtype for p in (weight, bias) if p is not None}
-    return (
-        x.numel() > num_groups
-        and (of_affine <= {x.dtype} or of_affine == {torch.float32})
-        and (residual is None or residual.dtype == x.dtype)
-    )
+    return x.numel() > num_groups and (of_affine <= {x.dtype} or of_affine == {torch.float32})
 
 
 def _forward(x, weight, bias, num_groups, eps, activation, residual):
@@ -203,27 +199,20 @@ def _fault(x, num_groups, dtypes=None, activation=None, **others):
     if activation not in _ACTIVATIONS:
         return f"{activation!r} is none of the activations {_ACTIVATIONS}"
     of_channels, of_groups = (shape[1:2], dtypes), ((shape[0], num_groups), dtypes and (torch.float32,))
-    needs = {
-        "the input": (shape, dtypes),
-        "weight": of_channels,
-        "bias": of_channels,
-        "mean": of_groups,
-        "rstd": of_groups,
-    }
-    for name, t in {"the input": x, **others}.items():
-        shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
-        may_be_missing = name in ("weight", "bias", "residual", "kept")
-        fault = None if t is None and may_be_missing else fault_of(name, t, shape_of_it, x.device, its_dtypes)
-        if fault:
-            return fault
-    return None
+    needs = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups}
+    faults = [fault_of("the input", x, shape, x.device, dtypes)]
+    for name, t in others.items():
+        if t is not None or name not in ("weight", "bias", "residual", "kept"):
+            shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
+            faults.append(fault_of(name, t, shape_of_it, x.device, its_dtypes))
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _statistics(backend, x, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
     refuse(_fault(x, num_groups, backend.DTYPES))
     check_memory(x)
-    return backend.statistics(*_as_read(backend, memory_format(x), x), num_groups, eps)
+    return backend.statistics(*_as_read(backend, x), num_groups, eps)
 
 
 def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
@@ -231,7 +220,7 @@ def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, re
     refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
     check_memory(x, *tensors.values())
     layout = memory_format(x)
-    x, residual = _as_read(backend, layout, x, residual)
+    x, residual = _as_read(backend, x, residual)
     y = backend.apply(x, *_contiguous(mean, rstd, weight, bias), num_groups, activation, residual)
     return y.contiguous(memory_format=layout)
 
@@ -241,21 +230,20 @@ def _backward(backend, dy, x, mean, rstd, weight, num_groups, activation=None, b
     refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
     check_memory(x, *tensors.values())
     layout = memory_format(x)  # a hook on saved tensors may have changed it
-    dy, x, kept = _as_read(backend, layout, dy, x, kept)
+    x, dy, kept = _as_read(backend, x, dy, kept)
     mean, rstd, weight, bias = _contiguous(mean, rstd, weight, bias)
     dx, dweight, dbias, dresidual = backend.backward(dy, x, mean, rstd, weight, num_groups, activation, bias, kept)
     dresidual = x.new_empty(0) if dresidual is None else dresidual.contiguous(memory_format=layout)
     return dx.contiguous(memory_format=layout), dweight, dbias, dresidual
 
 
-def _as_read(backend, layout, *tensors):
-    """``tensors`` in this layout, or contiguous where ``backend`` reads no other."""
-    layout = layout if backend.READS_CHANNELS_LAST else torch.contiguous_format
+def _as_read(backend, x, *others):
+    """The tensors in the layout of ``x``, or contiguous if ``backend`` reads no other."""
+    return _contiguous(x, *others, layout=memory_format(x) if backend.READS_CHANNELS_LAST else torch.contiguous_format)
+
+
+def _contiguous(*tensors, layout=torch.contiguous_format):
     return [None if t is None else t.contiguous(memory_format=layout) for t in tensors]
-
-
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 if HAS_OPS:
