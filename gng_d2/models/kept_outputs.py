@@ -18,8 +18,7 @@ __all__ = ["CastsOfWeights", "Watch", "policy_without"]
 
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
 # first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
-# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99), and a step of Faster R-CNN takes 1.03 of the
-# time of a CPU that it takes without (1100: 1.07).
+# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99).
 _MIN_KEPT_COST = 600
 
 _aten = torch.ops.aten

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 
 from . import cpu_kernels, group_norm_cpu
-from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, kernels_may_run
+from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, is_transformed, kernels_may_run
 from .checks import check_memory, fault_of, memory_format, refuse
 
 _BACKENDS = {"cpu": group_norm_cpu}
@@ -68,18 +68,27 @@ def group_norm(
         if y is not None:
             return y
         if activation is not None or residual is not None:  # the norm alone may have a kernel
-            return _activate(group_norm(input, num_groups, weight, bias, eps), activation, residual)
+            y = group_norm(input, num_groups, weight, bias, eps)
+            return _activate(y, activation, residual, inplace=not (is_compiling() or is_transformed()))
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
-def _activate(y: Tensor, activation: Optional[str], residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
-    """What follows the norm, in PyTorch's ops."""
+def _activate(
+    y: Tensor,
+    activation: Optional[str],  # noqa: UP045
+    residual: Optional[Tensor],  # noqa: UP045
+    inplace: bool = False,
+) -> Tensor:
+    """What follows the norm, in PyTorch's ops. ``inplace``: ``y`` may be changed, as models do that have these ops."""
     if residual is not None:
-        y = y + residual
+        if inplace and residual.shape == y.shape and residual.dtype == y.dtype:
+            y += residual
+        else:
+            y = y + residual
     if activation is None:
         return y
     if activation == "relu":
-        return F.relu(y)
+        return F.relu(y, inplace=inplace)
     if activation == "silu":
         return F.silu(y)
     raise InputError(f"activation is {activation}: set it to 'relu', 'silu' or None")
@@ -125,11 +134,7 @@ def _fits(backend, x, num_groups, weight, bias, activation, residual):
     if _fault(x, num_groups, backend.DTYPES, activation, weight=weight, bias=bias, residual=residual):
         return False
     of_affine = {p.dtype for p in (weight, bias) if p is not None}
-    return (
-        x.numel() > num_groups
-        and (of_affine <= {x.dtype} or of_affine == {torch.float32})
-        and (residual is None or residual.dtype == x.dtype)
-    )
+    return x.numel() > num_groups and (of_affine <= {x.dtype} or of_affine == {torch.float32})
 
 
 def _forward(x, weight, bias, num_groups, eps, activation, residual):
@@ -194,27 +199,20 @@ def _fault(x, num_groups, dtypes=None, activation=None, **others):
     if activation not in _ACTIVATIONS:
         return f"{activation!r} is none of the activations {_ACTIVATIONS}"
     of_channels, of_groups = (shape[1:2], dtypes), ((shape[0], num_groups), dtypes and (torch.float32,))
-    needs = {
-        "the input": (shape, dtypes),
-        "weight": of_channels,
-        "bias": of_channels,
-        "mean": of_groups,
-        "rstd": of_groups,
-    }
-    for name, t in {"the input": x, **others}.items():
-        shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
-        may_be_missing = name in ("weight", "bias", "residual", "kept")
-        fault = None if t is None and may_be_missing else fault_of(name, t, shape_of_it, x.device, its_dtypes)
-        if fault:
-            return fault
-    return None
+    needs = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups}
+    faults = [fault_of("the input", x, shape, x.device, dtypes)]
+    for name, t in others.items():
+        if t is not None or name not in ("weight", "bias", "residual", "kept"):
+            shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
+            faults.append(fault_of(name, t, shape_of_it, x.device, its_dtypes))
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _statistics(backend, x, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
     refuse(_fault(x, num_groups, backend.DTYPES))
     check_memory(x)
-    return backend.statistics(*_as_read(backend, memory_format(x), x), num_groups, eps)
+    return backend.statistics(*_as_read(backend, x), num_groups, eps)
 
 
 def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
@@ -222,7 +220,7 @@ def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, re
     refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
     check_memory(x, *tensors.values())
     layout = memory_format(x)
-    x, residual = _as_read(backend, layout, x, residual)
+    x, residual = _as_read(backend, x, residual)
     y = backend.apply(x, *_contiguous(mean, rstd, weight, bias), num_groups, activation, residual)
     return y.contiguous(memory_format=layout)
 
@@ -232,21 +230,20 @@ def _backward(backend, dy, x, mean, rstd, weight, num_groups, activation=None, b
     refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
     check_memory(x, *tensors.values())
     layout = memory_format(x)  # a hook on saved tensors may have changed it
-    dy, x, kept = _as_read(backend, layout, dy, x, kept)
+    x, dy, kept = _as_read(backend, x, dy, kept)
     mean, rstd, weight, bias = _contiguous(mean, rstd, weight, bias)
     dx, dweight, dbias, dresidual = backend.backward(dy, x, mean, rstd, weight, num_groups, activation, bias, kept)
     dresidual = x.new_empty(0) if dresidual is None else dresidual.contiguous(memory_format=layout)
     return dx.contiguous(memory_format=layout), dweight, dbias, dresidual
 
 
-def _as_read(backend, layout, *tensors):
-    """``tensors`` in this layout, or contiguous where ``backend`` reads no other."""
-    layout = layout if backend.READS_CHANNELS_LAST else torch.contiguous_format
+def _as_read(backend, x, *others):
+    """The tensors in the layout of ``x``, or contiguous if ``backend`` reads no other."""
+    return _contiguous(x, *others, layout=memory_format(x) if backend.READS_CHANNELS_LAST else torch.contiguous_format)
+
+
+def _contiguous(*tensors, layout=torch.contiguous_format):
     return [None if t is None else t.contiguous(memory_format=layout) for t in tensors]
-
-
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 if HAS_OPS:
