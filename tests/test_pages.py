@@ -245,9 +245,7 @@ def test_numbers_of_the_readme():
 
 
 def test_numbers_of_what_group_norm_costs():
-    readme, page = (
-        " ".join(Path(path).read_text().split()) for path in ("README.md", "docs/speed-and-memory.md")
-    )
+    readme, page = (" ".join(Path(path).read_text().split()) for path in ("README.md", "docs/speed-and-memory.md"))
     ratios = {
         name: geometric_mean(
             row["ratio_to_native_gn32"]

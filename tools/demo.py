@@ -15,8 +15,9 @@ CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 # what the last lines say; {python} is the one that runs this
 NEXT = """
-What you saw: the dataset was drawn, and a Panoptic FPN learned from it under group norms. The norms of its semantic
-head are PGN by one word of the config, MODEL.SEM_SEG_HEAD.NORM. Training works here. Which norm is best it does not say.
+What you saw: a Panoptic FPN with group norms learned from drawn images, as PQ says (panoptic quality, at best 100). By
+one word of its config, MODEL.SEM_SEG_HEAD.NORM, the norms of its semantic head are PGN. So training works here. It says
+nothing about one norm against another.
 
 With a model of your own:
   see its groups       {python} tools/analyze_groups.py --config-file YOUR.yaml
