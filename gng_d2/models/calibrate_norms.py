@@ -151,6 +151,14 @@ def _pairs(model, reference, without):
             raise InputError(f"calibrate_norms: model and reference share the norm {pair.name}. Copy the model first")
         if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
             raise pair.norm.unbound_error()
+    owners: dict[nn.Parameter, str] = {}
+    for pair in pairs:
+        for parameter in pair.norm.parameters():
+            if owners.setdefault(parameter, pair.name) != pair.name:
+                raise InputError(
+                    f"calibrate_norms: the norms {owners[parameter]} and {pair.name} share a parameter, but each needs "
+                    f"an affine of its own. Give {pair.name} a copy of the parameter first"
+                )
     return pairs
 
 

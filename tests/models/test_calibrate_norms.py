@@ -328,6 +328,19 @@ def test_other_names_and_widths_list_three_of_each():
         calibrate_norms(model, reference, images())
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_norms_that_share_a_parameter_are_refused(name):
+    """One affine cannot fit two norms: the first would silently lose its own to the second."""
+    reference = trained()
+    reference[3], reference[4], reference[6] = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    setattr(model[4], name, getattr(model[1], name))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="the norms 1 and 4 share a parameter.*Give 4 a copy"):
+        calibrate_norms(model, reference, images())
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
 class Breaks(nn.Module):
     def forward(self, x):
         raise RuntimeError("no more memory")
