@@ -39,18 +39,16 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
             name = name or type(layer).__name__
             raise InputError(f"{name}: its weight standardization cannot be folded, because {obstacle}")
     layers = [layer for _, layer in named if not _is_folded(layer)]
-    sharing: dict[int, list[WSConv2d]] = {}
+    folded: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
-        sharing.setdefault(id(layer.weight), []).append(layer)
-    for group in sharing.values():
-        raw = group[0].weight
-        with torch.no_grad():
-            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
-        weight = nn.Parameter(weight, raw.requires_grad)
-        for layer in group:
-            layer.weight = weight
-            unstandardize(layer)
-            layer.weight_standardization_folded = True
+        raw = layer.weight
+        if raw not in folded:
+            with torch.no_grad():
+                weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
+            folded[raw] = nn.Parameter(weight, raw.requires_grad)
+        layer.weight = folded[raw]
+        unstandardize(layer)
+        layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
         if getattr(norm, "weight_layer", None) is not None:
             norm.weight_layer = norm.weight_layer.replace("WSConv2d", "Conv2d")

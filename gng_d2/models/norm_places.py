@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,11 +104,10 @@ def _shapes_of_inputs(norms):
 
 
 def _is_norm(module):
-    """Whether it is a norm and contains no other module with parameters."""
+    """Whether it is a norm, as far as its class or the name of its class shows, without a layer inside."""
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return True
-    if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):
-        return False
-    own = next(chain(module.parameters(False), module.buffers(False)), None)
+    named = re.search("norm|abn", type(module).__name__, re.IGNORECASE)
+    own = [*module.parameters(False), *module.buffers(False)]
     within = (m for child in module.children() for m in child.modules())
-    return own is not None and not any(m._parameters for m in within)
+    return bool(named and own) and not any(m._parameters for m in within)
