@@ -67,9 +67,10 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
         >>> torch.allclose(mean, reference.eval()(images).mean(), atol=1e-6)
         True
     """
-    is_list_of_dicts = isinstance(inputs, list) and len(inputs) > 0 and isinstance(inputs[0], dict)
-    alone = isinstance(inputs, (Tensor, dict)) or is_list_of_dicts
-    return calibrate(model, reference, [inputs] if alone else inputs)
+    is_batch = isinstance(inputs, (Tensor, dict)) or (
+        isinstance(inputs, list) and isinstance(next(iter(inputs), 0), dict)
+    )
+    return calibrate(model, reference, [inputs] if is_batch else inputs)
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def calibrate(
     batches = list(batches)
     if not batches:
         raise InputError("calibrate_norms: inputs has no batch")
-    before = [(p, p.clone()) for pair in pairs.values() for p in pair.norm.parameters()]
+    before = [(p, p.clone()) for pair in pairs.values() for p in pair.norm.parameters(recurse=False)]
     try:
         _sweep(pairs, model, reference, batches)
     except BaseException:
@@ -122,7 +123,7 @@ def _pairs(model, reference, without):
             raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
         if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
             raise pair.norm.unbound_error()
-        for parameter in pair.norm.parameters():
+        for parameter in pair.norm.parameters(recurse=False):
             if owners.setdefault(parameter, name) != name:
                 raise InputError(
                     f"calibrate_norms: the norms {owners[parameter]} and {name} share a parameter, but each needs an "
@@ -136,8 +137,11 @@ def _three(names):
 
 
 def _sweep(pairs, model, reference, batches):
-    """Run all batches. A norm that is used several times gets its affine at the end, when the norms after it have
-    seen outputs of the old affine. So the batches run again until no such affine changes."""
+    """Run all batches until no affine changes any more.
+
+    One sweep is enough unless a norm is used several times. Such a norm gets its affine at the end of a sweep, when the
+    norms after it have seen outputs of its old affine.
+    """
     for _ in range(2 + len(pairs)):
         with ExitStack() as stack:
             for network in (model, reference):
@@ -158,9 +162,9 @@ class _Pair:
     def __init__(self, name: str, norm: nn.GroupNorm, reference: nn.Module):
         self.name, self.norm, self.reference = name, norm, reference
         self.is_repeated = False  # whether one pass, or separate passes, reach it several times
-        self.dead = 0  # channels without signal
+        self.dead = 0  # the number of channels without signal
         self.error: float | None = None
-        self.sums: Tensor | None = None  # of this sweep
+        self.sums: Tensor | None = None  # what _sums returns, added up over the calls of this sweep
         self._smallest = SMALLEST_DEVIATION
 
     def add_hooks(self):
@@ -257,17 +261,14 @@ def _report(pairs, model, reference):
             why = pairs[name].why_left() if name in pairs else "have no counterpart in the reference"
             listed.setdefault(why, []).append(name)
     errors = [(pairs[name].error, name) for name in listed.pop(None, [])]
-    listed["have channels without signal, whose weight is 0"] = [
-        f"{p.name} ({p.dead})" for p in pairs.values() if p.dead
-    ]
-    listed["follow a standardized convolution, after which little of the reference is left"] = sorted(
-        pairs.keys() & (ours - theirs)
-    )
+    dead = [f"{pair.name} ({pair.dead})" for pair in pairs.values() if pair.dead]
+    listed["have channels without signal, whose weight is 0"] = dead
+    standardized = sorted(pairs.keys() & (ours - theirs))
+    listed["follow a standardized convolution, after which little of the reference is left"] = standardized
     said = [f"{len(errors)} norms are calibrated"]
     if errors:
-        said[0] += (
-            f", relative error {min(errors)[0]:.2f} to {max(errors)[0]:.2f}, {errors[-1][0]:.2f} in {errors[-1][1]}"
-        )
+        (smallest, _), (largest, _), (last, name) = min(errors), max(errors), errors[-1]
+        said[0] += f", relative error {smallest:.2f} to {largest:.2f}, {last:.2f} in {name}"
     left = [f"{len(names)} {why} ({_three(names)})" for why, names in listed.items() if names]
     level = logging.WARNING if left or not errors else logging.INFO
     logging.getLogger(__name__).log(level, "calibrate_norms: %s", "; ".join(said + left))

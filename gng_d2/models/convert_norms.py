@@ -21,7 +21,7 @@ from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
 
 from .bind_norms import bind_to_producers
 from .calibrate_norms import calibrate_norms
-from .norm_places import NUMBERS_IN_A_GROUP, Place, find_places
+from .norm_places import NUMBERS_IN_A_GROUP, find_places
 
 __all__ = ["convert_norms"]
 
@@ -140,17 +140,17 @@ def _no_batch_of_one(old):
 class _Change:
     """A norm that becomes another.
 
-    ``new`` has no affine, because ``old`` keeps its own. ``groups`` are those of the norm's name for an input of any
-    size; None: not known yet.
+    ``new`` has no affine, because ``old`` keeps its own. ``groups`` is the number of groups that the norm's name gives
+    for inputs of any size, or None if it is not known yet.
     """
 
-    def __init__(self, name: str, norm: str, old: nn.Module, place: Place):
+    def __init__(self, name, norm, old, place):
         self.name, self.old, self.place = name, old, place
         self.is_fresh = not isinstance(old, nn.GroupNorm)
         width = num_channels(old)
         options = {"gain_ratio": getattr(old, "gain_ratio", 1.0)} if norm.removesuffix(WS) == "PGN" else {}
         made = norm_from_name(norm if self._can_be_standardized() else norm.removesuffix(WS))
-        self.new: GroupNorm = made(width, eps=old.eps, affine=False, **options)
+        self.new = made(width, eps=old.eps, affine=False, **options)
         self.groups = self.new.num_groups
         if self.groups and width % self.groups:
             raise InputError(

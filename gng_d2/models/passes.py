@@ -1,6 +1,6 @@
 """Forward passes that run side by side: each one stops at every norm and waits for the others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from threading import Semaphore, Thread, current_thread
 from typing import Any
 
@@ -13,7 +13,7 @@ from gng_d2.layers.producers import calls_with
 
 __all__ = ["Pass", "run_in_step", "stop"]
 
-# PyTorch gives each thread that computes on the CPU its own threads and keeps them; all passes get at most so many
+# The most threads that all passes have together: PyTorch gives each pass threads of its own, and keeps them.
 MOST_THREADS = 256
 
 
@@ -25,7 +25,7 @@ class Pass(Thread):
 
     def __init__(self, model: nn.Module, inputs: Any, num_threads: int):
         super().__init__(daemon=True)
-        self.at: str | None = None  # the norm where it stopped; None: it has ended
+        self.at: str | None = None  # the norm where it stopped, or None once it has ended
         self.tensor: Tensor | None = None  # the tensor at this norm
         self._model, self._inputs, self._num_threads = model, inputs, num_threads
         self._may_go, self._has_stopped = Semaphore(0), Semaphore(0)
@@ -36,11 +36,9 @@ class Pass(Thread):
         self._may_go.acquire()
         torch.set_num_threads(self._num_threads)
         try:
-            if not self._is_cancelled:
-                self._forward()
+            self._forward()
         except BaseException as error:
             self._error = error
-        self.at = self.tensor = None
         self._has_stopped.release()
 
     @torch.no_grad()
@@ -98,7 +96,7 @@ def stop(at: str, tensor: Tensor) -> None:
 def run_in_step(
     model: nn.Module,
     reference: nn.Module,
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     at_stop: Callable[[str, list[tuple[Pass, Pass]]], None],
 ) -> None:
     """Run both networks on each batch, all at once, from stop to stop.
