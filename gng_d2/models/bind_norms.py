@@ -40,7 +40,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers that would give it different
-            groups, or a layer cannot be standardized. Then no norm is bound.
+            groups (unless :func:`convert_norms` made it so), or a layer cannot be standardized. Then no norm is bound.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))
@@ -99,6 +99,8 @@ def _layers(norm, name, producers) -> list[Producer]:
     elif not norm.weight_standardization and hasattr(norm, "gain_ratio"):
         depends_on = {practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) for n_in in depends_on}
     if norm.needs_layer() and len(depends_on) > 1:
+        if norm.weight_layer == NO_LAYER:  # convert_norms found the same
+            return []
         made_by = ", ".join([*map(str, layers), *dict.fromkeys(others)])
         raise InputError(
             f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "

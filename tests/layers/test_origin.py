@@ -335,7 +335,7 @@ def test_all_names_are_in_the_warning(caplog):
 
 
 def test_another_layer_with_which_the_groups_are_the_same_is_no_error():
-    model = Net(lambda net, x: net.small(x[:, :4]) + 0, {"small": conv(4)})
+    model = Net(lambda net, x: net.small(x[:, :4]), {"small": conv(4)})
     model.norm = PracticalGroupNorm(C)
     model.norm.bind(C, "Conv2d(8, 8)")
     model(picture())

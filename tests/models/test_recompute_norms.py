@@ -644,7 +644,7 @@ def test_mixed_precision_with_a_module_that_runs_on_five_levels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
 def test_mixed_precision_of_torchvisions_heads(name):
     model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, min_size=64, max_size=64)
     model.train()
