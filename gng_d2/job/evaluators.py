@@ -14,6 +14,7 @@ from gng_d2.errors import InputError
 
 from .data.checks import naming_datasets
 from .data.images import read_labels
+from .files import prepare_folder
 
 __all__ = ["build_evaluator", "check_evaluation"]
 
@@ -83,7 +84,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> evaluation.DatasetE
 
 def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     """See that ``model`` can be evaluated on each dataset of DATASETS.TEST, with test-time augmentation where
-    TEST.AUG.ENABLED asks for it.
+    TEST.AUG.ENABLED asks for it, and that the results can be written.
 
     Args:
         model: that of ``cfg``, for its structure.
@@ -91,11 +92,13 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         InputError: names the key, and for a dataset its name.
     """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     given = _GIVEN.get(type(model))
     if type(model) is PanopticFPN and not cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED:
         given = given - {"panoptic_seg"}
     for name in cfg.DATASETS.TEST:
-        build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        prepare_folder(folder)
+        build_evaluator(cfg, name, folder)
         needed = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
         if given is not None and needed - given:
             raise InputError(
@@ -110,6 +113,7 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
             f"{keypoints}. Give one sigma for each keypoint"
         )
     if cfg.DATASETS.TEST and cfg.TEST.AUG.ENABLED:
+        prepare_folder(f"{folder}_TTA")
         of_rcnn = isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN)
         if not of_rcnn or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
             raise InputError(

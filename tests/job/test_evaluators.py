@@ -88,3 +88,11 @@ def test_a_dataset_that_nothing_evaluates_is_named(tmp_path):
             check(tmp_path, "DATASETS.TEST", "('bare',)")
     finally:
         DatasetCatalog.remove("bare")
+
+
+@pytest.mark.parametrize("folder", ["inference", "inference_TTA"])
+def test_folders_of_results_that_cannot_be_written(folder, shapes, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / folder).write_text("")
+    with pytest.raises(InputError, match=f"cannot write to '.*/out/{folder}'"):
+        check(tmp_path, *DETECTOR, "TEST.AUG.ENABLED", "True")

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from PIL import Image
@@ -67,18 +68,21 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
             maps = pool.map(_write_map, tasks, chunksize=8)
             for _ in tqdm(maps, desc=os.path.basename(sem_seg_root), total=len(tasks), unit="map"):
                 pass
+        except BrokenProcessPool as error:
+            raise InputError("a worker process was killed (out of memory?). The same command goes on") from error
         finally:
             pool.shutdown(cancel_futures=True)
     return len(tasks)
 
 
 def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
-    """For each annotation: the panoptic PNG, the value of each segment id, and the semantic PNG to write."""
+    """For each annotation: panoptic PNG, (height, width) of its image or None, values by segment id, semantic PNG."""
     try:
         with open(panoptic_json) as file:
             content = json.load(file)
         values = semantic_values(content["categories"])
-        names = [annotation["file_name"] for annotation in content["annotations"]]
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content.get("images", ())}
+        annotations = [(a["file_name"], sizes.get(a["image_id"])) for a in content["annotations"]]
         segments = [{s["id"]: s["category_id"] for s in a["segments_info"]} for a in content["annotations"]]
     except OSError as error:
         raise InputError(f"panoptic JSON {panoptic_json} cannot be read: {error.strerror}") from error
@@ -87,7 +91,7 @@ def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
             f"{panoptic_json} is no panoptic JSON in COCO's format ({type(error).__name__}: {error})"
         ) from error
     tasks = []
-    for name, of_segment in zip(names, segments):
+    for (name, size), of_segment in zip(annotations, segments):
         if os.path.isabs(name) or os.path.normpath(name).startswith(os.pardir):
             raise InputError(f"{panoptic_json}: the file_name {name} leads out of the folder of the panoptic PNGs")
         unknown = set(of_segment.values()) - values.keys()
@@ -95,7 +99,7 @@ def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
             raise InputError(f"{panoptic_json}: category ids {sorted(unknown)} of {name} are not among its categories")
         source = os.path.join(panoptic_root, name)
         target = os.path.join(sem_seg_root, name)
-        tasks.append((source, {segment: values[category] for segment, category in of_segment.items()}, target))
+        tasks.append((source, size, {segment: values[category] for segment, category in of_segment.items()}, target))
     missing = [source for source, *_ in tasks if not os.path.isfile(source)]
     if missing:
         raise InputError(f"{len(missing)} of {len(tasks)} panoptic PNGs are not there, for instance {missing[0]}")
@@ -103,12 +107,14 @@ def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
 
 
 def _write_map(task):
-    source, values, target = task
+    source, size, values, target = task
     try:
         with Image.open(source) as image:
             rgb = np.asarray(image.convert("RGB"), dtype=np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"panoptic PNG {source} cannot be read: {error}") from error
+    if size not in (None, rgb.shape[:2]):
+        raise InputError(f"panoptic PNG {source} is {rgb.shape[1]} x {rgb.shape[0]}, its image {size[1]} x {size[0]}")
     try:
         semantic = semantic_map(rgb @ [1, 256, 256**2], values)
     except InputError as error:

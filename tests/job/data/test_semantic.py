@@ -124,6 +124,15 @@ def changed(path, **changes):
     path.write_text(json.dumps({**content, **changes}))
 
 
+def test_a_png_of_another_size_than_its_image_is_named(tmp_path):
+    dataset = write(tmp_path)
+    changed(tmp_path / "panoptic.json", images=[{"id": i, "height": 3, "width": 3} for i in range(2)])
+    assert make_semantic_maps(*dataset) == 2
+    changed(tmp_path / "panoptic.json", images=[{"id": i, "height": 3, "width": 4} for i in range(2)])
+    with pytest.raises(InputError, match=r"a.png is 3 x 3, its image 4 x 3"):
+        make_semantic_maps(*dataset[:2], str(tmp_path / "again"))
+
+
 @pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png"])
 def test_no_map_is_written_outside_of_its_folder(name, tmp_path):
     dataset = write(tmp_path, names=["a.png"])
