@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 
 import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import Tensor, nn
@@ -150,6 +151,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint):
         if not self._fine_tuning:
             check_norms(self.model, checkpoint, self._reading)
+        _check_kinds(self.model, checkpoint["model"], self._reading)
         suffixes = batch_norms(checkpoint)
         given = next(iter(checkpoint["model"]), "nothing")
         incompatible = super()._load_model(checkpoint)
@@ -192,6 +194,19 @@ class Checkpointer(DetectionCheckpointer):
                 f"compare.py fits those of the backbone. Or start from weights with GroupNorm (MODEL.WEIGHTS "
                 f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
                 f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
+            )
+
+
+def _check_kinds(model, weights, path):
+    """PyTorch would copy integers without their scale, and the real part of complex numbers."""
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name in (name for name in weights if name.removeprefix("module.") in floats):
+        value = torch.as_tensor(weights[name])
+        dense = value.layout == torch.strided and not value.is_meta
+        if not (value.is_floating_point() and dense):
+            raise InputError(
+                f"{path} holds {name} as {value.dtype}{', sparse or without values' * (not dense)}, and the model has "
+                f"floating-point numbers there. Save the weights as those"
             )
 
 

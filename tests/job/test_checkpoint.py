@@ -313,3 +313,22 @@ def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
     save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
     with pytest.raises(InputError, match="a.pth: weights are not finite: 0.weight, 0.bias"):
         load_model(model, str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("kind", ["integers", "booleans", "complex", "sparse", "meta"])
+@pytest.mark.parametrize("resume_or_load", [False, True])
+def test_weights_that_are_no_floating_point_numbers_are_an_error(kind, resume_or_load, tmp_path):
+    """PyTorch would copy the first three without a word."""
+    make = {
+        "integers": lambda t: (t * 100).to(torch.int8),
+        "booleans": lambda t: t > 0,
+        "complex": lambda t: t + 1j,
+        "sparse": lambda t: t.to_sparse(),
+        "meta": lambda t: t.to("meta"),
+    }[kind]
+    ours = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    weights = {f"module.{name}": make(t) if name == "0.weight" else t for name, t in ours.state_dict().items()}
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    load = Checkpointer(ours).resume_or_load if resume_or_load else Checkpointer(ours).load
+    with pytest.raises(InputError, match=r"weights.pth holds module.0.weight as torch\.\w+.* floating-point"):
+        load(str(tmp_path / "weights.pth"))
