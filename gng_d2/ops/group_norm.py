@@ -69,7 +69,8 @@ def group_norm(
             return y
         if activation is not None or residual is not None:  # the norm alone may have a kernel
             y = group_norm(input, num_groups, weight, bias, eps)
-            return _activate(y, activation, residual, inplace=not (is_compiling() or is_transformed()))
+            is_traced = not isinstance(y, Tensor) or is_compiling() or is_transformed()
+            return _activate(y, activation, residual, inplace=not is_traced)
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
