@@ -1,5 +1,6 @@
 """Group norm, with what follows it, as fast as the hardware allows for any number of groups."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Optional
 
@@ -248,7 +249,7 @@ def _contiguous(*tensors, layout=torch.contiguous_format):
 
 
 if HAS_OPS:
-    _OPS = {
+    _OPS: dict[str, tuple[Callable, str]] = {
         "group_norm_statistics": (_statistics, "(Tensor x, int num_groups, float eps) -> (Tensor, Tensor)"),
         "group_norm_apply": (
             _apply,
