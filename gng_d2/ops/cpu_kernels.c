@@ -56,8 +56,8 @@ INLINE float from_float16(uint16_t half) {
   return number_of(bits_of(number) | not_finite | (uint32_t)(half & 0x8000) << 16);
 }
 
-/* Rounded to the nearest, and of two equally near to the even one, as PyTorch does, by an addition: of a power of 2 whose last
-   bit is worth what that of the result is. Without branches, so that it is vectorized. */
+/* Adding a power of 2 whose last bit is worth as much as that of the result rounds to the nearest, and of two equally near
+   to the even one, as PyTorch does. There is no branch, so that it is vectorized. */
 INLINE uint16_t to_float16(float number) {
   uint32_t bits = bits_of(number), magnitude = bits & 0x7fffffff, exponent = magnitude & 0x7f800000;
   float power = number_of((exponent < 0x38800000 ? 0x38800000 : exponent) + 0x07800000);
@@ -92,19 +92,20 @@ VECTORIZED static void narrow(uint16_t *restrict to, const float *restrict from,
 }
 
 /* n elements of a tensor from `first` on: where they are if they are floats, else converted into `buffer`. */
-static const float *read(const void *tensor, int64_t first, int64_t n, int type, float *buffer) {
+static const float *load(const void *tensor, int64_t first, int64_t n, int type, float *buffer) {
   if (!tensor) return NULL;
   if (type == FLOAT32) return (const float *)tensor + first;
   widen(buffer, (const uint16_t *)tensor + first, n, type);
   return buffer;
 }
 
-/* Where to write the elements of a tensor from `first` on, as floats: in their place, or in `buffer` for written(). */
+/* Where to write elements of a tensor from `first` on, as floats: in their place, or in `buffer`, from which store() converts
+   them. */
 static float *place(void *tensor, int64_t first, int type, float *buffer) {
   return tensor && type == FLOAT32 ? (float *)tensor + first : buffer;
 }
 
-static void written(void *tensor, int64_t first, int64_t n, int type, const float *buffer) {
+static void store(void *tensor, int64_t first, int64_t n, int type, const float *buffer) {
   if (tensor && type != FLOAT32) narrow((uint16_t *)tensor + first, buffer, n, type);
 }
 
@@ -229,7 +230,7 @@ void gng_d2_group_norm_statistics(const void *x, float *mean, float *rstd, momen
     for (int64_t i = 0; i < all_groups * pieces; i++) {
       float buffer[piece];
       int64_t start = i % pieces * piece, n = smaller(piece, size - start);
-      partial[i] = moments_of_piece(read(x, i / pieces * size + start, n, type, buffer), n);
+      partial[i] = moments_of_piece(load(x, i / pieces * size + start, n, type, buffer), n);
     }
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < all_groups; group++) {
@@ -251,9 +252,9 @@ void gng_d2_group_norm_apply(const void *x, const float *mean, const float *rstd
     map_t map = map_of_row(row, mean, rstd, weight, bias, channels, channels / groups);
     for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
       int64_t n = smaller(piece, end - i);
-      normalize(place(y, i, type, buffers[0]), read(x, i, n, type, buffers[1]), n, map,
-                read(residual, i, n, type, buffers[2]), activation);
-      written(y, i, n, type, buffers[0]);
+      normalize(place(y, i, type, buffers[0]), load(x, i, n, type, buffers[1]), n, map,
+                load(residual, i, n, type, buffers[2]), activation);
+      store(y, i, n, type, buffers[0]);
     }
   }
 }
@@ -276,10 +277,10 @@ void gng_d2_group_norm_gradients(const void *dy, const void *x, const float *mea
       sums_t sums = {0, 0};
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
         int64_t n = smaller(piece, end - i);
-        sums_t more = sums_of_piece(place(passed, i, type, buffers[0]), read(dy, i, n, type, buffers[1]),
-                                    read(x, i, n, type, buffers[2]), n, map, read(kept, i, n, type, buffers[3]),
+        sums_t more = sums_of_piece(place(passed, i, type, buffers[0]), load(dy, i, n, type, buffers[1]),
+                                    load(x, i, n, type, buffers[2]), n, map, load(kept, i, n, type, buffers[3]),
                                     activation);
-        written(passed, i, n, type, buffers[0]);
+        store(passed, i, n, type, buffers[0]);
         sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
       }
       partial[row] = sums;
@@ -309,9 +310,9 @@ void gng_d2_group_norm_gradients(const void *dy, const void *x, const float *mea
       float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
         int64_t n = smaller(piece, end - i);
-        differentiate(place(dx, i, type, buffers[0]), read(passed ? passed : dy, i, n, type, buffers[1]),
-                      read(x, i, n, type, buffers[2]), n, map, x_factor, constant, passed ? NO_ACTIVATION : activation);
-        written(dx, i, n, type, buffers[0]);
+        differentiate(place(dx, i, type, buffers[0]), load(passed ? passed : dy, i, n, type, buffers[1]),
+                      load(x, i, n, type, buffers[2]), n, map, x_factor, constant, passed ? NO_ACTIVATION : activation);
+        store(dx, i, n, type, buffers[0]);
       }
     }
   }

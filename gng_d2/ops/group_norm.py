@@ -1,5 +1,6 @@
 """Group norm, with what follows it, as fast as the hardware allows for any number of groups."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Optional
 
@@ -69,7 +70,8 @@ def group_norm(
             return y
         if activation is not None or residual is not None:  # the norm alone may have a kernel
             y = group_norm(input, num_groups, weight, bias, eps)
-            return _activate(y, activation, residual, inplace=not (is_compiling() or is_transformed()))
+            is_traced = not isinstance(y, Tensor) or is_compiling() or is_transformed()
+            return _activate(y, activation, residual, inplace=not is_traced)
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
@@ -247,7 +249,7 @@ def _contiguous(*tensors, layout=torch.contiguous_format):
 
 
 if HAS_OPS:
-    _OPS = {
+    _OPS: dict[str, tuple[Callable, str]] = {
         "group_norm_statistics": (_statistics, "(Tensor x, int num_groups, float eps) -> (Tensor, Tensor)"),
         "group_norm_apply": (
             _apply,

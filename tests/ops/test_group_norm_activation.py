@@ -236,8 +236,12 @@ def test_who_computes_it(threads):
     with Recorder() as recorder:  # the norm's kernel, then PyTorch's ops
         y = group_norm(x, 1, activation="relu", residual=residual)
     ours = ["gng_d2.group_norm_statistics.default", "gng_d2.group_norm_apply.default"]
-    assert recorder.ops == [*ours, "aten.add.Tensor", "aten.relu.default"]
+    assert recorder.ops == [*ours, "aten.add.Tensor", "aten.relu_.default"]
     torch.testing.assert_close(y, F.relu(F.group_norm(x, 1) + residual))
+    small = torch.randn(1, 64, 8, 8)
+    with Recorder() as recorder:  # in place, as in the models that have these ops
+        group_norm(small, 1, activation="relu", residual=small)
+    assert recorder.ops == ["aten.native_group_norm.default", "aten.add_.Tensor", "aten.relu_.default"]
 
 
 @pytest.mark.filterwarnings("ignore")

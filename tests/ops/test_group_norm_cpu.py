@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from needs import KERNELS
+from needs import HALF, KERNELS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -156,6 +156,17 @@ def test_what_is_not_finite_comes_out_as_from_pytorch(value):
     x, weight, bias = draw(1, 64, 128, 128)
     x[0, 3, 5, 7] = value
     torch.testing.assert_close(group_norm(x, 2, weight, bias), F.group_norm(x, 2, weight, bias), equal_nan=True)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2345, 3e-5, 70000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF])
+def test_every_number_of_16_bits_is_read_and_rounded_as_by_pytorch(dtype, factor):
+    """Subnormal numbers, infinities and NaN among them."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, -1)
+    zero, weight = torch.zeros(1, 1), torch.tensor([factor])
+    y = group_norm_cpu.apply(x, zero, zero + 1, weight, None, 1)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, (x.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_constant_input():
