@@ -72,7 +72,7 @@ def origin(op: str, operands: Sequence[Origin], shape: tuple[int, ...], value: A
     if not operands:
         return made
     if kind in _KEPT or kind in _CUTS:
-        return _kept(op, operands[0], shape)
+        return _kept(op, operands[-1 if kind == "copy" else 0], shape)  # copy_(destination, source)
     if kind in _PRODUCTS:
         return _product(op, operands, shape, value)
     if kind in _OF_ANY or kind in _OF_FIRST:

@@ -143,6 +143,12 @@ STAYS = {
         {},
     ),
     "LoRA on a view made before its tensor changed": (viewed_before_it_changed, {**LORA, "stem": conv(64, 64)}, {}),
+    "a copy into an empty tensor": (lambda net, x: torch.empty_like(h := net.conv(x)).copy_(h), {}, {}),
+    "a copy over the output of another layer": (
+        lambda net, x: net.small(x[:, :4]).copy_(net.conv(x)),
+        {"small": conv(4)},
+        {},
+    ),
     "LoRA merged": (
         lambda net, x: F.linear(x.flatten(2).mT, net.weight + net.up @ net.down).mT,
         {},
