@@ -116,6 +116,8 @@ def test_bad_sizes(function, bad, error):
 def test_bad_gain_ratio_and_num_groups(bad, error):
     with pytest.raises(error, match="^gain_ratio must be a positive"):
         practical_num_groups(8, 8, bad)
+    with pytest.raises(error, match="^gain_ratio must be a positive"):
+        isometry_ratio(8, 8, 1, bad)
     with pytest.raises(error, match="^num_groups must be a positive"):
         isometry_ratio(8, 8, bad)
 

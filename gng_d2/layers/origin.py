@@ -41,8 +41,9 @@ _KEPT = set(
 )
 # ops that take or add some values: channels, or only positions
 _CUTS = set(
-    "slice select split splitwithsizes unsafesplit unsafesplitwithsizes unbind index indexselect constantpadnd "
-    "reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d replicationpad3d".split()
+    "slice select split splitwithsizes unsafesplit unsafesplitwithsizes unbind asstrided index indexselect "
+    "constantpadnd reflectionpad1d reflectionpad2d reflectionpad3d replicationpad1d replicationpad2d "
+    "replicationpad3d".split()
 )
 # sums, products and choices; in _OF_FIRST only the first operand can be the layer's output whose origin is kept
 _SUMS = set("add sub rsub addcmul lerp".split())
@@ -71,7 +72,7 @@ def origin(op: str, operands: Sequence[Origin], shape: tuple[int, ...], value: A
     if not operands:
         return made
     if kind in _KEPT or kind in _CUTS:
-        return _kept(op, operands[0], shape)
+        return _kept(op, operands[-1 if kind == "copy" else 0], shape)  # copy_(destination, source)
     if kind in _PRODUCTS:
         return _product(op, operands, shape, value)
     if kind in _OF_ANY or kind in _OF_FIRST:

@@ -134,10 +134,8 @@ class _Watch(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         op, written = func._schema.name.rpartition("::")[2], _written(func, args, kwargs)
-        kind, given = op_kind(op), [t for t in _tensors_in(args) if t.is_floating_point() or t.is_complex()]
-        operands = [] if _MAKES_NUMBERS.search(kind) else [self.origin(t) for t in given]
-        if kind == "copy" and written:
-            operands = operands[1:]
+        given = [t for t in _tensors_in(args) if t.is_floating_point() or t.is_complex()]
+        operands = [] if _MAKES_NUMBERS.search(op_kind(op)) else [self.origin(t) for t in given]
         out = func(*args, **kwargs)
         for tensor in written:
             self._write(tensor, self._origin(op, operands, given, tensor))

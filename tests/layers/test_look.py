@@ -266,6 +266,18 @@ def test_every_kind_of_layer_is_recognized(name, kind, autocast):
     assert model[-1].num_groups == (1 if name == "depthwise" else 4)
 
 
+def test_a_frozen_layer_is_seen_where_its_input_has_gradients():
+    model = nn.Sequential(conv(24, 64), conv(64).requires_grad_(False), nn.Identity(), pgn(8))
+    model(image(24))
+    assert model[3].num_groups == 8
+
+
+def test_channels_that_are_no_longer_the_layers_are_no_layers_output():
+    model = nn.Sequential(conv(64, 16), nn.Unflatten(1, (8, 2)), pgn(8))
+    with pytest.raises(InputError, match=r"made by a view of the output of Convolution\(64, 16\), which has no weight"):
+        model(image(64))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear_layers_of_sequences(bias, transposed):

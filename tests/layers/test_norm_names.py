@@ -54,6 +54,11 @@ def test_a_name_is_one_part_of_a_path():
     assert len(set(parts)) == len(names) and not any("/" in part for part in parts)
 
 
+def test_names_of_norms_that_no_config_made():
+    norms = nn.GroupNorm(32, 64), nn.GroupNorm(4, 64), nn.SyncBatchNorm(64), nn.LayerNorm(64), nn.InstanceNorm2d(64)
+    assert [norm_name(norm) for norm in norms] == ["GN", "GN4", "SyncBN", "LN", "InstanceNorm2d"]
+
+
 def test_detectron2s_own_stay_as_they_are():
     assert get_norm("", 8) is None and get_norm(None, 8) is None
     assert type(get_norm("FrozenBN", 8)) is FrozenBatchNorm2d

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from needs import LOOK
+from needs import LOOK, needs_torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -65,6 +65,13 @@ def in_place(net, x):
     h += net.gain
     h *= 2
     return h
+
+
+def viewed_before_it_changed(net, x):
+    h = net.stem(x)
+    tokens = h.flatten(2)
+    h.relu_()
+    return net.conv(h) + net.up(net.down(tokens.view(h.shape)))
 
 
 LORA = {"down": conv(64, 2), "up": conv(2)}
@@ -133,6 +140,13 @@ STAYS = {
     "LoRA of tokens": (
         tokens,
         {"linear": nn.Linear(64, C), "down": nn.Linear(64, 2, False), "up": nn.Linear(2, C, False)},
+        {},
+    ),
+    "LoRA on a view made before its tensor changed": (viewed_before_it_changed, {**LORA, "stem": conv(64, 64)}, {}),
+    "a copy into an empty tensor": (lambda net, x: torch.empty_like(h := net.conv(x)).copy_(h), {}, {}),
+    "a copy over the output of another layer": (
+        lambda net, x: net.small(x[:, :4]).copy_(net.conv(x)),
+        {"small": conv(4)},
         {},
     ),
     "LoRA merged": (
@@ -352,6 +366,27 @@ def test_a_batch_as_a_loader_gives_it():
         assert find_producers(model, [model.norm], batch)[model.norm][0].n_in == 64
     with pytest.raises(InputError, match=r"Net cannot be run with them .*: TypeError: "):
         find_producers(model, [model.norm], [picture()])
+
+
+def test_channels_that_another_layer_writes():
+    def write(net, x):
+        h = net.conv(x)
+        h[:, 4:] = net.other(x)[:, 4:]
+        return h
+
+    model = Net(write, SEVERAL)
+    assert made_by(write(model, picture())) is None, "autograd does not show what was written"
+    assert bind_norms(model, picture()).norm.weight_layer == NO_LAYER
+
+
+@needs_torch(2, 6, "torch.compiler.set_stance")
+def test_a_compiled_part_whose_ops_do_not_show():
+    def through_numpy(graph, inputs):
+        return lambda *args: tuple(torch.from_numpy(out.detach().numpy()) for out in graph(*args))
+
+    model = Net(lambda net, x: net.part(x), {"part": torch.compile(conv(24), backend=through_numpy)})
+    model.conv = None
+    assert bind_norms(model, torch.randn(2, 24, SIZE, SIZE)).norm.num_groups == 4
 
 
 def test_an_input_that_the_model_changes():
