@@ -69,9 +69,7 @@ def _find_by_running(model, found, example_inputs):
         place = found[norm]
         if None in made:
             place.producers = None
-        elif {made_by.n_out for made_by in made} == {num_channels(norm)} and len(
-            {made_by.n_in for made_by in made}
-        ) == 1:
+        elif len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm):
             place.producers = list(dict.fromkeys(made))
         else:
             place.producers = []
