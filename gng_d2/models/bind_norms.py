@@ -40,7 +40,8 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers that would give it different
-            groups (unless :func:`convert_norms` made it so), or a layer cannot be standardized. Then no norm is bound.
+            groups (one that :func:`convert_norms` has converted keeps its single group), or a layer cannot be
+            standardized. Then no norm is bound.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from threading import current_thread
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.producers import unchanged
 
-from .passes import Pass, run_in_step, stop
+from .passes import Pass, run_in_step
 
 __all__ = ["calibrate", "calibrate_norms"]
 
@@ -28,16 +29,16 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
     """Give the group norms of ``model`` the affine with which they replace the norms of ``reference``, in place.
 
     It is for a network that was trained with batch norm and whose norms are group norms now
-    (:func:`~gng_d2.convert_norms`). Both networks run on the same unlabelled images, side by side. When the run
-    reaches a group norm, the norm gets the weight and bias with which each channel of its output has the mean and the
-    deviation that it has in ``reference``, and the run goes on with that output. Nothing is trained. The fewer groups
-    a norm has, the more of the network survives.
+    (:func:`~gng_d2.convert_norms`). Both networks run on the same unlabelled images, side by side. When they reach a
+    norm, the group norm gets the weight and bias with which each channel of its output has the mean and the deviation
+    that it has in ``reference``, and the run goes on with that output. Nothing is trained. The fewer groups a norm has,
+    the more of the network survives.
 
     Both networks run in eval mode, without gradients and without autocast. Afterwards only the values of the affines
     have changed: they stay the same parameters, and frozen ones stay frozen. A group norm keeps its affine, and the log
-    lists it, if ``reference`` has no norm of its name or too few numbers reach it. A channel that carries no signal
-    after the group norm takes weight 0 and the reference's mean. No weight is larger than 10 times the largest of the
-    reference's norm, and a weight that is 0 in ``reference`` is 0.
+    lists it, if ``reference`` has no norm of its name or too few numbers reach it. A channel without signal after the
+    group norm gets weight 0 and, as its bias, the reference's mean. No weight is larger than 10 times the largest
+    weight of the reference's norm, and a weight that is 0 in ``reference`` is 0.
 
     Each norm then has an attribute ``calibration_error``, which :func:`~gng_d2.norm_table` shows. It is how far the
     norm's output is from the reference's, in deviations of the reference's output: 0 where they are equal, 1.4 where
@@ -56,8 +57,8 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
         ``model``.
 
     Raises:
-        InputError: the networks differ in more than their norms, or cannot be run with ``inputs``. The affines
-            are then unchanged.
+        InputError: the networks differ in more than their norms, two group norms share a parameter, or the networks
+            cannot be run with ``inputs``. The affines are then unchanged.
 
     Examples::
         >>> reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -67,10 +68,9 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
         >>> torch.allclose(mean, reference.eval()(images).mean(), atol=1e-6)
         True
     """
-    is_batch = isinstance(inputs, (Tensor, dict)) or (
-        isinstance(inputs, list) and isinstance(next(iter(inputs), 0), dict)
-    )
-    return calibrate(model, reference, [inputs] if is_batch else inputs)
+    if isinstance(inputs, (Tensor, dict)) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], dict)):
+        inputs = [inputs]
+    return calibrate(model, reference, inputs)
 
 
 @torch.no_grad()
@@ -169,14 +169,18 @@ class _Pair:
 
     def add_hooks(self):
         """Have passes stop with the norm's input, and with the reference's output before timm's dropout and act."""
-        name = self.name
+
+        def stop(tensor):
+            if isinstance(current_thread(), Pass):
+                current_thread().stop(self.name, tensor)
+
         yield self.norm.register_forward_pre_hook(
-            lambda _, args, kwargs: stop(name, *args, *kwargs.values()), with_kwargs=True
+            lambda _, args, kwargs: stop(*args, *kwargs.values()), with_kwargs=True
         )
         if "drop" in self.reference._modules:
-            yield self.reference.drop.register_forward_pre_hook(lambda _, args: stop(name, *args))
+            yield self.reference.drop.register_forward_pre_hook(lambda _, args: stop(*args))
         else:
-            yield self.reference.register_forward_hook(lambda _, args, output: stop(name, output))
+            yield self.reference.register_forward_hook(lambda _, args, output: stop(output))
 
     def take(self, passes: list[tuple[Pass, Pass]]) -> None:
         """Take the norm's input and the reference's output from passes that have stopped there."""

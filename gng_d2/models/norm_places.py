@@ -48,10 +48,11 @@ def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]
         sizes = {layer and layer_shape(layer) for layer in layers}
         if len(sizes) == 1 and (n_in_and_n_out := sizes.pop()):
             place.producers = [Producer(type(layer).__name__, *n_in_and_n_out, layer) for layer in layers]
+        elif isinstance(norm, GroupNorm) and norm.weight_layer == NO_LAYER:
+            place.producers = []
         elif isinstance(norm, GroupNorm) and norm.in_channels is not None:
             op = (norm.weight_layer or "Layer").partition("(")[0]
-            none = norm.weight_layer == NO_LAYER
-            place.producers = [] if none else [Producer(op, norm.in_channels, norm.num_channels)]
+            place.producers = [Producer(op, norm.in_channels, norm.num_channels)]
         place.size = getattr(norm, "pooled_to", None)
         place.is_pooled = place.size is not None
     if example_inputs is not None:
@@ -66,9 +67,12 @@ def _find_by_running(model, found, example_inputs):
         calls = find_producers(model, found, example_inputs)
     for norm, made in calls.items():
         place = found[norm]
-        alike = len({producer and producer[1:3] for producer in made}) == 1
-        seen = None if None in made else made if alike and made[0].n_out == num_channels(norm) else []
-        place.producers = seen and list(dict.fromkeys(seen))
+        if None in made:
+            place.producers = None
+        elif len({producer[1:3] for producer in made}) == 1 and made[0].n_out == num_channels(norm):
+            place.producers = list(dict.fromkeys(made))
+        else:
+            place.producers = []
         place.shapes, place.size, place.is_pooled = shapes[norm], _smallest(shapes[norm]), False
     small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
     if small:

@@ -1,7 +1,7 @@
 """Forward passes that run side by side: each one stops at every norm and waits for the others."""
 
 from collections.abc import Callable, Sequence
-from threading import Semaphore, Thread, current_thread
+from threading import Semaphore, Thread
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from gng_d2.errors import InputError
 from gng_d2.layers.producers import calls_with
 
-__all__ = ["Pass", "run_in_step", "stop"]
+__all__ = ["Pass", "run_in_step"]
 
 # The most threads that all passes have together: PyTorch gives each pass threads of its own, and keeps them.
 MOST_THREADS = 256
@@ -20,7 +20,7 @@ MOST_THREADS = 256
 class Pass(Thread):
     """A forward pass of ``model`` in its own thread. Only one pass runs at a time, as with coroutines.
 
-    It has no gradients and no autocast, and stops where :func:`stop` is called until :meth:`go_on` is.
+    It has no gradients and no autocast. Hooks of the norms stop it, until :meth:`go_on` is called.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, num_threads: int):
@@ -63,6 +63,7 @@ class Pass(Thread):
         ) from failed
 
     def stop(self, at: str, tensor: Tensor) -> None:
+        """Stop at the norm called ``at``, which ``tensor`` has reached. The pass itself calls this, in its thread."""
         self.at, self.tensor, self._has_begun = at, tensor, True
         self._has_stopped.release()
         self._may_go.acquire()
@@ -84,13 +85,7 @@ class Pass(Thread):
 
 
 class _CancelledPass(BaseException):
-    """The pass was cancelled."""
-
-
-def stop(at: str, tensor: Tensor) -> None:
-    """Stop the pass that calls this, at the norm called ``at``. Outside of a pass it does nothing."""
-    if isinstance(current_thread(), Pass):
-        current_thread().stop(at, tensor)
+    """Ends a cancelled pass. It is no Exception, so that the user's code does not catch it."""
 
 
 def run_in_step(

@@ -18,16 +18,16 @@ __all__ = ["to_plain"]
 def to_plain(model: nn.Module) -> nn.Module:
     """Give the modules of ``model`` that are ours the classes of PyTorch, in place; its outputs stay the same.
 
-    They are the same up to rounding, because PyTorch's op takes the place of our kernels: in float64 they are the same
-    bits, and in float32 two detections with nearly equal scores may change places.
+    The outputs may differ by rounding, because PyTorch's op takes the place of our kernels. Two detections with nearly
+    equal scores may then change places.
 
     This is for quantization, adapters, pruning, and other tools that look modules up by their exact class. Our norms
     become :class:`torch.nn.GroupNorm`. One that holds timm's dropout and activation becomes a
     :class:`torch.nn.Sequential` of a group norm and these, so that its parameters are called ``0.weight`` and
-    ``0.bias``. Standardized weights are folded (:func:`~gng_d2.fold_weight_standardization`), and nothing is
-    fused or recomputed in the backward pass any more. Parameters stay the same objects but for the folded weights, and
-    hooks stay. Detectron2's ``Conv2d`` stays, since it holds a norm and an activation. The state_dict no longer says
-    how many groups each norm has, and the norms no longer look which layer makes their input.
+    ``0.bias``. Standardized weights are folded (:func:`~gng_d2.fold_weight_standardization`), and nothing is fused or
+    recomputed in the backward pass any more. Parameters stay the same objects except for the folded weights, and hooks
+    stay. Detectron2's ``Conv2d`` stays where it holds a norm or an activation. The state_dict no longer says how many
+    groups each norm has, and the norms no longer look which layer makes their input.
 
     Returns:
         ``model``.

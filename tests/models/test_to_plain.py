@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from detectron2.layers import Conv2d, get_norm
 from needs import RECOMPUTE
 from timm import layers as timm_layers
@@ -136,3 +137,15 @@ def test_a_table_by_exact_class_knows_every_module():
     assert {type(m) for m in model.modules() if list(m.parameters(recurse=False))}.isdisjoint(RULES)
     to_plain(model)
     assert [RULES.get(type(m)) for m in model.modules() if not list(m.children())] == list(RULES.values())
+
+
+@pytest.mark.slow
+def test_a_detectors_head_computes_the_same_bits_where_no_kernel_of_ours_runs():
+    """In float32 rounding differs, and detections with nearly equal scores may change places."""
+    ssd = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    images, outputs = [torch.rand(3, 320, 320, dtype=torch.float64)], []
+    model = convert_norms(ssd.double().eval(), "PGN", images)
+    model.head.register_forward_hook(lambda head, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(images), to_plain(model)(images)
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in ("bbox_regression", "cls_logits"))
