@@ -153,6 +153,14 @@ def test_categories_as_many_as_classes_pass(coco, caplog):
     assert not [r for r in caplog.records if r.name.startswith("gng_d2")]
 
 
+def test_annotations_of_images_that_the_json_lacks_are_counted(coco, caplog):
+    """By Detectron2, before the training and in it."""
+    box = {"category_id": 2, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
+    coco("own", annotations=[{**box, "id": i, "image_id": i % 3} for i in range(1, 10)])
+    prepare_datasets(detector("own", "MODEL.ROI_HEADS.NUM_CLASSES", "3"))
+    assert "own.json contains 9 annotations, but only 3 of them match to images in the file" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["image", "annotations"])
 def test_what_is_evaluated_last_is_looked_for_first(kind, shapes, coco):
     if kind == "image":
