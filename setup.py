@@ -27,9 +27,12 @@ class WheelForAnyPython3(bdist_wheel):
 
 setup(
     # The configs stand at the root of a checkout, where people look for them, and in the package once installed.
-    packages=[*find_packages(include=["gng_d2", "gng_d2.*"]), "gng_d2.configs"],
+    packages=[
+        *find_packages(include=["gng_d2", "gng_d2.*"]),
+        *("gng_d2.configs" + folder for folder in ("", ".examples", ".quick", ".study")),
+    ],
     package_dir={"gng_d2.configs": "configs"},
-    package_data={"gng_d2": ["py.typed"], "gng_d2.configs": ["*.yaml", "*.py", "*/*.yaml", "*/*.py"]},
+    package_data={"gng_d2": ["py.typed"], "gng_d2.configs": ["*.yaml", "*/*.yaml"]},
     # No module of Python's, but a library that gng_d2/ops/cpu_kernels.py loads, and can do without.
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelForAnyPython3},
     ext_modules=[

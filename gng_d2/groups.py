@@ -9,7 +9,10 @@ from fractions import Fraction
 from math import isfinite, isqrt
 from numbers import Integral, Rational, Real
 
-__all__ = ["GROUP_CHOICES", "ideal_num_groups", "nearest_divisor", "practical_num_groups", "isometry_ratio"]
+from .errors import InputError
+
+__all__ = ["GROUP_CHOICES", "checked_size", "ideal_num_groups", "isometry_ratio", "nearest_divisor"]
+__all__ += ["practical_num_groups"]
 
 
 def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
@@ -25,7 +28,7 @@ def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
 
     Raises:
         TypeError: a size is not an integer, or the gain ratio is not a real number.
-        ValueError: a size or the gain ratio is not positive.
+        InputError: a size or the gain ratio is not positive.
 
     Examples::
         >>> ideal_num_groups(784, 512)
@@ -78,7 +81,7 @@ def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float =
         >>> isometry_ratio(128, 128, 32)
         2.0
     """
-    n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
+    n_in, n_out = checked_size("n_in", n_in), checked_size("n_out", n_out)
     num_groups, gain_ratio = _positive("num_groups", num_groups), _positive("gain_ratio", gain_ratio)
     return float((n_out + 4 * num_groups) / (n_in * gain_ratio))
 
@@ -92,7 +95,7 @@ GROUP_CHOICES = {
 
 
 def _ideal(n_in, n_out, gain_ratio):
-    n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
+    n_in, n_out = checked_size("n_in", n_in), checked_size("n_out", n_out)
     return (_positive("gain_ratio", gain_ratio) * n_in - n_out) / 4
 
 
@@ -101,11 +104,17 @@ def _divisors(n):
     return small + [n // d for d in small]
 
 
-def _size(name, value):
+def checked_size(name: str, value: int) -> int:
+    """``value``, the argument ``name``, as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        InputError: it is not positive.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a positive integer, not {value!r}")
     if value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        raise InputError(f"{name} must be a positive integer, not {value!r}")
     return int(value)
 
 
@@ -113,7 +122,7 @@ def _positive(name, value):
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a positive number, not {value!r}")
     if not isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive finite number, not {value!r}")
+        raise InputError(f"{name} must be a positive finite number, not {value!r}")
     if isinstance(value, Rational):
         return Fraction(int(value.numerator), int(value.denominator))
     return Fraction(float(value))

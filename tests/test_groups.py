@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gng_d2 import ideal_num_groups, isometry_ratio, practical_num_groups
-from gng_d2.groups import nearest_divisor
+from gng_d2.groups import GROUP_CHOICES, nearest_divisor
 
 # (n_in, n_out) -> practical number of groups, worked out by hand from Algorithm 1
 WORKED = {
@@ -114,10 +114,15 @@ def test_bad_sizes(function, bad, error):
     ],
 )
 def test_bad_gain_ratio_and_num_groups(bad, error):
-    with pytest.raises(error, match="gain_ratio"):
+    with pytest.raises(error, match="^gain_ratio must be a positive"):
         practical_num_groups(8, 8, bad)
-    with pytest.raises(error, match="num_groups"):
+    with pytest.raises(error, match="^num_groups must be a positive"):
         isometry_ratio(8, 8, bad)
+
+
+def test_the_choices_that_the_paper_compares():
+    chosen = {name: [choose(256, n_out) for n_out in (48, 64, 128)] for name, choose in GROUP_CHOICES.items()}
+    assert chosen == {"GN": [None, 32, 32], "GN1": [1, 1, 1], "PGN": [48, 64, 32]}
 
 
 def test_numpy_numbers():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show a model's norms, their groups and the paper's K before it trains. Allocates no weights.
+"""Show a model's norms, their groups and the paper's ratio K before it trains. It allocates no weights.
 
     tools/analyze_groups.py --config-file configs/pfpn_pgn.yaml --plot groups.png
     tools/analyze_groups.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
@@ -49,7 +49,7 @@ def main():
     prepare_outputs(args.json, args.plot)
     model = build_on_meta(cfg)
     check_norm_keys(cfg, model)
-    if unbound_norms(model):  # which layers they follow shows when the model runs, and that takes weights
+    if unbound_norms(model):  # only a run shows which layers they follow, and it takes weights
         model = bind_remaining_norms(build(cfg))
     unbound = unbound_norms(model)
     table = norm_table(model)
@@ -65,7 +65,7 @@ def main():
     if args.plot:
         plot_groups(table, args.plot)
     if unbound:
-        raise InputError(f"{', '.join(unbound)}: met no weight layer, so the groups are not known")
+        raise InputError(f"{', '.join(unbound)}: the groups are not known, because no weight layer stands before them")
 
 
 if __name__ == "__main__":

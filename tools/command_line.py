@@ -1,7 +1,7 @@
-"""What the command lines of tools/ have in common: their outputs, KEY VALUE pairs, and how they end.
+"""What the command lines of tools/ have in common: flags, KEY VALUE pairs, and how they end.
 
-Importing it is quick, and the tools import slow packages in their ``main``. So ``--help`` comes at once and without the
-warnings of other packages, and Ctrl-C is one line from the start.
+This module imports nothing slow, and the tools import slow packages in their ``main``. So ``--help`` comes at once and
+without the warnings of other packages, and Ctrl-C prints one line from the start.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def tool_parser(doc):
 
 
 def add_outputs(parser, json, plot=None):
-    """Give ``parser`` the flag ``--json``, and ``--plot`` where there is something to draw, with these help texts."""
+    """Give ``parser`` the flag ``--json`` with this help text, and ``--plot`` if there is one for it."""
     parser.add_argument("--json", metavar="OUT", help=json)
     if plot:
         parser.add_argument("--plot", metavar="OUT.png", type=_picture, help=plot)
@@ -68,7 +68,7 @@ def add_import(parser):
 
 
 def add_trust(parser):
-    """Give ``parser`` the flag ``--trust-files``, by which :mod:`gng_d2.job.weight_files` opens files that run code.
+    """Give ``parser`` the flag ``--trust-files``, with which :mod:`gng_d2.job.weight_files` opens files that run code.
 
     It is kept in the environment, so that the processes of a job have it too.
     """
@@ -83,12 +83,11 @@ class _Trust(argparse.Action):
 
 
 def add_norm_options(parser):
-    """Give ``parser`` the flags of how norms run and begin: ``--recompute-norms``, ``--fuse-norms`` and
-    ``--calibrate-norms``."""
+    """Give ``parser`` the flags ``--recompute-norms``, ``--fuse-norms`` and ``--calibrate-norms``."""
     parser.add_argument(
         "--recompute-norms",
         action="store_true",
-        help="compute norms again in the backward pass instead of keeping what they return: the same numbers in less "
+        help="compute norms again in the backward pass and do not keep what they return: the same numbers in less "
         "memory, a little slower",
     )
     parser.add_argument(
@@ -102,9 +101,8 @@ def add_norm_options(parser):
         type=_number_of_images,
         default=0,
         metavar="N",
-        help="MODEL.WEIGHTS were trained with batch norm and the backbone has group norms: fit their affines on the "
-        "first N images of the training set, before the first step (64 are enough); FPN and heads, and a run that goes "
-        "on from a checkpoint, stay as they are",
+        help="before the first step, fit the backbone's group norms to the batch norms in MODEL.WEIGHTS, on the first "
+        "N images of the training set; 64 are enough. A run that goes on from a checkpoint is not fitted again",
     )
 
 
@@ -116,56 +114,40 @@ def _number_of_images(word):
 
 
 def add_overrides(parser, lazy=False):
-    """Give ``parser`` the ``KEY VALUE`` pairs that override a config, positional and last: ``args.opts``.
+    """Give ``parser`` the words that override a config, positional and last: ``args.opts``.
 
     Args:
-        lazy: the tool takes lazy configs too, and for them words ``path.key=value``.
+        lazy: the tool takes lazy configs too, and for them words ``path.key=value`` in place of ``KEY VALUE`` pairs.
     """
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         action=_Overrides,
         metavar="KEY VALUE",
-        help="pairs that override the config; they come last" + "; of a lazy config: path.key=value" * lazy,
+        help="pairs that override the config; they come last" + "; for a lazy config: path.key=value" * lazy,
     )
 
 
 class _Overrides(argparse.Action):
-    # Checked while they are parsed: a flag after them, if it is required, is else reported as missing.
+    # They are checked here because argparse would report a required flag after them as missing.
     def __call__(self, parser, namespace, words, option_string=None):
-        setattr(namespace, self.dest, check_overrides(words, getattr(namespace, "config_file", None)))
+        setattr(namespace, self.dest, check_overrides(words))
 
 
-def check_overrides(words, config_file):
-    """``words`` if they can be ``KEY VALUE`` pairs, or of a lazy config (.py) each ``path.key=value``; else the tool
-    ends with what is wrong with them."""
+def check_overrides(words):
+    """Return ``words``, which override a config. If a flag is among them, the tool ends and says so."""
     flags = [word for word in words if word.startswith("--") or word == "-h"]
     if flags:
         sys.exit(f"error: {flags[0]} after the KEY VALUE pairs: flags come first")
-    lazy = (config_file or "").endswith(".py")
-    other = [word for word in words if "=" not in word] if lazy else [key for key in words[::2] if "=" in key]
-    if other and lazy:
-        sys.exit(
-            f"error: {other[0]}: {config_file} is a lazy config; it is overridden by path.key=value, not KEY VALUE"
-        )
-    if other:
-        sys.exit(
-            f"error: {other[0]}: a YAML config is overridden by KEY VALUE pairs; path.key=value is for lazy configs"
-        )
-    if len(words) % 2 and not lazy:
-        sys.exit(
-            f"error: the KEY VALUE pairs are {len(words)} words, an odd number: {' '.join(words)}. Each key has one "
-            f"value; quote a value with spaces"
-        )
     return words
 
 
 def run_tool(main, if_stopped=ANEW):
-    """Run a tool so that it ends as all of them do: what the user can mend is one line, and the exit status 1.
+    """Run a tool. If it ends with an error that the user can mend, print one line, and exit with status 1.
 
     Args:
-        main: the tool, without arguments.
-        if_stopped: what becomes of its work when it is interrupted.
+        main: the tool, a function without arguments.
+        if_stopped: a sentence on what happens to its work when it is interrupted.
     """
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)  # of other packages, when imported

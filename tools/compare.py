@@ -7,26 +7,20 @@
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
 was: finished runs stay, interrupted ones resume, failed ones are tried once more. Two such commands at the same
-time on one machine share the runs between them. Where DIR is lost, --finished results.json goes on from the results
-alone, with more norms and seeds too.
+time on one machine share the runs between them. A run is finished when its metrics are whole. If its model_final.pth
+is damaged later, the report stays as it is, and predict.py or --eval-only refuse the file. Where DIR is lost,
+--finished results.json goes on from the results alone, with more norms and seeds too.
 
 With --cluster slurm each run is a job of Slurm, in a checkout and a DIR that all machines see. The jobs go on when
-this command ends; the same command watches them again, and submits what has no job. Ctrl-C asks whether to
-cancel them.
+this command ends. The same command watches them again, and submits the runs that have no job. Ctrl-C asks whether to
+cancel the jobs.
 
-The report, results.md, results.json, curves.png and channels_per_group.png in DIR, has for each metric that the model
-has (in percent) mean and standard deviation over the seeds, and the paired differences to the first norm with their
-95 % intervals.
+The report is in DIR: results.md, results.json, curves.png and channels_per_group.png. For each metric of the model (in
+percent) it has mean and standard deviation over the seeds, and the differences to the first norm, seed by seed, with
+their 95 % intervals.
 """
 
-from command_line import (
-    add_import,
-    add_norm_options,
-    add_overrides,
-    add_trust,
-    run_tool,
-    tool_parser,
-)
+from command_line import add_import, add_norm_options, add_overrides, add_trust, run_tool, tool_parser
 
 
 def parse_args():
@@ -36,7 +30,10 @@ def parse_args():
     parser.add_argument("--seeds", required=True, nargs="+", type=int, metavar="SEED", help="0 or more each")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the runs and the report")
     parser.add_argument(
-        "--norm-keys", nargs="+", metavar="KEY", help="what to vary; default: each NORM of the model that is GN or ours"
+        "--norm-keys",
+        nargs="+",
+        metavar="KEY",
+        help="what to vary; default: each NORM key that is GN or a norm of ours",
     )
     parser.add_argument(
         "--num-gpus", type=int, default=1, help="GPUs of each machine, or processes where there are no GPUs; default: 1"
@@ -50,7 +47,9 @@ def parse_args():
         help="results.json of the same comparison from another machine, or from a folder that is lost: the runs that "
         "it has results of are not trained again",
     )
-    parser.add_argument("--plan", action="store_true", help="print what would run, and the time by a few iterations")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would run, and for how long, by timing a few iterations"
+    )
     parser.add_argument(
         "--cluster", choices=["local", "slurm"], default="local", help="where runs are trained; default: this machine"
     )
@@ -59,7 +58,7 @@ def parse_args():
         type=int,
         default=1,
         metavar="N",
-        help="runs at a time; here they share GPUs or threads; default: 1",
+        help="runs at a time; on one machine they share its GPUs or threads; default: 1",
     )
     _add_local(parser.add_argument_group("--cluster local"))
     _add_slurm(parser.add_argument_group("--cluster slurm (needs submitit)"))
@@ -71,8 +70,8 @@ def parse_args():
 
 
 def _add_local(group):
-    group.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on; default: 0")
-    group.add_argument("--dist-url", default="auto", help="of the first machine, tcp://NAME:PORT")
+    group.add_argument("--machine-rank", type=int, default=0, help="the number of this machine, from 0 on; default: 0")
+    group.add_argument("--dist-url", default="auto", help="address of the first machine, tcp://NAME:PORT")
 
 
 def _add_slurm(group):
@@ -82,19 +81,21 @@ def _add_slurm(group):
         "--slurm-time",
         type=int,
         metavar="MIN",
-        help="a job's time limit; a run that needs longer is requeued and goes on; default: 1440",
+        help="time limit of a job; a run that needs longer is requeued and goes on; default: 1440",
     )
     group.add_argument(
-        "--slurm-cpus", type=int, metavar="N", help="of each machine; default: one a process and data-loader worker"
+        "--slurm-cpus",
+        type=int,
+        metavar="N",
+        help="CPUs of each machine; default: one for each process and data-loader worker",
     )
     group.add_argument(
         "--slurm-option",
         action="append",
         metavar="NAME=VALUE",
         help="one more option of sbatch; repeat the flag for several: --slurm-option constraint=a100 "
-        "--slurm-option exclusive. "
-        "Without gres or gpus-... among them a job asks for --num-gpus GPUs of each machine, and with MODEL.DEVICE cpu "
-        "for none",
+        "--slurm-option exclusive. Unless gres or gpus-... is among them, a job asks for --num-gpus GPUs of each "
+        "machine, or for none with MODEL.DEVICE cpu",
     )
 
 
@@ -142,7 +143,7 @@ def main():
     )
     comparison.check()
     if args.plan and (args.num_machines > 1 or args.cluster == "slurm"):
-        raise InputError("--plan times the iterations of this machine: leave --num-machines and --cluster away")
+        raise InputError("--plan times iterations on this machine: leave out --num-machines and --cluster")
     if args.finished:
         comparison.claim_output()
         restore_runs(comparison, args.finished)

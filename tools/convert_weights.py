@@ -5,15 +5,15 @@
     tools/convert_weights.py resnet50_gn_ws-15beedd8.pth R-50-GN-WS.pkl --depth 50
     tools/convert_weights.py resnet50-11ad3fa6.pth R-50-GN1.pth --norm GN1 --calibrate images/*.jpg
 
-IN is a .pth, .pt, .pth.tar or .safetensors file with torchvision's names (conv1, bn1 or gn1,
-layer1.0.downsample.0, ...), which the ResNets of timm and mmdetection have too. It may wrap them in a
-state_dict or model, and put module. or backbone. before them. Nothing in it is executed. The weights of
-weight-standardized convolutions are written as they are. A file does not say how images are prepared for
-it: timm's resnet50_gn and resnet50_gn_ws of Qiao et al. expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN
-[123.675,116.28,103.53], MODEL.PIXEL_STD [58.395,57.12,57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False.
+IN is a .pth, .pt, .pth.tar or .safetensors file. Its weights have torchvision's names (conv1, bn1 or gn1,
+layer1.0.downsample.0, ...), as those of timm's and mmdetection's ResNets do. They may be under state_dict or model, and
+begin with a prefix such as module.backbone. Nothing in the file is run. The weights of weight-standardized convolutions
+are written as they are. A file does not say how images are normalized for it: timm's resnet50_gn and resnet50_gn_ws of
+Qiao et al. need INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675,116.28,103.53], MODEL.PIXEL_STD [58.395,57.12,57.375] and
+MODEL.RESNETS.STRIDE_IN_1X1 False.
 
-With --norm, batch norms become group norms, which are fitted to them on the images of --calibrate: 64 of the kind that
-the detector will see are enough, and they need no labels. OUT.pth is then a checkpoint for models with an FPN.
+With --norm, batch norms become group norms, which are fitted to them on the images of --calibrate. 64 images of the
+kind that the detector will see are enough, and they need no labels. OUT is then a checkpoint for models with an FPN.
 """
 
 from command_line import run_tool, tool_parser
@@ -25,12 +25,14 @@ def parse_args():
     parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet with torchvision's names")
     parser.add_argument(
-        "output", metavar="OUT.pkl", help="the file to write, with --norm OUT.pth; it is replaced if it exists"
+        "output", metavar="OUT.pkl", help="the file to write, with --norm a .pth; it is replaced if it exists"
     )
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
     parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm, for instance GN1")
     parser.add_argument("--calibrate", nargs="+", metavar="IMAGE", help="fit the norms of --norm on these images")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of their shorter side; default: 224")
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="shorter side of the images; default: 224"
+    )
     for option, default in (("mean", [123.675, 116.28, 103.53]), ("std", [58.395, 57.12, 57.375])):
         parser.add_argument(
             f"--pixel-{option}",
@@ -64,13 +66,13 @@ def main():
         print(f"dropped, {reason}: {abbreviated(names)}")
     resnet, images = config_keys(done)
     print(f"It needs {resnet}")
-    print(f"and {images}, unless it was trained with other images (Caffe's weights need Detectron2's defaults)")
+    print(f"and {images}, unless it was trained on images in another format (Caffe's weights: Detectron2's defaults)")
     if args.norm:
-        print(f"MODEL.RESNETS.NORM {args.norm}, and a backbone with an FPN")
+        print(f"and MODEL.RESNETS.NORM {args.norm}, in a model whose backbone has an FPN")
     elif done.norm == "BN":
         print(
-            "note: these are BatchNorm weights, for NORM BN, SyncBN or FrozenBN. They do not fit GN or PGN: a "
-            "BatchNorm's weight and bias belong to its running statistics. --norm and --calibrate make them fit"
+            "Use NORM FrozenBN, BN or SyncBN. These weights do not fit GN or PGN, because a BatchNorm's weight and "
+            "bias belong to its running statistics. --norm and --calibrate make them fit"
         )
     else:
         print("Use NORM GN+WS if its convolutions were weight-standardized, which the file does not say; else NORM GN")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make the semantic maps that Detectron2's panoptic datasets need from panoptic PNGs in COCO's format.
+"""Make semantic maps from panoptic PNGs in COCO's format. Detectron2 needs both for a panoptic dataset.
 
     tools/prepare_coco_panoptic.py
     tools/prepare_coco_panoptic.py --json my/panoptic.json --panoptic-root my/panoptic --output my/semantic
 
-Without arguments it makes those of COCO 2017 in $DETECTRON2_DATASETS/coco (default: ./datasets/coco): from
-panoptic_train2017 and annotations/panoptic_train2017.json to panoptic_stuff_train2017, and the same for val2017.
-If it is stopped, the same command goes on where it was.
+Without arguments it makes those of COCO 2017 in $DETECTRON2_DATASETS/coco (default: ./datasets/coco): it reads
+panoptic_train2017 and annotations/panoptic_train2017.json, writes to panoptic_stuff_train2017, and does the same for
+val2017. If it is stopped, the same command goes on where it was.
 """
 
 from command_line import run_tool, tool_parser

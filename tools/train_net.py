@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Train or evaluate a Detectron2 model whose norms may be PGN or GN<k>.
+"""Train or evaluate a Detectron2 model. Its NORM keys take PGN, GN1, GN/16 and the like.
 
     tools/train_net.py --config-file configs/quick/pfpn_pgn.yaml
     tools/train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus 8 \\
         MODEL.RESNETS.NORM PGN MODEL.FPN.NORM PGN MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0
 
 --config-file takes a path or a name in Detectron2's model zoo. On a machine without a GPU, --num-gpus
-counts CPU processes. Datasets are looked for in $DETECTRON2_DATASETS (default: ./datasets).
+is the number of CPU processes. Datasets are looked for in $DETECTRON2_DATASETS (default: ./datasets).
 """
 
 from command_line import add_import, add_norm_options, add_trust, check_overrides, run_tool
@@ -22,7 +22,7 @@ def main():
     add_trust(parser)
     add_norm_options(parser)
     args = parser.parse_args()
-    check_overrides(args.opts, args.config_file)
+    check_overrides(args.opts)
     run_job(args)
 
 

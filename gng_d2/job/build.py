@@ -26,17 +26,17 @@ def build(cfg: Config, device: str | None = None, make: Callable = build_model) 
     """The model of ``cfg`` with fresh weights.
 
     Args:
-        device: by default the config's own, MODEL.DEVICE or train.device, or the CPU where there is no CUDA.
-        make: what makes the model of a YAML config.
+        device: by default that of the config, MODEL.DEVICE or train.device, or the CPU where there is no CUDA.
+        make: builds the model of a YAML config.
 
     Raises:
-        InputError: it cannot be built; names the key that is at fault where one can be found.
+        InputError: the model cannot be built; names the key at fault if one is found.
     """
     try:
         if isinstance(cfg, CfgNode):
             return build_naming_norms(make, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
         return build_naming_norms(instantiate, cfg.model).to(device or _device(cfg))
-    except Exception as error:  # of any kind: it runs every constructor that the config names
+    except Exception as error:  # of any kind, as any constructor may run that the config names
         raise InputError(_why_not(cfg, error) + (_key_at_fault(cfg, make) if device != "meta" else "")) from error
 
 
@@ -61,7 +61,7 @@ def _device(cfg):
 
 
 def _key_at_fault(cfg, make):
-    """What to say of the first key with whose default value the model can be built; numbers are tried before names."""
+    """A sentence on the first key with whose default value the model can be built. Numbers are tried before names."""
     if not isinstance(cfg, CfgNode):
         return ""
     defaults = dict(leaves(get_cfg()))
@@ -74,12 +74,13 @@ def _key_at_fault(cfg, make):
 
 
 def build_on_meta(cfg: Config, like: nn.Module | None = None) -> nn.Module:
-    """The model of ``cfg`` for its structure alone: its parameters are on the meta device, where they take no memory.
+    """The model of ``cfg`` for its structure alone, with parameters on the meta device, where they take no memory.
+
     A model that computes with its parameters while it is built is built on the CPU.
 
     Args:
-        like: a model that was built from such a YAML config. Where its class is in a registry of another project, and
-            not in Detectron2's, that class builds this model too.
+        like: a model of such a YAML config. If Detectron2's registry lacks its class, because another project's
+            registry has it, that class builds this model too.
 
     Raises:
         InputError: the model cannot be built.
@@ -97,8 +98,8 @@ def build_on_meta(cfg: Config, like: nn.Module | None = None) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta():
-    """Inside, each parameter of a module moves to the meta device when it becomes one. Other tensors, from which a
-    constructor may read numbers, stay where they are made."""
+    """Inside, a parameter moves to the meta device when a module gets it. Other tensors stay where they are made, as a
+    constructor may read numbers from them."""
 
     def moved(module, name, parameter):
         if parameter is None or parameter.is_meta or is_lazy(parameter):
@@ -113,15 +114,14 @@ def _parameters_on_meta():
 
 
 def bind_remaining_norms(model: nn.Module) -> nn.Module:
-    """Bind the norms of a Detectron2 ``model`` that met no layer while it was built, if there are any, and return it.
+    """Bind the norms of a Detectron2 ``model`` that met no layer while it was built, and return the model.
 
-    The model runs on a blank image for it. What that does not reach (a mask head, where nothing is detected) stays
-    unbound, and takes its groups from weights that are loaded or in the first training step.
+    If there are any, the model runs on a blank image. A norm that this does not reach (in a mask head, as nothing is
+    detected) stays unbound. It takes its groups from weights that are loaded, or in the first training step.
     """
     if unbound_norms(model):
-        side = 256
         try:
-            bind_norms(model, [{"image": torch.zeros(3, side, side), "height": side, "width": side}])
+            bind_norms(model, [{"image": torch.zeros(3, 256, 256), "height": 256, "width": 256}])
         except InputError as error:
             logging.getLogger(__name__).warning(f"norms that met no layer stay unbound: {error}")
     return model

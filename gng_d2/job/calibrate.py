@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import distributed as dist
@@ -27,40 +26,47 @@ __all__ = ["calibrate_backbone"]
 _log = logging.getLogger(__name__)
 
 
-def calibrate_backbone(trainer: TrainerBase, num_images: int) -> None:
-    """Fit the group norms of the backbone to the batch-norm weights in MODEL.WEIGHTS, which a new run starts from.
+def calibrate_backbone(model: nn.Module, cfg: CfgNode, num_images: int) -> None:
+    """Fit the group norms of the backbone to the batch norms in MODEL.WEIGHTS, which ``model`` has loaded.
 
-    For a ``train_net`` of one's own: it follows ``trainer.resume_or_load(...)`` and comes before an EMA of the weights
-    is made. It does nothing in a run that went on from a checkpoint, or whose backbone has no group norms.
+    In a training loop of one's own it is one line after the weights are loaded, before the first step and before an EMA
+    copies them: ``calibrate_backbone(model, cfg, 64)``. A run that goes on from a checkpoint leaves it out, because it
+    would lose what its norms have learned. A backbone without group norms stays as it is.
 
     The reference of :func:`~gng_d2.calibrate_norms` is a copy of the model with FrozenBN, filled from MODEL.WEIGHTS.
     Both run on the first ``num_images`` images of DATASETS.TRAIN by their sorted ids, resized as for a test, one image
-    at a time. Only ``backbone.bottom_up`` (or a backbone that has none) is calibrated, frozen stages too, and of it
-    only norms that MODEL.WEIGHTS has, with their convolutions: FPN and heads have no trained norms to follow. The first
-    process calibrates, and the others get its weights. The random number generators stay as they were.
+    at a time. Only ``backbone.bottom_up`` (or a backbone that has none) is calibrated, with its frozen stages. A norm
+    keeps its affine if MODEL.WEIGHTS lacks it or its convolution, as it lacks those of FPN and heads. The first process
+    calibrates, and the others get its affines. The random number generators stay as they were.
 
     Args:
-        trainer: Detectron2's DefaultTrainer or one that extends it: ``cfg``, ``model`` and ``start_iter`` are used.
-        num_images: what is live in the forward passes of all of them is in memory at the same time.
+        model: a Detectron2 model, also one inside DDP, in which each process calls this.
+        num_images: 64 are enough. What is live in the forward passes of all of them is in memory at the same time.
 
     Raises:
         InputError: MODEL.WEIGHTS holds no batch norms for this backbone, or the backbone cannot be run.
     """
-    model = getattr(trainer.model, "module", trainer.model)
+    if not isinstance(cfg, CfgNode):
+        raise InputError(
+            f"calibrate_backbone(model, cfg, num_images): cfg is the config from which Detectron2 built the model, a "
+            f"CfgNode, not {cfg!r}"
+        )
+    model = getattr(model, "module", model)
     norms = _group_norms(_bottom_up(model))
-    if trainer.start_iter or not norms:
-        _log.info("the backbone is not calibrated: %s", "the run goes on" if norms else "it has no group norms")
+    if not norms:
+        _log.info("the backbone is not calibrated: it has no group norms")
         return
     failed = None
     if comm.is_main_process():
         try:
             with unchanged(model):
-                _calibrate(trainer.cfg, model, num_images)
+                reference, without = _reference(cfg, model)
+                calibrate(_bottom_up(model), _bottom_up(reference), _images(cfg, num_images), without)
         except InputError as error:
             failed = str(error)
-    failed = comm.all_gather(failed)[0]  # so that the others do not wait for its weights
+    failed = comm.all_gather(failed)[0]  # so that the others do not wait for its affines
     if failed:
-        raise InputError(f"--calibrate-norms: {failed}")
+        raise InputError(f"the backbone cannot be calibrated: {failed}")
     if comm.get_world_size() > 1:
         for norm in norms.values():
             for parameter in norm.parameters():
@@ -70,7 +76,7 @@ def calibrate_backbone(trainer: TrainerBase, num_images: int) -> None:
 def _bottom_up(model):
     backbone = getattr(model, "backbone", None)
     if backbone is None:
-        raise InputError(f"--calibrate-norms: a {type(model).__name__} has no backbone")
+        raise InputError(f"the backbone cannot be calibrated: a {type(model).__name__} has none")
     return getattr(backbone, "bottom_up", backbone)
 
 
@@ -78,47 +84,42 @@ def _group_norms(model):
     return {name: norm for name, norm in model.named_modules() if isinstance(norm, nn.GroupNorm)}
 
 
-def _calibrate(cfg, model, num_images):
-    reference, trained = _reference(cfg, model)
-    bottom_up = _bottom_up(model)
-    prefix = next(name for name, module in model.named_modules() if module is bottom_up) + "."
-    without = {name for name in _group_norms(bottom_up) if prefix + name not in trained}
-    calibrate(bottom_up, _bottom_up(reference), _images(cfg, num_images), without)
-
-
 def _reference(cfg, model) -> tuple[nn.Module, set[str]]:
-    """What ``model`` was before its norms changed, and its norms that have trained weights, as has the layer before."""
+    """What ``model`` was before its norms changed, and the names of its backbone's norms that have no trained weights,
+    or whose convolution has none."""
     reference = copy.deepcopy(model)
+    bottom_up = _bottom_up(reference)
     layers = {name: layer for name, _, layer, _ in named_norms(reference)}
-    for name, norm in _group_norms(_bottom_up(reference)).items():
-        frozen = FrozenBatchNorm2d(norm.num_channels).to(next(norm.parameters()).device)
+    norms = _group_norms(bottom_up)
+    for name, norm in norms.items():
         parent, _, child = name.rpartition(".")
-        setattr(_bottom_up(reference).get_submodule(parent), child, frozen)
-    for layer in list(_bottom_up(reference).modules()):
+        frozen = FrozenBatchNorm2d(norm.num_channels).to(next(norm.parameters()).device)
+        setattr(bottom_up.get_submodule(parent), child, frozen)
+    for layer in list(bottom_up.modules()):
         if isinstance(layer, WSConv2d):
             unstandardize(layer)
     checkpointer = Checkpointer(reference)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     missing = checkpointer.missing_keys
-    trained = {name for name in checkpointer.from_batch_norms if f"{layers.get(name)}.weight" not in missing}
+    trained = [name for name in checkpointer.from_batch_norms if f"{layers.get(name)}.weight" not in missing]
     if not trained:
         raise InputError(
-            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} holds no batch norms for this backbone, to which its group norms "
-            f"could be fitted. Without --calibrate-norms the run starts from these weights as they are"
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} holds no batch norms for it, to which its group norms could be fitted"
         )
-    for norm in _bottom_up(reference).modules():
+    for norm in bottom_up.modules():
         if isinstance(norm, FrozenBatchNorm2d) and not norm.running_mean.any() and (norm.running_var == 1).all():
-            norm.running_var -= norm.eps  # statistics that are folded into weight and bias
+            norm.running_var -= norm.eps  # its statistics are folded into weight and bias
     if "MSRA" in cfg.MODEL.WEIGHTS and cfg.MODEL.RESNETS.DEPTH >= 50 and not cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         _log.warning(
             f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} were trained with MODEL.RESNETS.STRIDE_IN_1X1 True, and the config has "
             f"False: the backbone is fitted to a network that sees shifted features"
         )
-    return reference, trained
+    trained = [reference.get_submodule(name) for name in trained]
+    return reference, {name for name in norms if bottom_up.get_submodule(name) not in trained}
 
 
 def _images(cfg: CfgNode, number: int) -> list[Any]:
-    """The first images of the training set, normalized; not padded, as padding is no image."""
+    """The first images of the training set, normalized. They are not padded, because padding would count as image."""
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
     records.sort(key=lambda record: str(record.get("image_id", record["file_name"])).zfill(20))
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))

@@ -1,4 +1,4 @@
-"""A ResNet's batch-norm weights under torchvision's names become a checkpoint of Detectron2's with group norms."""
+"""Turn a ResNet's batch-norm weights under torchvision's names into a Detectron2 checkpoint with group norms."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.models.calibrate_norms import calibrate
 
-from .resnet_weights import Conversion, config_keys, convert_resnet
-from .weight_files import read_weight_file, save_weight_file
+from .resnet_weights import Conversion, config_keys, read_resnet
+from .weight_files import save_weight_file
 
 __all__ = ["convert_and_calibrate", "read_images"]
 
@@ -24,33 +24,25 @@ def convert_and_calibrate(
 ) -> Conversion:
     """Write the ResNet in ``path`` to ``out``, a .pth, with norms called ``norm`` that are calibrated on ``images``.
 
-    The names are those of a Detectron2 model with an FPN, and beside the weights stands the record of the norms, which
-    a .pkl would lose.
+    The weights have the names that they have in a Detectron2 model with an FPN, and the file records the norms' groups.
 
     Args:
         images: batches as the ResNet expects them, normalized.
 
     Raises:
-        InputError: names the file, and what it lacks or has too much; or the norm cannot stand there.
+        InputError: the file is no such ResNet, or ``norm`` is no group norm.
     """
     if not out.endswith(".pth"):
-        raise InputError(
-            f"the output {out} must end in .pth: with --norm it holds a record of its norms, as .pkl cannot"
-        )
-    try:
-        conversion = convert_resnet(read_weight_file(path), depth)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"the output {out} must end in .pth, because a .pkl cannot hold the record of the norms")
+    conversion = read_resnet(path, depth)
     if conversion.norm != "BN":
         raise InputError(f"{path} has group norms, which need no calibration. Leave out --norm and --calibrate")
     reference, model = _resnet(conversion, "FrozenBN"), _resnet(conversion, norm)
     if not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         raise InputError(f"--norm {norm} is no group norm")
     calibrate(model, reference, images)
-    backbone = nn.Module()
-    backbone.add_module("backbone", nn.Module())
-    backbone.backbone.add_module("bottom_up", model)
-    save_weight_file(out, {"model": backbone.state_dict()})
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": model})})
+    save_weight_file(out, {"model": detector.state_dict()})
     return conversion
 
 
@@ -62,7 +54,7 @@ def _resnet(conversion, norm):
     channels = conversion.weights["stem.conv1.weight"].shape[1]
     model = build_resnet_backbone(cfg, ShapeSpec(channels=channels))
     weights = {name: torch.from_numpy(value) for name, value in conversion.weights.items()}
-    model.load_state_dict(weights, strict=False)  # which leaves out a batch norm's statistics
+    model.load_state_dict(weights, strict=False)  # not strict: a group norm has no place for statistics
     return model.eval()
 
 

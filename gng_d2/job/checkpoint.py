@@ -23,13 +23,13 @@ from .build import bind_remaining_norms
 from .files import atomic_open
 from .weight_files import read_weight_file, save_weight_file
 
-__all__ = ["Checkpointer", "check_norms", "load_model"]
+__all__ = ["Checkpointer", "batch_norms", "check_norms", "load_model"]
 
 
 class Checkpointer(DetectionCheckpointer):
     """:class:`detectron2.checkpoint.DetectionCheckpointer` that refuses damaged weights and weights of other norms.
 
-    - A file appears under its name once it is whole, and any Detectron2 loads it. Reading a file compares its checksums
+    - A file appears under its name when it is whole, and any Detectron2 loads it. Reading a file compares its checksums
       and runs no code (:mod:`gng_d2.job.weight_files`).
     - GroupNorm weights fit any number of groups. So a checkpoint records each norm's groups, and whether its
       convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model with other norms is an
@@ -64,15 +64,13 @@ class Checkpointer(DetectionCheckpointer):
                 self.path_manager.get_local_path(path.split("?")[0])
             except Exception as error:  # each way of fetching raises its own
                 raise InputError(f"the weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None
+        return super().load(path, *args, **kwargs)
 
     def resume_or_load(self, path, *, resume=True):
         """Go on from :meth:`find_checkpoint`. Without ``resume`` or a checkpoint, load the weights ``path``."""
-        if resume:
-            self._remove_partial_files()
+        if resume and self.save_dir and self.save_to_disk:
+            for partial in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
+                os.remove(partial)  # a run left it that was killed while it wrote a checkpoint
         if resume and self.has_checkpoint():
             return self.load(self.find_checkpoint()[0])
         self._fine_tuning = True
@@ -84,15 +82,9 @@ class Checkpointer(DetectionCheckpointer):
     def has_checkpoint(self):
         return super().has_checkpoint() or self._newest_whole() is not None
 
-    def get_checkpoint_file(self):
-        try:
-            return super().get_checkpoint_file()
-        except ValueError:  # no text
-            return self.save_dir
-
     def find_checkpoint(self) -> tuple[str, dict]:
-        """The path and the content of the checkpoint to resume from: the one that ``last_checkpoint`` names, or, if it
-        is damaged, the newest whole one. A warning then says so.
+        """The path and the content of the checkpoint to resume from. It is the one that ``last_checkpoint`` names, or
+        where that is damaged the newest whole one, and then a warning says so.
 
         Raises:
             InputError: no checkpoint is whole; says what is wrong with the one that is named.
@@ -119,12 +111,6 @@ class Checkpointer(DetectionCheckpointer):
                         newest = path, checkpoint
         return newest
 
-    def _remove_partial_files(self):
-        """Such a file is left by a run that was killed while it wrote a checkpoint."""
-        if self.save_dir and self.save_to_disk:
-            for path in glob.glob(os.path.join(glob.escape(self.save_dir), "*.partial")):
-                os.remove(path)
-
     def read(self, path: str, to_resume: bool = False) -> dict:
         """The content of the local file ``path``; its weights are under the key ``model``.
 
@@ -135,11 +121,12 @@ class Checkpointer(DetectionCheckpointer):
         filename, _, query = path.partition("?")
         self._reading = filename
         checkpoint = read_weight_file(filename)
-        if not isinstance(checkpoint, Mapping):
-            raise InputError(f"{filename} cannot be read as a checkpoint: it holds no weights by name")
-        if filename.endswith((".pkl", ".pyth")):
-            checkpoint = _as_detectron2s(filename, checkpoint)
-        elif "model" not in checkpoint:
+        by_name = isinstance(checkpoint, Mapping)
+        if by_name and filename.endswith(".pkl") and not {"model", "__author__"} <= checkpoint.keys():
+            # of Caffe2, by Detectron2's rule; its detectors have "blobs", its ImageNet models do not
+            weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
+            checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        elif not by_name or "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
         if query == "matching_heuristics=True":
             checkpoint["matching_heuristics"] = True
@@ -151,10 +138,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{filename} holds no weights by name under 'model', as Detectron2's checkpoints do. "
                 f"tools/convert_weights.py converts ResNets of torchvision, timm and mmdetection"
             )
-        metadata = getattr(weights, "_metadata", {})
-        if not isinstance(metadata, Mapping) or not all(isinstance(entry, Mapping) for entry in metadata.values()):
-            raise InputError(f"{filename}: the metadata of its state_dict is damaged")
-        if to_resume:  # Detectron2 would go on at iteration 1 from what no trainer has saved
+        if to_resume:  # from a file that no trainer saved Detectron2 would go on at iteration 1
             parts = (checkpoint.get(key) for key in self.checkpointables)
             if type(checkpoint.get("iteration")) is not int or not all(isinstance(part, Mapping) for part in parts):
                 raise InputError(f"{filename} holds weights alone and not what a run goes on from")
@@ -168,57 +152,53 @@ class Checkpointer(DetectionCheckpointer):
         if not self._fine_tuning:
             check_norms(self.model, checkpoint, self._reading)
         _check_kinds(self.model, checkpoint["model"], self._reading)
-        batch_norms = _batch_norms(checkpoint)
+        suffixes = batch_norms(checkpoint)
         given = next(iter(checkpoint["model"]), "nothing")
         incompatible = super()._load_model(checkpoint)
-        missing = set(incompatible.missing_keys)
+        self.missing_keys = set(incompatible.missing_keys)
         names = {name for name, _ in self.model.named_parameters()}
-        if names and names <= missing:
+        if names and names <= self.missing_keys:
             model_has = f"where the model has {next(iter(self.model.state_dict()))}"
             if incompatible.incorrect_shapes:
                 given, found, wanted = incompatible.incorrect_shapes[0]
                 given, model_has = f"{given} of shape {found}", f"not {wanted}"
             raise InputError(f"{self._reading} holds no weight of this model: it has {given}, {model_has}")
-        self.missing_keys = missing
         self.from_batch_norms = [
             name
             for name, norm in self.model.named_modules()
             if num_channels(norm) is not None
-            and f"{name}.weight" not in missing
-            and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in batch_norms)
+            and f"{name}.weight" not in self.missing_keys
+            and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in suffixes)
         ]
         self._warn_of_batch_norms()
         return incompatible
 
     def _log_incompatible_keys(self, incompatible):
-        if self._whole:
-            trouble = _what_does_not_fit(self.model, incompatible)
-            if trouble:
-                raise InputError(
-                    f"{self._reading} {trouble}. Use the config that the weights were trained with (the config.yaml "
-                    f"beside them)"
-                )
+        trouble = _what_does_not_fit(self.model, incompatible) if self._whole else None
+        if trouble:
+            raise InputError(
+                f"{self._reading} {trouble}. Use the config that the weights were trained with (the config.yaml beside "
+                f"them)"
+            )
         super()._log_incompatible_keys(incompatible)
 
     def _warn_of_batch_norms(self):
-        modules = dict(self.model.named_modules())
-        taken = [(name, modules[name]) for name in self.from_batch_norms]
-        taken = [(name, norm) for name, norm in taken if isinstance(norm, nn.GroupNorm) and norm.affine]
-        if not taken:
-            return
-        frozen = sum(not norm.weight.requires_grad for _, norm in taken)
-        logging.getLogger(__name__).warning(
-            f"{len(taken)} GroupNorm layers ({taken[0][0]}, ...) took the weights of BatchNorm layers, {frozen} of "
-            f"them are frozen that way by MODEL.BACKBONE.FREEZE_AT. They do not fit: a BatchNorm's weight and bias "
-            f"belong to its running statistics. --calibrate-norms 64 of tools/train_net.py and tools/compare.py fits "
-            f"those of the backbone to them. Or set MODEL.WEIGHTS to weights trained with GroupNorm (for instance "
-            f"catalog://ImageNetPretrained/FAIR/R-50-GN with MODEL.RESNETS.STRIDE_IN_1X1 False), or "
-            f"MODEL.WEIGHTS '' with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch."
-        )
+        taken = {name: self.model.get_submodule(name) for name in self.from_batch_norms}
+        taken = {name: norm for name, norm in taken.items() if isinstance(norm, nn.GroupNorm) and norm.affine}
+        if taken:
+            frozen = sum(not norm.weight.requires_grad for norm in taken.values())
+            logging.getLogger(__name__).warning(
+                f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, "
+                f"which do not fit them, because a BatchNorm's affine belongs to its running statistics. "
+                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. --calibrate-norms 64 of train_net.py and "
+                f"compare.py fits those of the backbone. Or start from weights with GroupNorm (MODEL.WEIGHTS "
+                f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
+                f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
+            )
 
 
 def _check_kinds(model, weights, path):
-    """PyTorch copies integers, which mean nothing without their scale, and the real part of complex numbers."""
+    """PyTorch would copy integers without their scale, and the real part of complex numbers."""
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for name in (name for name in weights if name.removeprefix("module.") in floats):
         value = torch.as_tensor(weights[name])
@@ -250,13 +230,13 @@ def load_model(model: nn.Module, weights: str) -> nn.Module:
 
 
 def _what_does_not_fit(model, incompatible):
-    """Why the weights are not those of ``model``; None if they are."""
+    """What is wrong with the weights if they are not those of ``model``, else None."""
     misshapen = [
         f"{name} ({theirs} there, {ours} in the model)" for name, theirs, ours in incompatible.incorrect_shapes
     ]
     if misshapen:
         return f"has weights of other shapes: {abbreviated(misshapen)}"
-    # without the second name of a layer that the model has under two
+    # a layer that the model has under two names is in the file under one of them
     missing = _filter_reused_missing_keys(model, incompatible.missing_keys)
     missing = [name for name in incompatible.missing_keys if name in missing]  # in the order of the model
     if missing:
@@ -268,9 +248,10 @@ def _what_does_not_fit(model, incompatible):
 
 
 def _belongs_to_another_layer(model, key):
-    """Whether a part that ``model`` has would compute something else with the weight ``key``, which it lacks.
+    """Whether the weight ``key``, which ``model`` lacks, is of a layer inside a part that ``model`` has.
 
-    A whole part that the model lacks, such as a mask head, changes nothing in the other parts.
+    Then that part computed something else when it was trained. A whole part that the model lacks, such as a mask head,
+    changes nothing in the other parts.
     """
     module = model
     for part in key.split("."):
@@ -283,23 +264,8 @@ def _belongs_to_another_layer(model, key):
     return bool(own) or isinstance(module, (nn.Sequential, nn.ModuleList))
 
 
-def _as_detectron2s(filename, content):
-    """The content of a .pkl of Caffe2 or a .pyth of pycls as a checkpoint of Detectron2, by the rules of its own
-    checkpointer."""
-    if filename.endswith(".pyth"):
-        author, weights, left_out = "pycls", content.get("model_state"), "num_batches_tracked"
-        if not isinstance(weights, Mapping):
-            raise InputError(f"{filename} has no 'model_state', as the .pyth files of pycls do")
-    elif "model" in content and "__author__" in content:
-        return content
-    else:  # Caffe2's detectors have "blobs", its ImageNet models do not
-        author, weights, left_out = "Caffe2", content.get("blobs", content), "_momentum"
-    weights = {name: value for name, value in weights.items() if not name.endswith(left_out)}
-    return {"model": weights, "__author__": author, "matching_heuristics": True}
-
-
 def _recorded_state_dict(model):
-    """With the records also of norms that are not ours, which write none: a BatchNorm's is that it has no groups."""
+    """The state dict, in which norms that are not ours have a record too: that of a BatchNorm says "no groups"."""
     weights = model.state_dict()
     norms = {name: norm for name, norm in model.named_modules() if num_channels(norm) is not None}
     others = {name: norm for name, norm in norms.items() if not isinstance(norm, GroupNorm)}
@@ -313,27 +279,26 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
     Parts that ``model`` lacks as a whole (a mask head, say) and norms that have not met their layers are not compared.
 
     Raises:
-        InputError: only one of the two has a norm, or it has other groups there, or is standardized in one only.
+        InputError: a norm is in only one of the two, or has other groups there, or is standardized in only one.
     """
     there = {name.removeprefix("module."): record for name, record in records_of(checkpoint["model"]).items()}
     if not there:
         return
     here, modules = records_of(_recorded_state_dict(model)), dict(model.named_modules())
     with_weights = {key.removeprefix("module.").rpartition(".")[0] for key in checkpoint["model"]}
-    names = [name for name in here if name in there or (name not in with_weights and modules[name].state_dict())]
-    names += [name for name in there if name not in here and name.rpartition(".")[0] in modules]
-
-    def same(name):
-        if name not in there or name not in here:
-            return False
-        unbound = isinstance(modules[name], GroupNorm) and not modules[name].num_groups
-        return unbound or fits(there[name], here[name])
-
-    differ = [
-        f"{name}: {describe_record(there.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
-        for name in names
-        if not same(name)
-    ]
+    differ = []
+    for name in {**here, **there}:
+        if name in here and name in there:
+            unbound = isinstance(modules[name], GroupNorm) and not modules[name].num_groups
+            same = unbound or fits(there[name], here[name])
+        elif name in here:
+            same = name in with_weights or not modules[name].state_dict()
+        else:
+            same = name.rpartition(".")[0] not in modules
+        if not same:
+            differ.append(
+                f"{name}: {describe_record(there.get(name))} in the checkpoint, {describe_record(here.get(name))} here"
+            )
     if differ:
         lines = "\n  ".join(differ[:10])
         raise InputError(
@@ -343,10 +308,10 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
         )
 
 
-def _batch_norms(checkpoint):
-    """Names, as far as the file has them, of the BatchNorm layers in a checkpoint; "" stands for all layers."""
+def batch_norms(checkpoint: Mapping) -> set[str]:
+    """The names of the BatchNorm layers in a checkpoint, as far as the file has them; "" stands for all layers."""
     keys = [key.removeprefix("module.") for key in checkpoint["model"]]
     if checkpoint.get("__author__") == "Caffe2":
-        # Caffe2's names change on the way; its files hold one kind of norm: ..._bn_s or ..._gn_s
+        # Caffe2's names change when they are loaded. A file of it has one kind of norm: ..._bn_s or ..._gn_s
         return {""} if any("_bn_" in key for key in keys) else set()
     return {key[: -len(".running_mean")] for key in keys if key.endswith(".running_mean")}

@@ -1,12 +1,10 @@
-"""Load a config, a YAML or a lazy (Python) one, and refuse, before any work, what a run could not finish with.
+"""Load a config, a YAML or a lazy (Python) one, and refuse values with which a run could not finish.
 
-Reading a lazy config runs it. Every refusal is an :class:`~gng_d2.errors.InputError` that names the key, file or folder
-and the mend.
+Reading a lazy config runs it. Every refusal is an :class:`~gng_d2.errors.InputError` that names the key or file and
+says how to mend it.
 """
 
 import copy
-import difflib
-import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,10 +14,8 @@ import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.layers import get_norm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from gng_d2.errors import InputError
 
@@ -32,9 +28,13 @@ Config = CfgNode | DictConfig
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults, then ``config_file`` (a path, or a name in the model zoo), then ``KEY VALUE`` pairs.
+    """A YAML config: Detectron2's defaults, changed by ``config_file`` and then by ``overrides``.
 
     On a machine without CUDA ``MODEL.DEVICE`` becomes cpu.
+
+    Args:
+        config_file: a path, or a name in Detectron2's model zoo.
+        overrides: words, KEY VALUE KEY VALUE ...
 
     Raises:
         InputError: a file or a pair cannot be used, or a file has Python tags (:class:`_JudgedConfig`).
@@ -50,16 +50,23 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(find_config_file(config_file))
     except InputError:
         raise
+    except RecursionError:
+        raise InputError(f"config file {config_file}: its _BASE_ leads back to itself") from None
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"config file {config_file} is no YAML config: it, its _BASE_ or a section such as MODEL is empty, or has "
+            f"values without keys"
+        ) from error
     except Exception as error:  # PyYAML, yacs and Detectron2 raise a dozen kinds
-        raise InputError(f"config file {config_file}{_what_is_wrong(error)}") from error
+        raise InputError(f"config file {config_file} cannot be used: {_message(error)}") from error
     finally:
         vars(cfg).pop("load_yaml_with_base", None)
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise InputError(
-            f"config overrides {' '.join(overrides)!r}: {_message(error)}. They are pairs, KEY VALUE, of keys "
-            f"that Detectron2's config has"
+            f"config overrides {' '.join(overrides)!r}: {_message(error)}. Give pairs, KEY VALUE, with keys that the "
+            f"config has"
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).info("no CUDA device here: MODEL.DEVICE is cpu")
@@ -68,11 +75,11 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 
 def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
-    """A checked config: a lazy one, which is run, from a .py file, else a YAML one.
+    """A lazy config, which is run, if ``config_file`` ends in .py, else a YAML config that is checked.
 
     Args:
         config_file: a path, or a name in Detectron2's model zoo.
-        overrides: ``KEY VALUE`` pairs of words for a YAML config, words ``path.key=value`` for a lazy one.
+        overrides: of a YAML config words KEY VALUE KEY VALUE ..., of a lazy one words path.key=value.
 
     Raises:
         InputError: the file or an override cannot be used, or a lazy config has no ``model``.
@@ -83,12 +90,15 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
         return cfg
     try:
         cfg = LazyConfig.load(find_config_file(config_file))
-    except SyntaxError as error:
-        if error.__cause__:  # Detectron2 says which file, and Python why
-            raise InputError(f"{error} {error.__cause__}") from error
-        raise InputError(f"config file {config_file}: {error}") from error
-    for word in overrides:
-        _override(cfg, word)
+    except SyntaxError as error:  # where Detectron2 says which file it is, its cause says what is wrong
+        raise InputError(f"config file {config_file}: {error} {error.__cause__ or ''}".strip()) from error
+    try:
+        LazyConfig.apply_overrides(cfg, list(overrides))
+    except Exception as error:  # Hydra's and OmegaConf's have no base of their own
+        raise InputError(
+            f"config overrides {' '.join(overrides)!r}: {_message(error)}. A lazy config takes "
+            f"path.key=value, such as model.backbone.norm=PGN"
+        ) from error
     if not isinstance(cfg.get("model"), DictConfig) or "_target_" not in cfg.model:
         raise InputError(
             f"config file {config_file} has no `model` that is a LazyCall, as those of Detectron2's "
@@ -97,55 +107,11 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def _override(cfg, word):
-    key, equals, _ = word.partition("=")
-    if not equals:
-        raise InputError(
-            f"config override {word!r}: a lazy config takes path.key=value, such as model.backbone.norm=PGN, "
-            f"not KEY VALUE pairs"
-        )
-    node, parts = cfg, key.removeprefix("+").split(".")
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        names = _names(node, of_call=last)
-        if names is None or (last and key.startswith("+")):  # Hydra's sign of a new key
-            break
-        if part not in names:
-            near = difflib.get_close_matches(part, names, 1)
-            raise InputError(
-                f"config override {word!r}: there is no {part!r} in {'.'.join(parts[:depth]) or 'the config'}"
-                + (f"; did you mean {near[0]!r}?" if near else f". It has {', '.join(names) or 'nothing below it'}")
-            )
-        node = node[int(part)] if isinstance(node, ListConfig) else node.get(part)
-    try:
-        LazyConfig.apply_overrides(cfg, [word])
-    except Exception as error:  # Hydra's and OmegaConf's have no base of their own
-        raise InputError(f"config override {word!r}: {str(error).splitlines()[0]}") from error
-
-
-def _names(node, of_call):
-    """What can be set below ``node``, for a call also the arguments that it leaves out; None: anything."""
-    if isinstance(node, ListConfig):
-        return [str(index) for index in range(len(node))]
-    if not isinstance(node, DictConfig):
-        return []
-    if not of_call or "_target_" not in node:
-        return list(node)
-    target = node._target_
-    try:
-        parameters = inspect.signature(locate(target) if isinstance(target, str) else target).parameters
-    except (TypeError, ValueError):  # of a class in C
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return list(dict.fromkeys([*node, *(name for name in parameters if name != "self")]))
-
-
 class _JudgedConfig(CfgNode):
-    """Reads a YAML file and the files of its ``_BASE_``, each judged by itself.
+    """Reads a YAML file and the files of its ``_BASE_``, and refuses Python tags in each that is not in the model zoo.
 
-    A Python tag (``!!python/object/apply:...``) runs code on reading. Detectron2's model zoo has one, in
-    Base-RetinaNet.yaml; in any other folder it is refused, unless files are trusted.
+    A Python tag (``!!python/object/apply:...``) runs code on reading. Base-RetinaNet.yaml of Detectron2's model zoo has
+    one. In other folders a tag is read only if files are trusted.
     """
 
     @classmethod
@@ -165,7 +131,7 @@ class _JudgedConfig(CfgNode):
 
 
 def find_config_file(config_file: str) -> str:
-    """``config_file`` itself, or where it is in Detectron2's model zoo."""
+    """The path of ``config_file``, which is a path or a name in Detectron2's model zoo."""
     if not config_file:
         raise InputError("no config file: give --config-file FILE")
     if os.path.isfile(config_file):
@@ -176,23 +142,9 @@ def find_config_file(config_file: str) -> str:
         raise InputError(f"config file {config_file} does not exist, here or in Detectron2's model zoo") from None
 
 
-def _what_is_wrong(error):
-    """How the sentence goes on that begins with the name of a YAML config, which raised ``error``."""
-    if isinstance(error, RecursionError):
-        return ": its _BASE_ leads back to itself"
-    if isinstance(error, OSError):
-        return (
-            f" cannot be read: {error.strerror} ({error.filename})" if error.strerror else f" cannot be read: {error}"
-        )
-    if isinstance(error, (AttributeError, TypeError)):
-        return " is no YAML config: it, its _BASE_ or a section such as MODEL is empty, or has values without keys"
-    return f"{' is no YAML config' * isinstance(error, (yaml.YAMLError, UnicodeError))}: {_message(error)}"
-
-
 def _message(error):
-    """The message of ``error`` in one line."""
-    text = str(error) if isinstance(error, (yaml.YAMLError, UnicodeError)) or not error.args else str(error.args[0])
-    return " ".join(text.split()) or type(error).__name__
+    """The message of ``error`` in one line; of a KeyError without its quotes."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
 
 
 def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,7 +157,7 @@ def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
-    """(key, value) of each name of a norm, such as ("MODEL.FPN.NORM", "PGN") or ("model.backbone.norm", "PGN")."""
+    """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
     return _lazy_norm_keys(OmegaConf.to_container(cfg.model), "model")
@@ -232,21 +184,16 @@ def with_value(cfg: Config, key: str, value: str) -> Config:
 
 
 def check_config(cfg: CfgNode, world_size: int = 1) -> None:
-    """See that each NORM is a norm's name, the device one, and that a batch divides among ``world_size`` processes.
+    """See that the numbers of images and steps, and the device, are such that ``world_size`` processes can train.
 
     Raises:
         InputError: names the key.
     """
-    for key, value in norm_keys(cfg):
-        try:
-            get_norm(value, 32)
-        except InputError as error:
-            raise InputError(f"{key}: {error}") from None
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
         raise InputError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cpu, cuda, cuda:1 are") from None
-    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):  # without images Detectron2 waits for good
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):  # without images Detectron2 waits for ever
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} {cfg.SOLVER[key]}: at least 1")
     images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -258,15 +205,10 @@ def check_config(cfg: CfgNode, world_size: int = 1) -> None:
         )
 
 
-def check_weights(cfg: CfgNode, source: str = "MODEL.WEIGHTS") -> None:
-    """The file of MODEL.WEIGHTS is there, and a model without any needs none.
-
-    Args:
-        source: what the user set: the key, or the flag of a tool.
-    """
-    path = cfg.MODEL.WEIGHTS
-    check_weight_file(path, source)
-    if not path and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
+def check_weights(cfg: CfgNode) -> None:
+    """See that the file MODEL.WEIGHTS exists, and warn of a FrozenBN that gets no weights."""
+    check_weight_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    if not cfg.MODEL.WEIGHTS and cfg.MODEL.RESNETS.NORM == "FrozenBN" and "resnet" in cfg.MODEL.BACKBONE.NAME:
         logging.getLogger(__name__).warning(
             "MODEL.WEIGHTS '' with MODEL.RESNETS.NORM FrozenBN: without weights a FrozenBN normalizes nothing, and "
             "training will likely diverge. From scratch, set MODEL.RESNETS.NORM PGN and MODEL.BACKBONE.FREEZE_AT 0"
@@ -274,7 +216,7 @@ def check_weights(cfg: CfgNode, source: str = "MODEL.WEIGHTS") -> None:
 
 
 def check_weight_file(path: str, source: str) -> None:
-    """Raises: InputError: there is no such file; names what it was said by."""
+    """Raise an InputError where there is no file ``path``. It names ``source``, by which the user gave the path."""
     path = path.split("?")[0]
     if path and "://" not in path and not PathManager.isfile(path):
         scratch = ". MODEL.WEIGHTS '' starts from scratch" if source == "MODEL.WEIGHTS" else ""

@@ -1,27 +1,19 @@
 """Train or evaluate a Detectron2 model from a config, as Detectron2's tools/train_net.py does.
 
-Whatever would end a job early is refused before it starts; a job that was killed resumes as if it had not been; and
-it runs in one process, on many GPUs, or on CPUs.
+What would end a job early is refused before it starts. A job that was killed resumes as if it had run through. It runs
+in one process, on many GPUs, or on CPUs.
 """
 
 import logging
 import os
-import textwrap
-import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from unittest.mock import patch
+from weakref import proxy
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-    hooks,
-    launch,
-)
-from detectron2.engine.train_loop import TrainerBase
+from detectron2.engine import DefaultTrainer, create_ddp_model, default_setup, defaults, hooks, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -32,12 +24,12 @@ from torch.multiprocessing import ProcessRaisedException
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import build_naming_norms
 from gng_d2.models.fuse_norms import fuse_norms
-from gng_d2.models.norm_table import norm_summary, norm_table
+from gng_d2.models.norm_table import norm_summary
 from gng_d2.models.recompute_norms import recompute_norms
 
 from .build import bind_remaining_norms, build_on_meta
 from .calibrate import calibrate_backbone
-from .checkpoint import Checkpointer, check_norms, load_model
+from .checkpoint import Checkpointer, batch_norms, check_norms, load_model
 from .config import check_config, check_weights, find_config_file, load_config
 from .data.checks import map_values, naming_datasets, prepare_datasets
 from .data.images import NamingMapper
@@ -51,28 +43,17 @@ __all__ = ["Trainer", "train_or_evaluate", "setup_job", "run_job"]
 
 
 class Trainer(DefaultTrainer):
-    """:class:`detectron2.engine.DefaultTrainer` with evaluators by dataset, our checkpointer, and DDP on CPUs.
+    """:class:`detectron2.engine.DefaultTrainer` with an evaluator for each dataset, our checkpointer, and DDP on CPUs.
 
     With a SEED, a run that was interrupted and resumed does what an uninterrupted one does.
     """
 
     def __init__(self, cfg: CfgNode):
-        # DefaultTrainer.__init__, but for the two lines that are marked
-        TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        # 1: DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, data_loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        # 2: our Checkpointer for Detectron2's
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
-        self.register_hooks(self.build_hooks())
+        # DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them. The
+        # loggers are set up by who runs the job
+        ddp = partial(create_ddp_model, device_ids=None)
+        with patch.multiple(defaults, create_ddp_model=ddp, setup_logger=lambda: None):
+            super().__init__(cfg)
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
@@ -80,17 +61,7 @@ class Trainer(DefaultTrainer):
             start_at(self._trainer.data_loader, self.start_iter)
             if not hasattr(self._trainer, "_data_loader_iter_obj"):  # Detectron2 0.6 has begun already
                 self._trainer._data_loader_iter = iter(self._trainer.data_loader)
-        if self.start_iter >= self.max_iter:
-            self._save_final_checkpoint()
-
-    def _save_final_checkpoint(self):
-        """Of a run that has no step left, but was killed before its model_final was whole."""
-        path = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
-        try:
-            final = self.checkpointer.read(path)
-        except InputError:
-            final = {}
-        if final.get("iteration") != self.iter or self.checkpointer.get_checkpoint_file() != path:
+        if self.start_iter >= self.max_iter:  # the run may have been killed before its model_final was whole
             self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self):
@@ -114,43 +85,30 @@ class Trainer(DefaultTrainer):
             mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
-    def build_writers(self):
-        self._writers = super().build_writers()
-        return self._writers
-
     def build_hooks(self):
-        """Detectron2's, and with TEST.AUG.ENABLED an evaluation with test-time augmentation after the last step. Before
-        it, which takes many times as long as an evaluation, all other metrics are written."""
+        """Detectron2's, with our checkpointer. With TEST.AUG.ENABLED an evaluation with test-time augmentation follows
+        the last step; as it takes many times as long as an evaluation, all other metrics are written before it."""
+        self.checkpointer = Checkpointer(self.model, self.cfg.OUTPUT_DIR, trainer=proxy(self))
         built = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
+            writing = [hook for hook in built if isinstance(hook, hooks.PeriodicWriter)]
 
             def evaluate():
-                for writer in self._writers if comm.is_main_process() else ():
-                    writer.write()
+                for hook in writing:
+                    for writer in hook._writers:
+                        writer.write()
                 self.storage.step()  # Detectron2's writers leave out what an iteration that they wrote gets later
                 results = self.test_with_TTA(self.cfg, self.model)
                 self._last_eval_results.update(results)
                 return results
 
-            writers = sum(isinstance(hook, hooks.PeriodicWriter) for hook in built)  # come last, to write it too
-            built.insert(len(built) - writers, hooks.EvalHook(0, evaluate))
+            built.insert(len(built) - len(writing), hooks.EvalHook(0, evaluate))  # before the writers, for its metrics
         return built
 
     def train(self):
         """Train, evaluate, and return the metrics by task (in the main process)."""
-        if comm.is_main_process():
-            self._write_norm_table()
         super().train()
         return getattr(self, "_last_eval_results", None)
-
-    def _write_norm_table(self):
-        """As a text for TensorBoard, in an event file of its own beside that of Detectron2's writer."""
-        from torch.utils.tensorboard import SummaryWriter  # training needs it, as in Detectron2, evaluating does not
-
-        model = getattr(self.model, "module", self.model)
-        table = textwrap.indent(str(norm_table(model)), "    ")  # in Markdown, as it stands
-        with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
-            writer.add_text("norms", f"{norm_summary(model)}\n\n{table}", self.start_iter)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -179,8 +137,8 @@ def train_or_evaluate(cfg: CfgNode, args) -> None:
         if getattr(args, "fuse_norms", False):
             fuse_norms(trainer.model)
         trainer.resume_or_load(resume=args.resume)
-        if getattr(args, "calibrate_norms", 0):
-            calibrate_backbone(trainer, args.calibrate_norms)
+        if getattr(args, "calibrate_norms", 0) and trainer.start_iter == 0:
+            calibrate_backbone(trainer.model, cfg, args.calibrate_norms)
         trainer.train()
         return
     model = Trainer.build_model(cfg)
@@ -203,6 +161,7 @@ def setup_job(
     world_size: int = 1,
     resume: bool = False,
     eval_only: bool = False,
+    calibrate_norms: int = 0,
 ) -> CfgNode:
     """The config of a job, after checking all that can be checked before it starts.
 
@@ -218,17 +177,8 @@ def setup_job(
         path, checkpoint = checkpointer.find_checkpoint()
         check_norms(model, checkpoint, path)
     else:
-        path = cfg.MODEL.WEIGHTS
         check_weights(cfg)
-        if eval_only and not path:
-            raise InputError("MODEL.WEIGHTS '': --eval-only needs the file of weights that is to be evaluated")
-        if path and "://" not in path:
-            try:
-                checkpoint = checkpointer.read(path)
-            except InputError as error:
-                raise InputError(f"MODEL.WEIGHTS: {error}") from None
-            if eval_only:
-                check_norms(model, checkpoint, path)
+        _check_content(cfg.MODEL.WEIGHTS, checkpointer, eval_only, calibrate_norms)
     prepare_folder(cfg.OUTPUT_DIR, f"to OUTPUT_DIR {cfg.OUTPUT_DIR!r}")
     prepare_datasets(cfg, eval_only)
     check_evaluation(cfg, model)
@@ -236,9 +186,25 @@ def setup_job(
     return cfg
 
 
+def _check_content(path, checkpointer, eval_only, calibrate_norms):
+    """See that the file MODEL.WEIGHTS holds what the job needs. One that has to be fetched is not looked at."""
+    if eval_only and not path:
+        raise InputError("MODEL.WEIGHTS '': --eval-only needs the file of weights that is to be evaluated")
+    if "://" in path:
+        return
+    try:
+        checkpoint = checkpointer.read(path) if path else {"model": {}}
+    except InputError as error:
+        raise InputError(f"MODEL.WEIGHTS: {error}") from None
+    if eval_only:
+        check_norms(checkpointer.model, checkpoint, path)
+    elif calibrate_norms and not batch_norms(checkpoint):
+        raise InputError(f"--calibrate-norms fits group norms to batch norms, and MODEL.WEIGHTS {path!r} holds none")
+
+
 def then_leave_group(main: Callable, *args):
-    """What a process of a job does: ``main(*args)``. One that ended with the threads of its process group still
-    running would now and then be aborted, and a job that was done would count as failed."""
+    """What each process of a job does: ``main(*args)``, and then it ends the threads of its process group. With them
+    a process is now and then aborted when it ends, and its job would count as failed."""
     result = main(*args)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -246,7 +212,11 @@ def then_leave_group(main: Callable, *args):
 
 
 def run_job(args) -> None:
-    """Run what Detectron2's command line arguments say, and ``--import`` where there is one, in as many processes.
+    """Run the job that Detectron2's command line arguments describe, in as many processes as they say.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``; our tools' ``imports``, ``recompute_norms``, ``fuse_norms``
+            and ``calibrate_norms`` may be missing.
 
     Raises:
         InputError: as :func:`setup_job`, or in one of the processes.
@@ -260,6 +230,7 @@ def run_job(args) -> None:
         world_size=args.num_gpus * args.num_machines,
         resume=args.resume,
         eval_only=args.eval_only,
+        calibrate_norms=getattr(args, "calibrate_norms", 0),
     )
     log.handlers.clear()
     try:
@@ -272,7 +243,7 @@ def run_job(args) -> None:
             args=(train_or_evaluate, cfg, args),
         )
     except (ProcessRaisedException, InputError) as error:
-        # in a process of the job or of its data loader, the message stands at the end of a traceback
+        # the message of a process of the job, or of its data loader, stands at the end of a traceback
         _, found, message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")
         if not found:
             raise

@@ -1,30 +1,13 @@
-"""What each dataset is evaluated with. Whatever would make an evaluation fail is refused before the training."""
+"""What each dataset is evaluated with. What would make an evaluation fail is refused before the training."""
 
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
 
+from detectron2 import evaluation
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
-)
-from detectron2.modeling import (
-    GeneralizedRCNN,
-    GeneralizedRCNNWithTTA,
-    PanopticFPN,
-    ProposalNetwork,
-    RetinaNet,
-    SemanticSegmentor,
-)
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, ProposalNetwork, RetinaNet, SemanticSegmentor
 from torch import nn
 
 from gng_d2.errors import InputError
@@ -38,39 +21,39 @@ __all__ = ["build_evaluator", "check_evaluation"]
 
 def _semantic(cfg, name, folder):
     # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
-    takes_reader = "sem_seg_loading_fn" in inspect.signature(SemSegEvaluator).parameters
+    takes_reader = "sem_seg_loading_fn" in inspect.signature(evaluation.SemSegEvaluator).parameters
     reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
-    return SemSegEvaluator(name, output_dir=folder, **reader)
+    return evaluation.SemSegEvaluator(name, output_dir=folder, **reader)
 
 
 def _coco(cfg, name, folder):
-    return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    return evaluation.COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
 
-# by the `evaluator_type` of Detectron2's metadata: what makes the evaluators; what they need of a model's output, as
-# COCO's and LVIS' leave out what is not there; the package in which they compute
-_EVALUATIONS: dict[str, tuple[list[Callable], set[str], str]] = {
+def _by_name(evaluator):
+    return lambda cfg, name, folder: evaluator(name)
+
+
+def _with_folder(evaluator):
+    return lambda cfg, name, folder: evaluator(name, output_dir=folder)
+
+
+# by the `evaluator_type` of Detectron2's metadata: what makes the evaluators; the outputs of a model without which they
+# fail; the package in which they compute
+_EVALUATIONS = {
     "coco": ([_coco], set(), "pycocotools"),
     "coco_panoptic_seg": (
-        [_semantic, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)],
+        [_semantic, _coco, _with_folder(evaluation.COCOPanopticEvaluator)],
         {"sem_seg", "panoptic_seg"},
         "panopticapi",
     ),
     "sem_seg": ([_semantic], {"sem_seg"}, "pycocotools"),
-    "lvis": ([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], set(), "lvis"),
-    "pascal_voc": ([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], {"instances"}, "pycocotools"),
-    "cityscapes_instance": (
-        [lambda cfg, name, folder: CityscapesInstanceEvaluator(name)],
-        {"instances"},
-        "cityscapesscripts",
-    ),
-    "cityscapes_sem_seg": (
-        [lambda cfg, name, folder: CityscapesSemSegEvaluator(name)],
-        {"sem_seg"},
-        "cityscapesscripts",
-    ),
+    "lvis": ([_with_folder(evaluation.LVISEvaluator)], set(), "lvis"),
+    "pascal_voc": ([_by_name(evaluation.PascalVOCDetectionEvaluator)], {"instances"}, "pycocotools"),
+    "cityscapes_instance": ([_by_name(evaluation.CityscapesInstanceEvaluator)], {"instances"}, "cityscapesscripts"),
+    "cityscapes_sem_seg": ([_by_name(evaluation.CityscapesSemSegEvaluator)], {"sem_seg"}, "cityscapesscripts"),
 }
-# what models put into their output. Another project's class, a subclass too, is not compared
+# the outputs of Detectron2's models. Models of other projects, subclasses of these too, are not compared
 _GIVEN = {
     GeneralizedRCNN: {"instances"},
     RetinaNet: {"instances"},
@@ -81,7 +64,7 @@ _GIVEN = {
 _COCO_KEYPOINTS = 17
 
 
-def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluators:
+def build_evaluator(cfg: CfgNode, name: str, folder: str) -> evaluation.DatasetEvaluators:
     """The evaluators of the dataset ``name``, which write to ``folder``.
 
     Raises:
@@ -96,7 +79,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluators:
         pip = {"panopticapi": "panopticapi-lite"}.get(package, package)
         raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {pip}")
     with naming_datasets("DATASETS.TEST", [name]):
-        return DatasetEvaluators([make(cfg, name, folder) for make in evaluators])
+        return evaluation.DatasetEvaluators([make(cfg, name, folder) for make in evaluators])
 
 
 def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
@@ -131,15 +114,9 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
         )
     if cfg.DATASETS.TEST and cfg.TEST.AUG.ENABLED:
         prepare_folder(f"{folder}_TTA")
-        _check_augmentation(cfg, model)
-
-
-def _check_augmentation(cfg, model):
-    try:
-        GeneralizedRCNNWithTTA(cfg, model)
-        inspect.signature(model.inference).bind([], None, do_postprocess=False)  # as it is called there
-    except (AssertionError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this {type(model).__name__} "
-            f"({error}). It takes a GeneralizedRCNN without keypoints that computes its own proposals"
-        ) from None
+        of_rcnn = isinstance(model, GeneralizedRCNN) and not isinstance(model, PanopticFPN)
+        if not of_rcnn or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            raise InputError(
+                f"TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this {type(model).__name__}. It "
+                f"takes a GeneralizedRCNN without keypoints that computes its own proposals"
+            )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a check that they can be written."""
+"""Write files that appear whole or not at all, and check before a long work that they can be written."""
 
 import json
 import os
@@ -15,10 +15,9 @@ __all__ = ["atomic_open", "prepare_folder", "prepare_outputs", "save_figure", "w
 
 @contextmanager
 def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write that takes the name ``path`` once it is whole.
+    """Open a file for writing that takes the name ``path`` when it is whole.
 
-    Until then, and where the body fails or the disk is full, what was there before stays as it was, and nothing
-    else is left behind.
+    If the body fails or the disk is full, the file that was there before stays, and nothing else is left behind.
 
     Args:
         mode: "w" for text in UTF-8, "wb" for bytes.
@@ -31,7 +30,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
         ...     _ = file.write("[]")
     """
     path = os.path.realpath(path)  # a link stays one
-    # a device or a pipe, /dev/stdout say, must not be replaced by a file
+    # a device or a pipe, such as /dev/stdout, is written to and not replaced
     partial = path if os.path.exists(path) and not os.path.isfile(path) else f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -44,7 +43,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
                 os.replace(partial, path)
     except OSError as error:
         if error.filename not in (None, path, partial):
-            raise  # another file's, which the body reads
+            raise  # of another file, which the body reads
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if partial != path:
@@ -53,7 +52,7 @@ def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 def write_json(path: str, content) -> None:
-    """Write ``content`` as JSON a person can read, whole or not at all. NumPy's numbers become Python's."""
+    """Write ``content`` as indented JSON, whole or not at all. NumPy's numbers become Python's."""
     with atomic_open(path) as file:
         json.dump(content, file, indent=1, default=float)
 
@@ -65,24 +64,24 @@ def save_figure(figure, path: str, dpi: int) -> None:
 
 
 def prepare_folder(folder: str, name: str | None = None) -> None:
-    """Make ``folder`` if it is not there, and see that files can be written in it.
+    """Make ``folder`` if it is not there, and see that files can be written to it.
 
     Args:
         name: what the error says cannot be written, by default the folder.
 
     Raises:
-        InputError: says why they cannot.
+        InputError: says why not.
     """
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**16))  # because an empty file can be made on a full disk
+            file.write(bytes(2**16))  # an empty file could be made on a full disk too
     except OSError as error:
         raise InputError(f"cannot write {name or f'to {folder!r}'}: {error.strerror}") from error
 
 
 def prepare_outputs(*paths: str | None) -> None:
-    """Make the folders of ``paths`` (None is skipped) before a long work, and see that the files can be written.
+    """Make the folders of ``paths`` and see that the files can be written; None among them is skipped.
 
     Raises:
         InputError: names the file and what stands in its way.

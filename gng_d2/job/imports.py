@@ -1,11 +1,10 @@
-"""``--import MODULE_OR_FILE.py ...``: a user's own code runs before a config is read.
+"""``--import MODULE_OR_FILE.py ...`` runs a user's own code before a config is read.
 
-A config names datasets, backbones and heads that have to be registered first; so any of them works in our
+A config names datasets, backbones and heads, and these have to be registered first. With ``--import`` they work in our
 tools without a program of one's own.
 """
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ __all__ = ["import_modules"]
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import each of ``names``, a module or the path of a .py file; what is imported already is not run again.
+    """Import each of ``names``, a module or the path of a .py file. What is imported already is not run again.
 
-    A file is imported under its own name without the .py, and finds its neighbours as a script does. What it
-    raises is raised here.
+    A file is imported under its own name without the .py, and finds its neighbours as a script does. An error in the
+    user's code is raised as it is.
 
     Raises:
         InputError: there is no such file or module, or a file's name is that of another module.
@@ -35,8 +34,8 @@ def _import_module(name):
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # one that it imports is missing
         raise InputError(
-            f"--import: there is no module {name!r}. A file is given with its .py; and --import takes every word up "
-            f"to the next option, so KEY VALUE pairs must not follow it"
+            f"--import: there is no module {name!r}. Name a file with its .py. --import takes every word up to the "
+            f"next option, so KEY VALUE pairs must not follow it"
         ) from None
 
 
@@ -46,17 +45,9 @@ def _import_file(path):
         raise InputError(f"--import: the file {path} does not exist")
     folder, file_name = os.path.split(path)
     name = file_name.removesuffix(".py")
-    if name in sys.modules:
-        other = getattr(sys.modules[name], "__file__", None) or "built in"
-        if os.path.realpath(other) != path:
-            raise InputError(f"--import: {path} has the name of a module in use, {name!r} ({other}). Rename the file")
-        return
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    importlib.invalidate_caches()  # the file may be new
+    found = getattr(importlib.import_module(name), "__file__", None) or "built in"
+    if os.path.realpath(found) != path:
+        raise InputError(f"--import: {path} has the name of another module, {name!r} ({found}). Rename the file")

@@ -1,4 +1,4 @@
-"""What the metrics.json that Detectron2 writes of a run says."""
+"""Read the metrics.json that Detectron2 writes in a run."""
 
 import json
 import os
@@ -8,13 +8,13 @@ __all__ = ["last_record", "read_metrics"]
 
 
 def read_metrics(path: str, most: int | None = None) -> list[dict]:
-    """The records of a run, by iteration.
+    """The records of a run, in the order of their iterations.
 
-    What a run wrote after the checkpoint from which it was resumed, and what an earlier run wrote to the same file,
-    is left out. So are lines that are no records, as a run that is killed may leave them.
+    Three kinds of lines are left out: what an earlier run wrote to the same file, what this run wrote after the
+    checkpoint from which it resumed, and what is no record, as a run that is killed may leave half a line.
 
     Args:
-        most: bytes at the end of the file to read, by default all.
+        most: how many bytes to read at the end of the file, by default all.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -29,7 +29,7 @@ def read_metrics(path: str, most: int | None = None) -> list[dict]:
                 numbers = all(type(value) in (int, float) for value in record.values())
                 if type(iteration) is not int or iteration >= 2**63 or not numbers:
                     continue
-                if "total_loss" in record:  # an evaluation may be written after later losses
+                if "total_loss" in record:  # not an evaluation, which may be written after later losses
                     if iteration <= latest:
                         records = {i: r for i, r in records.items() if i < iteration}
                     latest = iteration
@@ -38,7 +38,7 @@ def read_metrics(path: str, most: int | None = None) -> list[dict]:
 
 
 def last_record(path: str) -> dict:
-    """The last of :func:`read_metrics`, {"iteration": -1} if there is none. Only the end of the file is read."""
+    """The last of :func:`read_metrics`, or {"iteration": -1} if there is none. Only the end of the file is read."""
     with suppress(OSError, IndexError):
         return read_metrics(path, most=2**16)[-1]
     return {"iteration": -1}

@@ -1,4 +1,4 @@
-"""Our configs, wherever the package is installed."""
+"""Find our configs, wherever the package is installed."""
 
 import os
 

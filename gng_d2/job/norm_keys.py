@@ -1,4 +1,4 @@
-"""Whether the ``NORM`` keys of a config do what they say: heads that compare norm names literally ignore ours."""
+"""Check that the ``NORM`` keys of a config make our norms, which heads that compare names literally do not."""
 
 import logging
 
@@ -15,21 +15,21 @@ __all__ = ["check_norm_keys", "norms_of_key"]
 
 
 def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
-    """Every ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.
+    """See that each ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.
 
-    In a lazy config the keys are those of its ``model`` that are called ``norm`` or end in ``_norm``.
+    In a lazy config these are the keys of its ``model`` that are called ``norm`` or end in ``_norm``.
 
-    Some heads compare the name with "GN" or "BN" and give no norm, or another, where it is neither. So for each key the
-    model is built with those names in its place, without memory for its weights. Where they change the norms, ours has
-    to as well. One INFO line lists the keys that change nothing under any name, because this model does not use them.
-    Where the model cannot be built, a warning says that the key is not checked, and why.
+    Some heads compare the name with "GN" or "BN", and with any other name they make no norm, or another one. So for
+    each key the model is built with GN and BN in place of the name, without memory for its weights. Where this changes
+    norms, there must be norms of our name. One INFO line lists the keys that change nothing, because this model does
+    not use them. If the model cannot be built, a warning says that the key is not checked, and why.
 
     Args:
-        model: the model of ``cfg``, by default built here. Give it where your project builds it from registries of its
+        model: the model of ``cfg``, by default built here. Give it if your project builds it from registries of its
             own, in which Detectron2 does not look.
 
     Raises:
-        InputError: a key's norm was not made, or not everywhere where GN is; names the key and a place.
+        InputError: a key's norm was not made, or not at each place where GN is; names the key and a place.
 
     Examples::
         >>> cfg = get_cfg()  # doctest: +SKIP
@@ -49,13 +49,13 @@ def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
             log.warning(f"{key} {value}: not checked whether it makes such norms. {error}")
             continue
         missing = [path for path, (here, _) in changed.items() if here != ours]
-        # Under BN there can be norms in other places, such as one for each level of a pyramid
+        # BN may make norms at more places, such as one for each level of a pyramid
         if missing and (name == "GN" or len(missing) == len(changed)):
             here, there = changed[missing[0]]
             raise InputError(
                 f"{key}: {value} makes {here} at {abbreviated(missing, most=1)}, where {name} makes {there}. The code "
-                f"that reads this key does not ask detectron2.layers.get_norm for its norms, but compares names: use "
-                f"one that it knows, or have it call get_norm"
+                f"that reads this key compares names and does not call detectron2.layers.get_norm. Use a name that it "
+                f"knows, or let it call get_norm"
             )
         if not changed:
             unused.append(f"{key} {value}")
@@ -64,11 +64,11 @@ def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
 
 
 def norms_of_key(cfg: Config, key: str, model: nn.Module) -> tuple[str, dict[str, tuple[str, str]]]:
-    """Which norms of ``model``, the model of ``cfg``, are made by the NORM key ``key``.
+    """The norms of ``model``, the model of ``cfg``, that the NORM key ``key`` makes.
 
     Returns:
-        The name that stood in for the key's own, "GN" or "BN", and by path the norms that changed: as they are in
-        ``model``, and under that name. Where there is none on either side, it is called "no norm".
+        The name that took the place of the key's own, "GN" or "BN". And by path the norms that changed, each with what
+        it is in ``model`` and what it is under that name; "no norm" where there is none.
 
     Raises:
         InputError: the model cannot be built under another name.
@@ -92,7 +92,7 @@ def norms_of_key(cfg: Config, key: str, model: nn.Module) -> tuple[str, dict[str
 
 
 def _canonical(value):
-    """The name that norms of the name ``value`` give themselves, as GN32 is GN; None where it is none of ours."""
+    """The name that norms made by ``value`` give themselves (GN32 is GN), or None if the name is not ours."""
     make = norm_from_name(value) if isinstance(value, str) else None
     return make and norm_name(make(32))
 

@@ -1,7 +1,4 @@
-"""ResNet weights under torchvision's names (timm's and mmdetection's too) become Detectron2's.
-
-Nothing that a file holds is run on the way: only tensors, numbers, texts and containers of them are read.
-"""
+"""Convert a ResNet's weights from torchvision's names, which timm and mmdetection use too, to Detectron2's."""
 
 import os
 import pickle
@@ -20,13 +17,12 @@ from gng_d2.errors import InputError, abbreviated
 from .files import atomic_open, prepare_outputs
 from .weight_files import read_weight_file
 
-__all__ = ["DEPTHS", "Conversion", "config_keys", "convert_file", "convert_resnet", "write_weights"]
+__all__ = ["DEPTHS", "Conversion", "config_keys", "convert_file", "convert_resnet", "read_resnet", "write_weights"]
 
-# blocks of layer1 ... layer4; basic blocks below 50, bottlenecks from there on
+# how many blocks layer1 to layer4 have, by depth; they are basic blocks below 50, and bottlenecks from there on
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 DEPTHS = tuple(_BLOCKS)
 _A_BLOCK = "layer1.0.conv1.weight"  # every ResNet has it
-_PREFIX = r"(?:module\.)*(backbone\.)?(?:module\.)*"  # what is stripped
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,9 @@ class Conversion:
     weights: dict[str, np.ndarray]  # by Detectron2's names, in float32
     depth: int
     norm: str  # "BN" where the norms have running statistics, otherwise "GN"
-    num_groups: int  # of the 3x3 convolutions, and
-    width_per_group: int  # as MODEL.RESNETS has them
-    dropped: dict[str, list[str]]  # names by the reason
+    num_groups: int  # as MODEL.RESNETS.NUM_GROUPS
+    width_per_group: int  # as MODEL.RESNETS.WIDTH_PER_GROUP
+    dropped: dict[str, list[str]]  # names by why they were dropped
 
 
 def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
@@ -48,16 +44,19 @@ def convert_file(path: str, out: str, depth: int | None = None) -> Conversion:
         InputError: names the file, and what it lacks or has too much.
     """
     if not out.endswith(".pkl"):
-        raise InputError(f"the output {out} must end in .pkl: by that Detectron2 tells such a file")
-    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-        raise InputError(f"the output {out} is the input: give it another name")
-    checkpoint = read_weight_file(path)
-    try:
-        conversion = convert_resnet(checkpoint, depth)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"the output {out} must end in .pkl, by which Detectron2 knows such a file")
+    conversion = read_resnet(path, depth)
     write_weights(out, conversion.weights, author=f"gng_d2, from {os.path.basename(path)}")
     return conversion
+
+
+def read_resnet(path: str, depth: int | None = None) -> Conversion:
+    """:func:`convert_resnet` of a file. Its errors name the file."""
+    checkpoint = read_weight_file(path)
+    try:
+        return convert_resnet(checkpoint, depth)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def write_weights(path: str, weights: Mapping[str, np.ndarray], author: str) -> None:
@@ -77,20 +76,23 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
     """Rename a ResNet's weights from torchvision's names to Detectron2's.
 
     Args:
-        checkpoint: tensors by name, or a dict that has them under ``state_dict`` or ``model``; the names
-            may begin with ``module.`` and ``backbone.``. A norm is called bn1, gn1 or norm1. Where some
-            names begin with ``backbone.``, the others are dropped.
+        checkpoint: tensors by name, or a dict that has them under ``state_dict`` or ``model``. The names may begin with
+            a prefix, such as ``module.backbone.``; what does not begin with it is dropped. A norm is called bn1, gn1 or
+            norm1.
         depth: of the ResNet that is expected; None takes any.
 
     Raises:
-        InputError: it is no ResNet, one that Detectron2's cannot hold, one of another depth, or not whole.
+        InputError: it is no ResNet, not one but several, one that Detectron2's cannot hold, one of another depth, or
+            not whole.
     """
     state, beside = _unwrap(checkpoint)
-    _check_prefixes(state)
-    state, outside = _strip_prefixes(state)
+    state, outside = _strip_prefix(state)
     classifier = [name for name in state if name.startswith("fc.")]
     counters = [name for name in state if name.endswith(".num_batches_tracked")]
     state = {name: value for name, value in state.items() if name not in {*classifier, *counters}}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
+            raise InputError(f"{name} is no dense tensor of floating-point numbers")
 
     found = _depth(state)
     if depth not in (None, found):
@@ -98,7 +100,7 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
     norm = next((n for n in ("bn", "gn", "norm") if any(re.search(rf"\b{n}\d\.", name) for name in state)), "bn")
     statistics = any(name.endswith(".running_mean") for name in state)
     num_groups, per_group = _groups(state, found)
-    _check_tensors(state, found, _shapes(state, found, norm, statistics, num_groups, per_group))
+    _check_shapes(state, found, norm, statistics, num_groups, per_group)
 
     reasons = {
         "beside the weights": beside,
@@ -121,9 +123,9 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
 
 
 def config_keys(conversion: Conversion) -> list[str]:
-    """The config that such weights need, as lines of ``KEY VALUE`` pairs: the model's, then the images'.
+    """The config that such weights need, as two lines of ``KEY VALUE`` pairs: for the model and for the images.
 
-    The names do not tell how images were made numbers. These are torchvision's, timm's and mmdetection's ways.
+    A file does not say how images were normalized for it. The second line is how torchvision, timm and mmdetection do.
     """
     resnets = {
         "DEPTH": conversion.depth,
@@ -150,46 +152,26 @@ def _unwrap(checkpoint):
         checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping) or not all(isinstance(key, str) for key in checkpoint):
         raise InputError("it has no weights by name")
-    for key, value in checkpoint.items():  # "state_dict_ema", say
-        if isinstance(value, Mapping) and any(str(name).endswith(_A_BLOCK) for name in value):
-            raise InputError(f"its weights are under {key!r}. Save that alone: torch.save(checkpoint[{key!r}], OUT)")
     return checkpoint, beside
 
 
-def _check_prefixes(names):
-    """The prefixes of MoCo, Lightning, torch.compile, EMA and others: which of several is wanted, the user knows."""
-    prefixes = [name.removesuffix(_A_BLOCK) for name in names if name.endswith(_A_BLOCK)]
-    if prefixes and not any(re.fullmatch(_PREFIX, prefix) for prefix in prefixes):
+def _strip_prefix(state):
+    """The ResNet in a state dict, under torchvision's names, and the names of what lies outside of it."""
+    prefixes = [name.removesuffix(_A_BLOCK) for name in state if name.endswith(_A_BLOCK)]
+    if not prefixes:
         raise InputError(
-            f"the names of its ResNet begin with {' or '.join(map(repr, prefixes))}. Strip that: torch.save("
-            f"{{k.removeprefix({prefixes[0]!r}): v for k, v in weights.items() if k.startswith({prefixes[0]!r})}}, OUT)"
+            f"no ResNet under torchvision's names (conv1.weight, {_A_BLOCK}, ...): "
+            f"{'it has ' + abbreviated(state) if state else 'it is empty'}"
         )
-
-
-def _strip_prefixes(state):
-    """The state dict without ``module.`` and ``backbone.``, and the names outside a backbone, if it has one."""
-    prefixes = {name: re.match(_PREFIX, name) for name in state}
-    has_backbone = any(prefix.group(1) for prefix in prefixes.values())
-    outside = [name for name, prefix in prefixes.items() if has_backbone and not prefix.group(1)]
-    stripped = {}
-    for name in state:
-        if name not in outside:
-            short = name[prefixes[name].end() :]
-            if short in stripped:
-                raise InputError(f"it has {short} twice, with and without a prefix")
-            stripped[short] = state[name]
-    return stripped, outside
+    if len(prefixes) > 1:
+        raise InputError(f"it has several ResNets, under {', '.join(map(repr, prefixes))}. Save one of them alone")
+    inside = {name.removeprefix(prefixes[0]): v for name, v in state.items() if name.startswith(prefixes[0])}
+    return inside, [name for name in state if not name.startswith(prefixes[0])]
 
 
 def _depth(names):
-    blocks = [re.match(r"layer([1-4])\.(\d+)\.", name) for name in names]
-    numbers = [[int(block.group(2)) for block in blocks if block and int(block.group(1)) == i] for i in range(1, 5)]
-    counts = tuple(max(n) + 1 if n else 0 for n in numbers)
-    if not any(counts):
-        raise InputError(
-            f"no ResNet under torchvision's names (conv1.weight, layer1.0.conv1.weight, ...): "
-            f"{'it has ' + abbreviated(names) if names else 'it is empty'}"
-        )
+    blocks = {match.groups() for name in names if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
+    counts = tuple(sum(layer == number for layer, _ in blocks) for number in "1234")
     bottleneck = any(".conv3." in name for name in names)
     for depth, known in _BLOCKS.items():
         if known == counts and (depth >= 50) == bottleneck:
@@ -201,34 +183,23 @@ def _depth(names):
 
 
 def _groups(state, depth):
-    """The groups of the 3x3 convolutions, and the width of one in the first block."""
-
-    def size(name, dim):  # of the first block's convolutions; a shape that cannot be is named later
-        weight = state.get(f"layer1.0.{name}.weight")
-        return max(weight.shape[dim], 1) if getattr(weight, "ndim", 0) == 4 else 64
-
-    if depth < 50:
+    """The number of groups of the 3x3 convolutions, and the width of one in the first block."""
+    first, second = (state.get(f"layer1.0.conv{i}.weight") for i in (1, 2))
+    if depth < 50 or second is None or second.ndim != 4 or not first.ndim:  # what is wrong is named later
         return 1, 64
-    return max(size("conv1", 0) // size("conv2", 1), 1), size("conv2", 1)
+    return max(len(first) // max(second.shape[1], 1), 1), max(second.shape[1], 1)
 
 
-def _shapes(state, depth, norm, statistics, num_groups, width_per_group):
-    """The shape of each tensor that such a ResNet has, by torchvision's names."""
+def _check_shapes(state, depth, norm, statistics, num_groups, width_per_group):
+    """See that ``state`` has the tensors of such a ResNet, in its shapes, and no others."""
     block = resnet.BasicBlock if depth < 50 else resnet.Bottleneck
     make_norm = nn.BatchNorm2d if statistics else lambda channels: nn.GroupNorm(1, channels)
     with torch.device("meta"):
         model = resnet.ResNet(block, _BLOCKS[depth], 1, False, num_groups, width_per_group, norm_layer=make_norm)
     shapes = {re.sub(r"\bbn(\d)", rf"{norm}\1", name): tuple(value.shape) for name, value in model.state_dict().items()}
-    if getattr(state.get("conv1.weight"), "ndim", 0) == 4:  # images may have any number of channels
+    if "conv1.weight" in state and state["conv1.weight"].ndim == 4:  # images may have any number of channels
         shapes["conv1.weight"] = (64, state["conv1.weight"].shape[1], 7, 7)
-    return {name: shape for name, shape in shapes.items() if not _is_left_out(name)}
-
-
-def _is_left_out(name):
-    return name.startswith("fc.") or name.endswith(".num_batches_tracked")
-
-
-def _check_tensors(state, depth, shapes):
+    shapes = {n: s for n, s in shapes.items() if not n.startswith("fc.") and not n.endswith("num_batches_tracked")}
     unknown = [name for name in state if name not in shapes]
     if unknown:
         raise InputError(f"Detectron2's ResNet-{depth} has no place for {abbreviated(unknown)}")
@@ -236,8 +207,6 @@ def _check_tensors(state, depth, shapes):
     if missing:
         raise InputError(f"the ResNet-{depth} is not whole, missing: {abbreviated(missing)}")
     for name, value in state.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
-            raise InputError(f"{name} is no dense tensor of floating-point numbers")
         if tuple(value.shape) != shapes[name]:
             raise InputError(
                 f"{name} has the shape {tuple(value.shape)}; Detectron2's ResNet-{depth} has {shapes[name]} there"

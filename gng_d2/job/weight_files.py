@@ -1,7 +1,6 @@
-"""Files of weights: read without running what they hold, and written whole or not at all.
+"""Files of weights are read without running code that they hold, and written whole or not at all.
 
-A pickle is a program. What can be data alone is read as data alone; a file that wants more is refused, unless the
-user trusts it.
+A pickle is a program. One that needs more than data is refused, unless the user trusts its files.
 """
 
 import os
@@ -23,9 +22,9 @@ __all__ = ["files_are_trusted", "read_weight_file", "save_weight_file"]
 
 
 def files_are_trusted() -> bool:
-    """Whether files may run code of their own on reading: the tools' flag ``--trust-files``.
+    """Whether files may run code of their own on reading, as the tools' flag ``--trust-files`` allows.
 
-    It is kept in the environment variable GNG_D2_TRUST_FILES, "1", so that the processes of a job have it too.
+    The flag sets the environment variable GNG_D2_TRUST_FILES to 1, so that the processes of a job have it too.
     """
     return os.environ.get("GNG_D2_TRUST_FILES") == "1"
 
@@ -33,9 +32,9 @@ def files_are_trusted() -> bool:
 def read_weight_file(path: str, pickled: bool = False) -> Any:
     """What a file of weights holds, with tensors on the CPU. Nothing of it is run.
 
-    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2's and Caffe2's are, and a
-    .safetensors is tensors alone. Any other file is what ``torch.save`` wrote; its checksums are compared, which
-    ``torch.load`` does not.
+    A .pkl is a pickle of NumPy arrays, numbers, texts and containers of them, as Detectron2 and Caffe2 write it. A
+    .safetensors holds tensors alone. Any other file is one of ``torch.save``; its checksums are compared, which
+    ``torch.load`` does not do.
 
     Args:
         pickled: the file is a pickle, whatever its name.
@@ -49,9 +48,11 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
                 reader = pickle.Unpickler if files_are_trusted() else _DataUnpickler
                 return reader(file, encoding="latin1").load()  # the encoding of Python 2's files
             if path.endswith(".safetensors"):
-                return _load_safetensors(path)
+                from safetensors.torch import load_file  # which no other format needs
+
+                return load_file(path)
             if any(file.read(512)) and tarfile.is_tarfile(path):
-                # PyTorch's format of before 2017: up to 2.5, weights_only did not hold it back
+                # the format of before 2017: up to PyTorch 2.5, weights_only did not keep its code from running
                 raise InputError(f"{path} is a tar archive. Only what torch.save wrote is read")
         if zipfile.is_zipfile(path):  # PyTorch's format of before 2020 is no archive and has no checksums
             with zipfile.ZipFile(path) as archive:
@@ -60,16 +61,10 @@ def read_weight_file(path: str, pickled: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not files_are_trusted())
     except (InputError, MemoryError):
         raise
+    except ImportError as error:
+        raise InputError(f"{path}: to read it, install {error.name}") from None
     except Exception as error:  # damaged files have raised a dozen kinds
         raise _unreadable(path, error) from None
-
-
-def _load_safetensors(path):
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"{path}: to read it, install safetensors (pip install safetensors)") from None
-    return load_file(path)
 
 
 def _unreadable(path, error):
@@ -88,39 +83,34 @@ def _unreadable(path, error):
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Knows what NumPy arrays, numbers, texts and containers are made by, and nothing else."""
+    """Finds the functions that make NumPy arrays, numbers, texts and containers, and no others."""
 
     def find_class(self, module, name):
         try:
             make = _DATA[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}") from None
-        # a pickle can set the attributes of a Python function: they shall not be those of NumPy's own
+        # a pickle can set attributes of a Python function, so it gets another one than NumPy's own
         return make if isinstance(make, type) else lambda *args: make(*args)
 
 
 def _latin1(text, encoding):
-    """How Python 3 writes bytes for Python 2."""
+    """Makes bytes in a pickle that Python 3 wrote in the format of Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in {encoding}")
     return text.encode("latin1")
 
 
-def _data_globals() -> dict[tuple, Any]:
-    found = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1}
-    found.update({("collections", made.__name__): made for made in (OrderedDict, defaultdict)})
-    for builtins in ("builtins", "__builtin__"):  # of Python 3 and 2
-        for made in (set, frozenset, complex, bytes, bytearray, int, float, str, bool, list, tuple, dict):
-            found[builtins, made.__name__] = made
-    array, scalar = np.zeros(1), np.float64(0)
-    for core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
-        found[f"{core}.multiarray", "_reconstruct"] = array.__reduce__()[0]
-        found[f"{core}.multiarray", "scalar"] = scalar.__reduce__()[0]
-        found[f"{core}.numeric", "_frombuffer"] = array.__reduce_ex__(5)[0]
-    return found
-
-
-_DATA = _data_globals()
+_BUILTINS = (set, frozenset, complex, bytes, bytearray, int, float, str, bool, list, tuple, dict)
+_DATA: dict[tuple[str, str], Any] = {
+    **{(module, made.__name__): made for module in ("builtins", "__builtin__") for made in _BUILTINS},  # Python 3 and 2
+    **{("collections", made.__name__): made for made in (OrderedDict, defaultdict)},
+    **{("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1},
+}
+for _core in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
+    _DATA[f"{_core}.multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
+    _DATA[f"{_core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
+    _DATA[f"{_core}.numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
 
 
 def save_weight_file(path: str, content: Any) -> None:
@@ -132,5 +122,5 @@ def save_weight_file(path: str, content: Any) -> None:
     with atomic_open(path, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # PyTorch raises it in place of what stopped the file, a full disk say
+        except RuntimeError as error:  # PyTorch raises it in place of the error of a full disk, say
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

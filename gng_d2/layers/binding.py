@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from gng_d2.errors import InputError, abbreviated
 
 from .group_norm import GroupNorm
-from .kinds import NO_LAYER, describe, layer_shape, layer_sizes, num_channels, own
+from .kinds import NO_LAYER, Producer, layer_shape, layer_sizes, num_channels, own
 from .ws_conv import standardize
 
 __all__ = [
@@ -85,10 +85,11 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
     Raises:
         InputError: the groups do not divide the layer's output channels, or the layer cannot be standardized.
     """
-    description = describe(layer)
+    n_in, n_out = layer_sizes(layer)  # type: ignore[misc]
+    description = str(Producer(type(layer).__name__, n_in, n_out))
     if norm.weight_standardization:
         standardize(layer, norm.norm_name())
-    norm.bind(layer_sizes(layer)[0], description)
+    norm.bind(n_in, description)
     norm.follows_registration = True
 
 
@@ -113,7 +114,7 @@ def has_given_in_channels(norm):
     return norm.in_channels is not None and norm.weight_layer is None
 
 
-# norm -> why it cannot follow its layer; kept until the model is built and the norm has a path
+# norm -> why it cannot follow its layer; None outside build_naming_norms
 _deferred: ContextVar[dict[GroupNorm, InputError] | None] = ContextVar("deferred", default=None)
 
 
@@ -130,7 +131,9 @@ def _bind_or_defer(norm, layer):
 
 
 def build_naming_norms(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """Return the model ``build(*args)``. A norm has no path until it is built, so errors of binding wait for that.
+    """Return the model that ``build(*args)`` makes.
+
+    A norm has no path before the model is complete, so an error of binding is raised only then.
 
     Raises:
         InputError: a norm cannot follow its layer; the message names the norm by its path.

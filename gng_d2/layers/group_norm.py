@@ -3,22 +3,20 @@
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
 from gng_d2.errors import InputError
-from gng_d2.groups import practical_num_groups
+from gng_d2.groups import checked_size, practical_num_groups
 from gng_d2.ops import group_norm
 from gng_d2.ops.backends import is_compiling, is_transformed
 
 from .fx_leaf import call_as_leaf
 from .look import MEND, look
 from .module_path import module_path
-from .record import take_record, write_record
+from .record import norm_record, put_records, take_record
 from .ws_conv import WS
 
 __all__ = ["GroupNorm", "PracticalGroupNorm"]
@@ -86,7 +84,7 @@ class GroupNorm(nn.GroupNorm):
         *,
         weight_standardization: bool = False,
     ):
-        num_channels, num_groups = _positive("num_channels", num_channels), _positive("num_groups", num_groups)
+        num_channels, num_groups = checked_size("num_channels", num_channels), checked_size("num_groups", num_groups)
         if num_channels % num_groups:
             raise InputError(f"num_groups={num_groups} does not divide num_channels={num_channels}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
@@ -94,14 +92,20 @@ class GroupNorm(nn.GroupNorm):
         self.in_channels: int | None = None
         self.weight_layer: str | None = None
 
+    def groups_after(self, in_channels: int) -> int:
+        """The number of groups that it has after a layer with ``in_channels`` inputs."""
+        return self.num_groups
+
     def bind(self, in_channels: int, weight_layer: str) -> None:
         """Follow the layer that ``weight_layer`` describes and that has ``in_channels`` inputs."""
-        if self.num_channels % self.num_groups:
+        num_groups = self.groups_after(in_channels)
+        if self.num_channels % num_groups:
             raise InputError(
                 f"{self.norm_name()} cannot follow {weight_layer}: its {self.num_channels} output channels do not "
-                f"divide into {self.num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which "
-                f"always takes one."
+                f"divide into {num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which always "
+                f"takes one."
             )
+        self.num_groups = num_groups
         self.in_channels = in_channels
         self.weight_layer = weight_layer
         self.follows_registration = False
@@ -150,11 +154,13 @@ class GroupNorm(nn.GroupNorm):
 
     def _check(self, input):
         # is_compiling() comes first: a compiler must not see the number of looks, which changes.
-        if not is_compiling() and self._looks and input.requires_grad:
-            self._look(input)
-        groups, channels = self.num_groups, self.num_channels
-        if groups is None or (self.weight_standardization and self.weight_layer is None):
+        if not is_compiling() and self._looks and self.needs_layer() and input.requires_grad:
+            if torch.is_grad_enabled() and not is_transformed():
+                self._looks -= 1
+                look(self, input)
+        if not self.is_bound():
             raise self.unbound_error()
+        groups, channels = self.num_groups, self.num_channels
         size = input.size(1) if input.dim() > 1 else 0
         if (type(size) is int and size != channels) or channels % groups:  # while tracing, size is a tensor
             raise self._shape_error(input.shape)
@@ -166,13 +172,6 @@ class GroupNorm(nn.GroupNorm):
                 f"{tuple(input.shape)}), so its output would not depend on its input. Give it a larger input or "
                 f"another norm here, for instance GN1."
             )
-
-    def _look(self, input):
-        if is_transformed() or not torch.is_grad_enabled():
-            return
-        self.__dict__["_looks"] = self._looks - 1 if self.needs_layer() else 0
-        if self.needs_layer():
-            look(self, input)
 
     def unbound_error(self, reason: str = "") -> InputError:
         """The error of a norm that cannot run without a weight layer. ``reason`` says what was found instead."""
@@ -191,7 +190,8 @@ class GroupNorm(nn.GroupNorm):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        write_record(self, destination, prefix)
+        if hasattr(destination, "_metadata"):  # a dict of the caller's own has none
+            put_records(destination, {prefix[:-1]: norm_record(self)})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         take_record(self, state_dict, prefix, local_metadata, args[-1])
@@ -279,9 +279,8 @@ class PracticalGroupNorm(GroupNorm):
     def needs_layer(self) -> bool:
         return True
 
-    def bind(self, in_channels: int, weight_layer: str) -> None:
-        self.num_groups = practical_num_groups(in_channels, self.num_channels, self.gain_ratio)
-        super().bind(in_channels, weight_layer)
+    def groups_after(self, in_channels: int) -> int:
+        return practical_num_groups(in_channels, self.num_channels, self.gain_ratio)
 
     def unbind(self) -> None:
         super().unbind()
@@ -295,11 +294,3 @@ class PracticalGroupNorm(GroupNorm):
             f"{error}. PracticalGroupNorm's arguments are (num_channels, in_channels), not nn.GroupNorm's (num_groups, "
             f"num_channels): PracticalGroupNorm({shape[1]}) takes its number of groups from its layer"
         )
-
-
-def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a positive integer, not {value!r}")
-    if value < 1:
-        raise InputError(f"{name} must be a positive integer, not {value!r}")
-    return int(value)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["NO_LAYER", "Producer", "describe", "is_of_single_images", "layer_shape", "layer_sizes", "num_channels"]
-__all__ += ["num_groups", "own"]
+__all__ = ["NO_LAYER", "Producer", "is_of_single_images", "layer_shape", "layer_sizes", "num_channels", "num_groups"]
+__all__ += ["own"]
 
 # the weight_layer of a norm that follows no weight layer, or several
 NO_LAYER = "no single weight layer"
@@ -16,7 +16,7 @@ NO_LAYER = "no single weight layer"
 class Producer(NamedTuple):
     """What made a tensor: a weight layer, or another op, which has no sizes."""
 
-    op: str
+    op: str  # where the model was run, the class of the layer that called it
     n_in: int | None = None
     n_out: int | None = None
     layer: nn.Module | None = None  # the module that called the op, where the model was run
@@ -28,13 +28,7 @@ class Producer(NamedTuple):
 
     def __str__(self):
         """For instance "Conv2d(256, 128)"."""
-        if self.layer is not None and layer_sizes(self.layer) == (self.n_in, self.n_out):
-            return describe(self.layer)
         return f"{self.op}({self.n_in}, {self.n_out})" if self.is_layer else self.op
-
-
-# what weight layers call their sizes
-_SIZES = (("in_channels", "out_channels"), ("in_features", "out_features"))
 
 
 def own(module: nn.Module, name: str) -> Any:
@@ -43,8 +37,8 @@ def own(module: nn.Module, name: str) -> Any:
     A ``__getattr__`` that the user wrote is not called, because it may fail while the module is under construction.
     """
     kept = vars(module)
-    for names in (kept, *(kept.get(kind) or {} for kind in ("_parameters", "_buffers", "_modules"))):
-        if name in names:
+    for names in (kept, kept.get("_parameters"), kept.get("_buffers")):
+        if names and name in names:
             return names[name]
     value = getattr(type(module), name, None)
     if not isinstance(value, property):
@@ -76,16 +70,11 @@ def layer_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of a module that has such attributes, also while it is under construction and has no weight."""
-    for names in _SIZES:
+    for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
         n_in, n_out = (own(module, name) for name in names)
         if n_in and n_out:
             return n_in, n_out
     return None
-
-
-def describe(layer: nn.Module) -> str:
-    """For instance "Conv2d(256, 128)"."""
-    return f"{type(layer).__name__}({', '.join(map(str, layer_sizes(layer) or ()))})"
 
 
 def num_groups(norm: nn.Module) -> int | None:

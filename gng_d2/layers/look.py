@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gng_d2.errors import InputError
-from gng_d2.groups import practical_num_groups
 
 from .kinds import NO_LAYER, Producer
-from .module_path import live_modules, module_path, owner_of
-from .origin import Origin, layer_output, op_kind, origin, unseen
+from .module_path import live_modules, module_path
+from .origin import UNKNOWN, Origin, layer_output, op_kind, origin, unseen
 
 __all__ = ["MEND", "look", "made_by"]
 
@@ -29,7 +28,7 @@ MEND = (
 # an autograd.Function that the user wrote may hold a weight, unless its name contains one of these
 _HAS_NO_LAYER = re.compile("Norm|Relu|Pool")
 _PARAMETER = Producer("a parameter")
-# a history is followed back through at most so many nodes
+# how many nodes of a history are followed back at most
 _DEPTH = 150
 
 
@@ -43,22 +42,18 @@ def made_by(tensor: Tensor) -> Producer | None:
     """
     if not hasattr(tensor.grad_fn, "_input_metadata"):  # some versions of PyTorch lack it
         return None
-    found = _Graph().origin(tensor.grad_fn, tensor.output_nr)
-    return None if found is None else found.made
+    return _Graph().origin(tensor.grad_fn, tensor.output_nr).made
 
 
 class _Graph:
-    """What autograd recorded, back to the last weight layers.
-
-    A frozen part, an input and a plain number look the same here: they have no node, so their origin is None.
-    """
+    """What autograd recorded, back to the last weight layers."""
 
     def __init__(self):
         self._known = {}
 
-    def origin(self, node, index: int, depth: int = 0) -> Origin | None:
+    def origin(self, node, index: int, depth: int = 0) -> Origin:
         if node is None:
-            return None
+            return UNKNOWN
         if (node, index) not in self._known:
             self._known[node, index] = self._origin(node, index, depth)
         return self._known[node, index]
@@ -71,11 +66,12 @@ class _Graph:
         if hasattr(node, "variable"):  # a leaf: a tensor that gets a gradient itself
             parameter = isinstance(node.variable, nn.Parameter)
             return Origin(_PARAMETER if parameter else None, shape, shape, parameters=2 * parameter, value=node)
-        edges = [] if depth > _DEPTH else node.next_functions
-        operands = [self.origin(*edge, depth + 1) for edge in edges]
+        if depth > _DEPTH:
+            return unseen((), shape, value)
+        operands = [self.origin(*edge, depth + 1) for edge in node.next_functions]
         if op == "BackwardHookFunction":  # the node of a module with a full backward hook
             return operands[index]
-        if depth > _DEPTH or (isinstance(node, BackwardCFunction) and not _HAS_NO_LAYER.search(op)):
+        if isinstance(node, BackwardCFunction) and not _HAS_NO_LAYER.search(op):
             return unseen(operands, shape, value)
         found = origin(op, operands, shape, value)
         if op_kind(op) == "copyslices":  # autograd does not show what was written
@@ -90,7 +86,7 @@ class _Graph:
         elif source[0] is not None:
             n_in = source[0]._input_metadata[source[1]].shape[1]
         else:
-            return None
+            return UNKNOWN
         return layer_output(
             op, (n_in, shape[1]), self.origin(weight, index), lambda: self.origin(*source), shape, value
         )
@@ -157,9 +153,7 @@ def _warn_once(message):
 def _compare(norm, made):
     if made.n_in == norm.in_channels and not (norm.weight_standardization and _is_raw(made)):
         return
-    groups = norm.num_groups
-    if hasattr(norm, "gain_ratio"):
-        groups = practical_num_groups(made.n_in or norm.num_channels, norm.num_channels, norm.gain_ratio)
+    groups = norm.groups_after(made.n_in or norm.num_channels)
     if groups == norm.num_groups and not norm.weight_standardization:
         return
     if not made.is_layer:
@@ -176,15 +170,14 @@ def _compare(norm, made):
 
 
 def _is_raw(made):
-    """Whether its weight is a parameter as it is. Of a standardized one, autograd shows single numbers at most."""
+    """Whether its weight is a parameter that is not standardized. Filters of a single number never are."""
     return made.weight is not None and made.weight.variable.numel() > made.weight.variable.shape[0]
 
 
 def _paths(norm, made):
     """The paths of ``norm`` and of what made its input, such as "neck.conv (Conv2d(512, 64))", where known."""
-    modules = live_modules()
-    path = module_path(norm, modules)
-    owner = None if made.weight is None else owner_of(made.weight.variable, modules)
-    if owner is None:
-        return path, str(made)
-    return path, f"{module_path(owner, modules)} ({type(owner).__name__}({made.n_in}, {made.n_out}))"
+    for module in live_modules() if made.weight is not None else ():
+        if any(p is made.weight.variable for p in vars(module).get("_parameters", {}).values()):
+            layer = f"{module_path(module)} ({type(module).__name__}({made.n_in}, {made.n_out}))"
+            return module_path(norm), layer
+    return module_path(norm), str(made)

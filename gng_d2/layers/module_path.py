@@ -5,25 +5,21 @@ import sys
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["live_modules", "module_path", "owner_of"]
+__all__ = ["live_modules", "module_path"]
 
 
-def module_path(module: nn.Module, modules: list[nn.Module] | None = None) -> str:
-    """The dotted name of ``module`` in the outermost of ``modules`` that holds it; its class name if none holds it.
-
-    Args:
-        modules: where to search; by default, all live modules.
-    """
+def module_path(module: nn.Module) -> str:
+    """The dotted name of ``module`` in the outermost live module that holds it; its class name if none holds it."""
     if "torch._dynamo" in sys.modules:  # otherwise torch.compile would trace the search
-        return torch._dynamo.disable(_module_path)(module, modules)
-    return _module_path(module, modules)
+        return torch._dynamo.disable(_module_path)(module)
+    return _module_path(module)
 
 
-def _module_path(module, modules):
+def _module_path(module):
     parents = {}
-    for parent in live_modules() if modules is None else modules:
+    for parent in live_modules():
         for name, child in parent.__dict__.get("_modules", {}).items():
             parents.setdefault(id(child), (parent, name))
     outermost, names, seen = module, [], set()
@@ -32,14 +28,6 @@ def _module_path(module, modules):
         outermost, name = parents[id(outermost)]
         names.insert(0, name)
     return ".".join(names) or type(module).__name__
-
-
-def owner_of(parameter: Tensor, modules: list[nn.Module]) -> nn.Module | None:
-    """The module among ``modules`` that has ``parameter``, or None."""
-    for module in modules:
-        if any(p is parameter for p in module.__dict__.get("_parameters", {}).values()):
-            return module
-    return None
 
 
 def live_modules() -> list[nn.Module]:

@@ -47,23 +47,15 @@ def norm_from_name(name: str) -> Callable | None:
         make = PracticalGroupNorm
     elif channels:
         make = partial(_with_channels_per_group, int(channels))
-    elif groups or standardized:
-        make = partial(_with_groups, int(groups or 32))
     else:
-        make = _with_pytorchs_bits
+        make = partial(_with_groups, int(groups or 32), uses_kernels=name != "GN")
     return partial(make, weight_standardization=True) if standardized else make
 
 
-def _with_groups(num_groups, num_channels, **options):
+def _with_groups(num_groups, num_channels, uses_kernels, **options):
     """Divisibility is checked when the norm meets its layer, so that the error can name the layer."""
     norm = GroupNorm(1, num_channels, **options)
-    norm.num_groups = num_groups
-    return norm
-
-
-def _with_pytorchs_bits(num_channels, **options):
-    norm = _with_groups(32, num_channels, **options)
-    norm.uses_kernels = False
+    norm.num_groups, norm.uses_kernels = num_groups, uses_kernels
     return norm
 
 

@@ -1,4 +1,4 @@
-"""Find out which layer makes the input of each norm by running the model. Frozen models and the meta device will do."""
+"""Find out which layer makes the input of each norm by running the model, which may be frozen or on the meta device."""
 
 import random
 import re
@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from gng_d2.errors import InputError
 
-from .kinds import Producer
-from .origin import Origin, layer_output, op_kind, origin
+from .kinds import Producer, layer_sizes
+from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
 __all__ = ["calls_with", "find_producers", "unchanged"]
 
@@ -46,29 +46,27 @@ def find_producers(
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
     failed = None
     for args, kwargs in calls_with(inputs):
-        watch = _Watch()
-        watch.take((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), "the model's input")
-        watch.take(model.buffers(), "a buffer")
-        with (
-            unchanged(model),
-            _eager(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            _noting(model, set(norms), watch) as found,
-        ):
-            try:
-                with watch:
-                    model.eval()  # not chained: a train() that the user wrote may return nothing
-                    model(*args, **kwargs)
-                return found
-            except InputError:
-                raise
-            except Exception as error:  # the user's code may raise any error
-                failed = error
+        try:
+            return _find(model, set(norms), args, kwargs)
+        except InputError:
+            raise
+        except Exception as error:  # the user's code may raise any error
+            failed = error
     raise InputError(
         f"example_inputs: {type(model).__name__} cannot be run with them in eval mode, to see which layer makes the "
         f"input of each norm: {type(failed).__name__}: {failed}"
     ) from failed
+
+
+def _find(model, norms, args, kwargs):
+    watch = _Watch()
+    watch.take(_tensors_in((args, kwargs)), "the model's input")
+    watch.take(model.buffers(), "a buffer")
+    with unchanged(model), _eager(), torch.inference_mode(False), torch.no_grad():
+        model.eval()  # not chained: a train() that the user wrote may return nothing
+        with _noting(model, norms, watch) as found, watch:
+            model(*args, **kwargs)
+    return found
 
 
 def _eager():
@@ -91,7 +89,7 @@ def calls_with(inputs):
 _ALWAYS = {"always_call": True} if "always_call" in signature(nn.Module.register_forward_hook).parameters else {}
 # ops that make new numbers; their tensors only give a shape, or are written to
 _MAKES_NUMBERS = re.compile("like$|^(new|fill|zero|uniform|normal|bernoulli|random|exponential|empty)")
-_IS_EMPTY = re.compile("::(new_)?empty")
+_EMPTY = re.compile("^(new_)?empty")
 _CONVOLUTION = re.compile("^_?convolution|deform_conv2d")
 
 
@@ -118,14 +116,14 @@ class _Watch(TorchDispatchMode):
 
     def origin(self, tensor: Tensor) -> Origin:
         if nn.parameter.is_lazy(tensor):
-            return Origin(None, (), ())
+            return UNKNOWN
         storage, shape = _storage(tensor), tuple(tensor.shape)
         if isinstance(tensor, nn.Parameter):  # a parameter of the model, or one that a lazy layer just made
             return Origin(Producer("a parameter"), shape, shape, parameters=2, value=storage and storage.cdata)
         if storage is None or storage.cdata not in self._known:
             return Origin(None, shape, shape)
         _, whole, views = self._known[storage.cdata]
-        return views.get(_place(tensor)) or origin("slice", [whole], shape, None) or Origin(None, shape, shape)
+        return views.get(_place(tensor)) or origin("slice", [whole], shape, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -135,41 +133,41 @@ class _Watch(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        op, kind, written = func._schema.name, op_kind(func._schema.name), _written(func, args, kwargs)
-        given = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor) and _has_numbers(t)]
+        op, written = func._schema.name.rpartition("::")[2], _written(func, args, kwargs)
+        kind, given = op_kind(op), [t for t in _tensors_in(args) if t.is_floating_point() or t.is_complex()]
         operands = [] if _MAKES_NUMBERS.search(kind) else [self.origin(t) for t in given]
         if kind == "copy" and written:
             operands = operands[1:]
         out = func(*args, **kwargs)
         for tensor in written:
             self._write(tensor, self._origin(op, operands, given, tensor))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and not any(tensor is t for t in written):
+        for tensor in _tensors_in(out):
+            if not any(tensor is t for t in written):
                 self._note(tensor, self._origin(op, operands, given, tensor))
         return out
 
     def _origin(self, op, operands, given, out):
         shape, value = tuple(out.shape), object()
-        if _CONVOLUTION.search(op.rpartition("::")[2]):
+        if _CONVOLUTION.search(op):
             source, weight = operands[:2]
-            sizes = given[0].shape[1], shape[1]
-            found = layer_output(op.rpartition("::")[2], sizes, weight, lambda: source, shape, value)
-        elif _IS_EMPTY.search(op):
+            found = layer_output(op, (given[0].shape[1], shape[1]), weight, lambda: source, shape, value)
+        elif _EMPTY.search(op):
             found = Origin(None, shape, shape, value=value)  # something that is not seen may be written there
         else:
             found = origin(op, operands, shape, value)
-        if value in found.layers and found.made is not None and found.made.is_layer:
-            layer = self.running[-1] if self.running else None
-            return found._replace(made=found.made._replace(layer=layer))
+        if value in found.layers and found.made is not None and found.made.is_layer and self.running:
+            layer = self.running[-1]
+            if layer_sizes(layer) == found.made[1:3]:
+                op = type(layer).__name__
+            found = found._replace(made=found.made._replace(op=op, layer=layer))
         return found
 
     def _note(self, tensor, found):
         storage = _storage(tensor)
         if storage is None:
             return
-        if storage.cdata not in self._known:
-            self._known[storage.cdata] = (storage, found, {})
-        self._known[storage.cdata][2][_place(tensor)] = found
+        _, _, views = self._known.setdefault(storage.cdata, (storage, found, {}))
+        views[_place(tensor)] = found
 
     def _write(self, tensor, found):
         """Note that ``tensor`` has the origin ``found`` now, which changes all tensors in the same storage."""
@@ -177,7 +175,7 @@ class _Watch(TorchDispatchMode):
         if storage is None:
             return
         _, whole, _ = self._known.pop(storage.cdata, (None, None, None))
-        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes() and whole is not None:
+        if whole is not None and tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
             written = found._replace(shape=whole.shape, size=whole.shape)
             found = origin("copy_slices", [whole, written], whole.shape, object())
             self._known[storage.cdata] = (storage, found, {})
@@ -185,8 +183,8 @@ class _Watch(TorchDispatchMode):
             self._note(tensor, found)
 
 
-def _has_numbers(tensor):
-    return tensor.is_floating_point() or tensor.is_complex()
+def _tensors_in(tree):
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
 def _written(func, args, kwargs):
@@ -195,7 +193,7 @@ def _written(func, args, kwargs):
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            written += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+            written += _tensors_in(value)
     return written
 
 

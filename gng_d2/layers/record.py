@@ -15,9 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from gng_d2.groups import practical_num_groups
-
-__all__ = ["norm_record", "write_record", "take_record", "records_of", "put_records", "fits", "describe_record"]
+__all__ = ["norm_record", "put_records", "records_of", "take_record", "fits", "describe_record"]
 
 _KEY = "gng_d2"
 
@@ -30,18 +28,11 @@ def norm_record(norm: nn.Module) -> Record:
     Its keys are ``num_groups`` and ``in_channels`` (None if unknown), and ``weight_standardized``: True, False, or
     "folded" if the standardized weights were written into the convolution.
     """
-    folded = getattr(norm, "weight_standardization_folded", False)
     return {
         "num_groups": norm.num_groups,
         "in_channels": norm.in_channels,
-        "weight_standardized": "folded" if folded else norm.weight_standardization,
+        "weight_standardized": "folded" if norm.weight_standardization_folded else norm.weight_standardization,
     }
-
-
-def write_record(norm: nn.Module, state_dict: Mapping, prefix: str) -> None:
-    """Write the record of ``norm``, whose keys begin with ``prefix``. Its ``_save_to_state_dict`` calls this."""
-    if hasattr(state_dict, "_metadata"):
-        put_records(state_dict, {prefix[:-1]: norm_record(norm)})
 
 
 def put_records(state_dict: Mapping, records: Mapping[str, Record]) -> None:
@@ -51,20 +42,9 @@ def put_records(state_dict: Mapping, records: Mapping[str, Record]) -> None:
 
 
 def records_of(state_dict: Mapping) -> dict[str, Record]:
-    """The valid records in a state_dict, by the norms' names."""
-    metadata = getattr(state_dict, "_metadata", None)
-    if not isinstance(metadata, Mapping):
-        return {}
-    records = {name: _valid(entry.get(_KEY)) for name, entry in metadata.items() if isinstance(entry, Mapping)}
-    return {name: record for name, record in records.items() if record is not None}
-
-
-def _valid(record):
-    if not isinstance(record, Mapping) or not {"num_groups", "weight_standardized"} <= set(record):
-        return None
-    sizes = all(n is None or (type(n) is int and n > 0) for n in (record["num_groups"], record.get("in_channels")))
-    standardized = record["weight_standardized"]
-    return record if sizes and (type(standardized) is bool or str(standardized) == "folded") else None
+    """The records in a state_dict, by the norms' names."""
+    metadata = getattr(state_dict, "_metadata", {})
+    return {name: entry[_KEY] for name, entry in metadata.items() if _KEY in entry}
 
 
 # the weight_layer of a norm whose groups come from a record
@@ -80,8 +60,9 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
         load: the list of errors that PyTorch passes to each module of one ``load_state_dict``. It shows where
             one load ends and the next begins.
     """
-    record = _valid(local_metadata.get(_KEY))
-    if f"{prefix}weight" not in state_dict if norm.affine else record is None:
+    record = local_metadata.get(_KEY)
+    is_loaded = f"{prefix}weight" in state_dict if norm.affine else record is not None
+    if not is_loaded:
         return
     name = prefix[:-1] or "the norm"
     if record is None:
@@ -92,7 +73,7 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
     if takes:
         norm.num_groups, norm.weight_layer = record["num_groups"], _RECORD
         n_in = record.get("in_channels")
-        if n_in and practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) == norm.num_groups:
+        if n_in and norm.groups_after(n_in) == norm.num_groups:
             norm.in_channels = n_in
     there, here = describe_record(record), norm_record(norm)
     if not fits(record, {**here, "num_groups": here["num_groups"] or record["num_groups"]}):

@@ -92,8 +92,8 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     """Turn ``layer``, a convolution that a norm called ``norm_name`` follows, into a :class:`WSConv2d`.
 
     The layer gets another class, as PyTorch's lazy modules do, so it may be under construction, and its parameters,
-    children and hooks stay. It computes the same but for the weight: Detectron2's ``Conv2d`` ignores its
-    ``padding_mode`` and pads with zeros, so the mode becomes "zeros"; an ``nn.Conv2d`` keeps its mode and applies no
+    children and hooks stay. Except for the weight, its outputs stay the same. Detectron2's ``Conv2d`` ignores its
+    ``padding_mode`` and pads with zeros, so the mode becomes "zeros". An ``nn.Conv2d`` keeps its mode and applies no
     norm.
 
     Raises:
@@ -101,8 +101,8 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     """
     if has(layer, WSConv2d):
         return
-    if original_class(layer) not in (Conv2d, nn.Conv2d):
-        kind = original_class(layer)
+    kind = original_class(layer)
+    if kind not in (Conv2d, nn.Conv2d):
         raise InputError(
             f"{norm_name} cannot follow a {kind.__module__}.{kind.__qualname__}: only the Conv2d of "
             f"torch.nn and of Detectron2 can be weight-standardized. Use {norm_name.removesuffix(WS)} there"
@@ -114,7 +114,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
             f"by their standard deviation + 1e-5, so the first gradient is 100,000 times as large as without +WS. "
             f"Use {norm_name.removesuffix(WS)} there, or other initial weights"
         )
-    if original_class(layer) is nn.Conv2d:
+    if kind is nn.Conv2d:
         layer.applies_norm = False
     else:
         layer.padding_mode = "zeros"

@@ -22,7 +22,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
 
     Registration only sees the order in which a model was built. This runs the model, so any code will do. Call it
-    before the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/any-model.md. A norm that no
+    before the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/which-layer.md. A norm that no
     single weight layer feeds (after a residual sum, a concatenation, a pooling, an activation, on the model's input)
     takes its own width as its input channels, so that PGN has one group there; its weight layer is "no single weight
     layer" in its repr and in :func:`gng_d2.norm_table`. A norm whose layer cannot be found (behind a function in NumPy)
@@ -40,7 +40,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         InputError: the model cannot be run with them, a norm follows several layers that would give it different
-            groups, or a layer cannot be standardized. Then no norm is bound.
+            groups (unless :func:`convert_norms` made it so), or a layer cannot be standardized. Then no norm is bound.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.Dropout(), PracticalGroupNorm(16))
@@ -99,6 +99,8 @@ def _layers(norm, name, producers) -> list[Producer]:
     elif not norm.weight_standardization and hasattr(norm, "gain_ratio"):
         depends_on = {practical_num_groups(n_in, norm.num_channels, norm.gain_ratio) for n_in in depends_on}
     if norm.needs_layer() and len(depends_on) > 1:
+        if norm.weight_layer == NO_LAYER:  # convert_norms found the same
+            return []
         made_by = ", ".join([*map(str, layers), *dict.fromkeys(others)])
         raise InputError(
             f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "

@@ -1,26 +1,23 @@
 """Fit the affines of group norms that replace a trained network's batch norms."""
 
-import copy
 import logging
-from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers import GroupNorm, WSConv2d
 from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.producers import unchanged
 
-from .passes import Pass, run_in_step, stop_after, stop_before
+from .passes import Pass, run_in_step, stop
 
-__all__ = ["calibrate", "calibrate_norms", "convert_and_calibrate"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["calibrate", "calibrate_norms"]
 
 FEWEST_NUMBERS = 16  # a norm that saw fewer numbers of a channel keeps its affine
 SMALLEST_DEVIATION = 1e-3  # a normalized channel with a smaller deviation has no signal that a weight could restore
@@ -70,63 +67,38 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
         >>> torch.allclose(mean, reference.eval()(images).mean(), atol=1e-6)
         True
     """
-    is_list_of_dicts = isinstance(inputs, list) and len(inputs) > 0 and isinstance(inputs[0], dict)
-    alone = isinstance(inputs, (Tensor, dict)) or is_list_of_dicts
-    return calibrate(model, reference, [inputs] if alone else inputs)
+    is_batch = isinstance(inputs, (Tensor, dict)) or (
+        isinstance(inputs, list) and isinstance(next(iter(inputs), 0), dict)
+    )
+    return calibrate(model, reference, [inputs] if is_batch else inputs)
 
 
+@torch.no_grad()
 def calibrate(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], without: Collection[str] = ()
 ) -> nn.Module:
     """:func:`calibrate_norms` on ``batches``, as if ``reference`` had no norms with the names ``without``."""
     model, reference = (getattr(m, "_orig_mod", m) for m in (model, reference))  # the model that torch.compile wrapped
-    pairs = {pair.name: pair for pair in _pairs(model, reference, without)}
+    pairs = _pairs(model, reference, without)
     batches = list(batches)
     if not batches:
         raise InputError("calibrate_norms: inputs has no batch")
+    before = [(p, p.clone()) for pair in pairs.values() for p in pair.norm.parameters(recurse=False)]
     try:
         _sweep(pairs, model, reference, batches)
     except BaseException:
-        for pair in pairs.values():
-            pair.undo()
+        for parameter, value in before:
+            parameter.copy_(value)
         raise
-    standardized = _standardized(model) - _standardized(reference)
-    _report(model, pairs, sorted(pairs.keys() & standardized))
-    return model
-
-
-def convert_and_calibrate(convert: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Any) -> nn.Module:
-    """Return ``convert(model)``, calibrated. What may fail is done to a copy, with ``model`` as the reference."""
-    calibrated = calibrate_norms(convert(copy.deepcopy(model)), model, inputs)
-    with _once():
-        convert(model)
-    for norm, its_copy in zip(model.modules(), calibrated.modules()):
+    for name, norm in model.named_modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.calibration_error = its_copy.calibration_error
-            if norm.affine:
-                _write(norm, its_copy.weight, its_copy.bias)
+            norm.calibration_error = pairs[name].error if name in pairs else None
+    _report(pairs, model, reference)
     return model
-
-
-@contextmanager
-def _once():
-    """A context in which a second conversion does not repeat the log of the first."""
-    log = logging.getLogger(__package__ + ".convert_norms")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = was_disabled
-
-
-@torch.no_grad()
-def _write(norm, weight, bias):
-    norm.weight.copy_(weight)
-    norm.bias.copy_(bias)
 
 
 def _pairs(model, reference, without):
-    """The group norms of ``model`` with their counterparts."""
+    """The group norms of ``model`` with their counterparts, by their names."""
     modules = dict(model.named_modules())
     norms = {name: norm for name, norm in modules.items() if isinstance(norm, nn.GroupNorm)}
     references = {name: m for name, m in reference.named_modules() if num_channels(m) and name not in without}
@@ -136,44 +108,50 @@ def _pairs(model, reference, without):
             f"calibrate_norms: model and reference are not the same network with other norms. Norms of the reference "
             f"that the model lacks: {_three(lacking or references)}. Group norms of the model: {_three(norms)}"
         )
-    pairs = [_Pair(name, norm, references[name]) for name, norm in norms.items() if name in references]
-    wrong = [pair for pair in pairs if pair.norm.num_channels != num_channels(pair.reference)]
+    pairs = {name: _Pair(name, norm, references[name]) for name, norm in norms.items() if name in references}
+    widths = {name: (p.norm.num_channels, num_channels(p.reference)) for name, p in pairs.items()}
+    wrong = [f"{name}: {ours}, not {theirs}" for name, (ours, theirs) in widths.items() if ours != theirs]
     if wrong:
         raise InputError(
-            f"calibrate_norms: norms have other widths in the model "
-            f"({_three(f'{pair.name}: {pair.norm.num_channels}' for pair in wrong)}) than in the reference "
-            f"({_three(f'{pair.name}: {num_channels(pair.reference)}' for pair in wrong)})"
+            f"calibrate_norms: norms have other widths in the model than in the reference ({_three(wrong)})"
         )
     if any(p.is_meta for network in (model, reference) for p in network.parameters()):
         raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
-    for pair in pairs:
+    owners: dict[nn.Parameter, str] = {}
+    for name, pair in pairs.items():
         if pair.norm is pair.reference:
-            raise InputError(f"calibrate_norms: model and reference share the norm {pair.name}. Copy the model first")
+            raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
         if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
             raise pair.norm.unbound_error()
+        for parameter in pair.norm.parameters(recurse=False):
+            if owners.setdefault(parameter, name) != name:
+                raise InputError(
+                    f"calibrate_norms: the norms {owners[parameter]} and {name} share a parameter, but each needs an "
+                    f"affine of its own. Give {name} a copy of the parameter first"
+                )
     return pairs
 
 
 def _three(names):
-    names = list(names)
-    return ", ".join(names[:3]) + f", ... ({len(names)} in all)" * (len(names) > 3) or "none"
+    return abbreviated(names, most=3) or "none"
 
 
 def _sweep(pairs, model, reference, batches):
-    """Run all batches. A norm that is used several times gets its affine at the end, when the norms after it have
-    seen outputs of the old affine. So the batches run again until no such affine changes."""
+    """Run all batches until no affine changes any more.
+
+    One sweep is enough unless a norm is used several times. Such a norm gets its affine at the end of a sweep, when the
+    norms after it have seen outputs of its old affine.
+    """
     for _ in range(2 + len(pairs)):
-        for pair in pairs.values():
-            pair.begin()
         with ExitStack() as stack:
             for network in (model, reference):
                 stack.enter_context(unchanged(network))
                 network.eval()
-            for name, pair in pairs.items():
-                for hook in (stop_before(name, pair.norm), stop_after(name, pair.reference)):
+            for pair in pairs.values():
+                pair.sums = None
+                for hook in pair.add_hooks():
                     stack.callback(hook.remove)
-            passes = [(Pass(model, batch), Pass(reference, batch)) for batch in batches]
-            run_in_step(passes, lambda name, here: pairs[name].take(here))
+            run_in_step(model, reference, batches, lambda name, passes: pairs[name].take(passes))
         if not any([pair.settle() for pair in pairs.values() if pair.is_repeated]):
             break
 
@@ -184,18 +162,25 @@ class _Pair:
     def __init__(self, name: str, norm: nn.GroupNorm, reference: nn.Module):
         self.name, self.norm, self.reference = name, norm, reference
         self.is_repeated = False  # whether one pass, or separate passes, reach it several times
-        self.dead = 0  # channels without signal
+        self.dead = 0  # the number of channels without signal
         self.error: float | None = None
-        self._sums: Tensor | None = None  # of this sweep
+        self.sums: Tensor | None = None  # what _sums returns, added up over the calls of this sweep
         self._smallest = SMALLEST_DEVIATION
-        self._before = None if norm.weight is None else (norm.weight.detach().clone(), norm.bias.detach().clone())
 
-    def begin(self) -> None:
-        self._sums = None
+    def add_hooks(self):
+        """Have passes stop with the norm's input, and with the reference's output before timm's dropout and act."""
+        name = self.name
+        yield self.norm.register_forward_pre_hook(
+            lambda _, args, kwargs: stop(name, *args, *kwargs.values()), with_kwargs=True
+        )
+        if "drop" in self.reference._modules:
+            yield self.reference.drop.register_forward_pre_hook(lambda _, args: stop(name, *args))
+        else:
+            yield self.reference.register_forward_hook(lambda _, args, output: stop(name, output))
 
     def take(self, passes: list[tuple[Pass, Pass]]) -> None:
         """Take the norm's input and the reference's output from passes that have stopped there."""
-        self.is_repeated = self.is_repeated or self._sums is not None
+        self.is_repeated = self.is_repeated or self.sums is not None
         for model, reference in passes:
             input, output = model.tensor, reference.tensor
             if input.shape != output.shape:
@@ -205,47 +190,41 @@ class _Pair:
                 )
             normalized = F.group_norm(input.double(), self.norm.num_groups, eps=self.norm.eps)
             sums = _sums(normalized, output.to(input.device, torch.float64))
-            self._sums = sums if self._sums is None else self._sums + sums
+            self.sums = sums if self.sums is None else self.sums + sums
             self._smallest = max(SMALLEST_DEVIATION, torch.finfo(input.dtype).eps)
-        if not self._sums.isfinite().all():
+        if not self.sums.isfinite().all():
             raise InputError(f"calibrate_norms: the input or output of {self.name} has NaN or infinite numbers")
         if not self.is_repeated:
             self.settle()
 
     def why_left(self) -> str | None:
-        if self._sums is None:
+        if self.sums is None:
             return "were not reached by inputs"
-        if self._before is None:
+        if not self.norm.affine:
             return "have no affine"
-        return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self._sums[0, 0] < FEWEST_NUMBERS else None
+        return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self.sums[0, 0] < FEWEST_NUMBERS else None
 
     def settle(self) -> bool:
         """Write the affine that follows from the sums, and return whether it changed."""
-        norm, changed = self.norm, False
-        if self._before is None:
-            weight, bias = torch.ones_like(self._sums[0]), torch.zeros_like(self._sums[0])
-        else:
-            before = norm.weight.detach().clone(), norm.bias.detach().clone()
+        before = after = torch.ones_like(self.sums[0]), torch.zeros_like(self.sums[0])
+        if self.norm.affine:
+            before = self.norm.weight.double().clone(), self.norm.bias.double().clone()
             if self.why_left() is None:
-                _write(norm, *self._affine())
-            weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
-            changed = not all(torch.allclose(a.double(), b, 1e-4, 1e-4) for a, b in zip(before, (weight, bias)))
-        self.error = _relative_error(self._sums, weight, bias)
-        return changed
+                weight, bias = self._affine()
+                self.norm.weight.copy_(weight), self.norm.bias.copy_(bias)
+            after = self.norm.weight.double(), self.norm.bias.double()
+        self.error = _relative_error(self.sums, *after)
+        return not all(torch.allclose(a, b, 1e-4, 1e-4) for a, b in zip(before, after))
 
     def _affine(self):
-        (_, x, y), (x_std, y_std) = _means(self._sums), _deviations(self._sums)
+        (_, x, y), (x_std, y_std) = _means(self.sums), _deviations(self.sums)
         gamma = getattr(self.reference, "weight", None)
-        gamma = torch.ones_like(x) if gamma is None else gamma.detach().to(x)
+        gamma = torch.ones_like(x) if gamma is None else gamma.to(x)
         is_dead = x_std < self._smallest
         self.dead = int((is_dead & (gamma != 0)).sum())
         limit = LARGEST_WEIGHT * gamma.abs().max()
         weight = torch.where(is_dead, 0, gamma.sign() * (y_std / x_std.clamp(min=self._smallest)).clamp(max=limit))
         return weight, y - weight * x
-
-    def undo(self) -> None:
-        if self._before is not None:
-            _write(self.norm, *self._before)
 
 
 def _sums(x, y):
@@ -271,31 +250,25 @@ def _relative_error(sums, weight, bias):
     return (squares.sum().clamp(min=0) / spread).sqrt().item() if spread > 0 else 0.0
 
 
-def _standardized(model):
-    """Names of the norms that follow a convolution with standardized weights."""
-    return {name for name, _, _, layer in named_norms(model) if isinstance(layer, WSConv2d)}
-
-
-def _report(model, pairs, standardized):
-    """Keep the errors, and say in one line what was not calibrated."""
+def _report(pairs, model, reference):
+    """Say in one line what was calibrated, what was not, and where little of the reference is left."""
+    ours, theirs = (
+        {name for name, *_, layer in named_norms(m) if isinstance(layer, WSConv2d)} for m in (model, reference)
+    )
     listed: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.calibration_error = pairs[name].error if name in pairs else None
             why = pairs[name].why_left() if name in pairs else "have no counterpart in the reference"
-            if why:
-                listed.setdefault(why, []).append(name)
+            listed.setdefault(why, []).append(name)
+    errors = [(pairs[name].error, name) for name in listed.pop(None, [])]
     dead = [f"{pair.name} ({pair.dead})" for pair in pairs.values() if pair.dead]
-    if dead:
-        listed["have channels without signal, whose weight is 0"] = dead
-    if standardized:
-        listed["follow a standardized convolution, after which little of the reference is left"] = standardized
-    errors = {name: pair.error for name, pair in pairs.items() if pair.why_left() is None}
+    listed["have channels without signal, whose weight is 0"] = dead
+    standardized = sorted(pairs.keys() & (ours - theirs))
+    listed["follow a standardized convolution, after which little of the reference is left"] = standardized
     said = [f"{len(errors)} norms are calibrated"]
     if errors:
-        last = list(errors)[-1]
-        said[0] += (
-            f", relative error {min(errors.values()):.2f} to {max(errors.values()):.2f}, {errors[last]:.2f} in {last}"
-        )
-    said += [f"{len(names)} {why} ({_three(names)})" for why, names in listed.items()]
-    _log.log(logging.WARNING if listed or not errors else logging.INFO, "calibrate_norms: %s", "; ".join(said))
+        (smallest, _), (largest, _), (last, name) = min(errors), max(errors), errors[-1]
+        said[0] += f", relative error {smallest:.2f} to {largest:.2f}, {last:.2f} in {name}"
+    left = [f"{len(names)} {why} ({_three(names)})" for why, names in listed.items() if names]
+    level = logging.WARNING if left or not errors else logging.INFO
+    logging.getLogger(__name__).log(level, "calibrate_norms: %s", "; ".join(said + left))

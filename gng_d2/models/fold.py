@@ -32,36 +32,33 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
         >>> type(fold_weight_standardization(model)[0]).__name__
         'Conv2d'
     """
-    named = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, WSConv2d) or _is_folded(layer)]
-    for name, layer in named:
-        obstacle = _changed_since_folded(layer) if _is_folded(layer) else _obstacle(layer)
+    layers = []
+    for name, layer in model.named_modules():
+        obstacle = None
+        if isinstance(layer, WSConv2d):
+            layers.append(layer)
+            obstacle = _obstacle(layer)
+        elif isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False):
+            obstacle = _changed_since_folded(layer)
         if obstacle:
             name = name or type(layer).__name__
             raise InputError(f"{name}: its weight standardization cannot be folded, because {obstacle}")
-    layers = [layer for _, layer in named if not _is_folded(layer)]
-    sharing: dict[int, list[WSConv2d]] = {}
+    folded: dict[nn.Parameter, nn.Parameter] = {}
     for layer in layers:
-        sharing.setdefault(id(layer.weight), []).append(layer)
-    for group in sharing.values():
-        raw = group[0].weight
-        with torch.no_grad():
-            weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
-        weight = nn.Parameter(weight, raw.requires_grad)
-        for layer in group:
-            layer.weight = weight
-            unstandardize(layer)
-            layer.weight_standardization_folded = True
+        raw = layer.weight
+        if raw not in folded:
+            with torch.no_grad():
+                weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
+            folded[raw] = nn.Parameter(weight, raw.requires_grad)
+        layer.weight = folded[raw]
+        unstandardize(layer)
+        layer.weight_standardization_folded = True
     for norm in model.modules() if layers else ():
         if getattr(norm, "weight_layer", None) is not None:
             norm.weight_layer = norm.weight_layer.replace("WSConv2d", "Conv2d")
             if norm.weight_standardization:
                 norm.weight_standardization, norm.weight_standardization_folded = False, True
     return model
-
-
-def _is_folded(layer):
-    folded = isinstance(layer, nn.Conv2d) and getattr(layer, "weight_standardization_folded", False)
-    return folded and not isinstance(layer, WSConv2d)  # a folded layer becomes one again before another norm
 
 
 def _obstacle(layer):
@@ -87,7 +84,7 @@ def _changed_since_folded(layer):
     filters = layer.weight.detach().flatten(1).double()
     if filters.is_meta or filters.shape[1] < 2:
         return None
-    std, mean = torch.std_mean(filters, 1)  # std is s / (s + 1e-5) if it was s before, so it is below 1 if s was small
+    std, mean = torch.std_mean(filters, 1)  # a deviation that was s is s / (s + 1e-5) now, which is below 1
     tolerance = max(1e-3, torch.finfo(layer.weight.dtype).eps)
     standardized = mean.abs().max() < tolerance and std.max() < 1 + tolerance and std.max() > 0.1
     if standardized or not filters.any():

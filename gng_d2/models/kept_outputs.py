@@ -1,4 +1,7 @@
-"""What a block keeps for the backward pass when its norms are computed again: the outputs of its expensive layers."""
+"""What a block keeps for the backward pass when its norms are computed again.
+
+That is the outputs of its expensive layers, and the statistics of its norms, so that only their last pass runs again.
+"""
 
 import math
 from collections.abc import Callable, Collection
@@ -7,24 +10,29 @@ from contextlib import nullcontext
 import torch
 from torch.utils import _python_dispatch, checkpoint
 
+from gng_d2.ops.backends import HAS_OPS
+
+from .second_run import versions_of
+
 __all__ = ["CastsOfWeights", "Watch", "policy_without"]
 
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
 # first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
-# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99), and a step of Faster R-CNN takes 1.03 of the
-# time of a CPU that it takes without (1100: 1.07).
+# of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99).
 _MIN_KEPT_COST = 600
 
 _aten = torch.ops.aten
+_STATISTICS = torch.ops.gng_d2.group_norm_statistics.default if HAS_OPS else None
+_APPLY = torch.ops.gng_d2.group_norm_apply.default if HAS_OPS else None
 _FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 
 
 def policy_without(changed_in_place: Collection[int]) -> Callable:
-    """The policy of a checkpoint that keeps the outputs whose elements cost most, except those at the given places."""
+    """The policy of a checkpoint that keeps what :func:`_is_kept` names, except the outputs at the given places."""
     counts = {False: 0, True: 0}
 
     def policy(context, op, *args, **kwargs):
-        if _cost(op, args) >= _MIN_KEPT_COST:
+        if _is_kept(op, args):
             counts[context.is_recompute] += 1
             if counts[context.is_recompute] - 1 not in changed_in_place:
                 return checkpoint.CheckpointPolicy.MUST_SAVE
@@ -62,14 +70,24 @@ class Watch(_python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         output = op(*args, **(kwargs or {}))
-        if _cost(op, args) >= _MIN_KEPT_COST:
-            self._outputs.append((output, output._version))
+        if _is_kept(op, args):
+            outputs = output if isinstance(output, tuple) else (output,)
+            self._outputs.append((outputs, versions_of(outputs)))
         return output
 
     def changed(self):
         """The places of the changed outputs, for instance that of a convolution before an in-place ReLU."""
         outputs, self._outputs = self._outputs, []
-        return frozenset(place for place, (output, version) in enumerate(outputs) if output._version != version)
+        return frozenset(place for place, (output, versions) in enumerate(outputs) if versions_of(output) != versions)
+
+
+def _is_kept(op, args):
+    if op is _APPLY:
+        # The output of norm, addition and relu is what a residual block returns. The next block keeps it anyway, as its
+        # input, and relu's gradient needs it.
+        activation, residual = (*args[6:], None, None)[:2]
+        return activation == "relu" and residual is not None
+    return op is _STATISTICS or _cost(op, args) >= _MIN_KEPT_COST
 
 
 def _cost(op, args):

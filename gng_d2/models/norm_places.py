@@ -3,9 +3,8 @@
 import math
 import re
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,7 +61,8 @@ def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]
 
 
 def _find_by_running(model, found, example_inputs):
-    with _shapes_of_inputs(found) as shapes:
+    shapes = defaultdict(list)
+    with _noting(found, shapes):
         calls = find_producers(model, found, example_inputs)
     for norm, made in calls.items():
         place = found[norm]
@@ -72,10 +72,11 @@ def _find_by_running(model, found, example_inputs):
         place.shapes, place.size, place.is_pooled = shapes[norm], _smallest(shapes[norm]), False
     small = [norm for norm in calls if found[norm].size and math.prod(found[norm].size) < NUMBERS_IN_A_GROUP]
     if small:
-        with _shapes_of_inputs(small) as shapes, suppress(InputError):  # norms before the failure are still seen
+        wider = defaultdict(list)
+        with _noting(small, wider), suppress(InputError):  # norms before the failure are still seen
             find_producers(model, (), tree_map(_wider, example_inputs))
         for norm in small:
-            found[norm].is_pooled = _smallest(shapes[norm]) == found[norm].size
+            found[norm].is_pooled = _smallest(wider[norm]) == found[norm].size
 
 
 def _smallest(shapes):
@@ -89,27 +90,23 @@ def _wider(x):
     return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
 
 
-@contextmanager
-def _shapes_of_inputs(norms):
-    shapes = defaultdict(list)
+def _noting(norms, shapes):
+    """A context in which the shapes of the inputs of ``norms`` are added to ``shapes``."""
 
     def note(norm, args, kwargs):
         shapes[norm].append(tuple((*args, *kwargs.values())[0].shape))
 
-    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
-    try:
-        yield shapes
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stack = ExitStack()
+    for norm in norms:
+        stack.callback(norm.register_forward_pre_hook(note, with_kwargs=True).remove)
+    return stack
 
 
 def _is_norm(module):
-    """Whether it is a norm and contains no other module with parameters."""
+    """Whether it is a norm, as far as its class or the name of its class shows, without a layer inside."""
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return True
-    if not re.search("norm|abn", type(module).__name__, re.IGNORECASE):
-        return False
-    own = next(chain(module.parameters(False), module.buffers(False)), None)
+    named = re.search("norm|abn", type(module).__name__, re.IGNORECASE)
+    own = [*module.parameters(False), *module.buffers(False)]
     within = (m for child in module.children() for m in child.modules())
-    return own is not None and not any(m._parameters for m in within)
+    return bool(named and own) and not any(m._parameters for m in within)

@@ -74,8 +74,7 @@ def _row(name, norm, layer_name, layer):
     if layer is None and isinstance(norm, GroupNorm) and norm.in_channels is not None:
         layer_name, n_in, n_out = norm.weight_layer, norm.in_channels, norm.num_channels
         standardized = norm.weight_standardization and norm.weight_layer != NO_LAYER
-    gain_ratio = getattr(norm, "gain_ratio", 1.0)
-    groups = num_groups(norm)
+    groups, gain_ratio = num_groups(norm), getattr(norm, "gain_ratio", 1.0)
     error = getattr(norm, "calibration_error", None)
     make = NormRow if error is None else partial(CalibratedNormRow, calibration_error=error)
     return make(

@@ -11,37 +11,34 @@ from torch.utils._pytree import tree_map
 from gng_d2.errors import InputError
 from gng_d2.layers.producers import calls_with
 
-__all__ = ["Pass", "run_in_step", "stop_after", "stop_before"]
+__all__ = ["Pass", "run_in_step", "stop"]
 
-# PyTorch gives each thread that computes on the CPU its own threads and keeps them; all passes get at most so many
+# The most threads that all passes have together: PyTorch gives each pass threads of its own, and keeps them.
 MOST_THREADS = 256
 
 
 class Pass(Thread):
     """A forward pass of ``model`` in its own thread. Only one pass runs at a time, as with coroutines.
 
-    It has no gradients and no autocast, and stops where :meth:`stop` is called until :meth:`go_on` is.
+    It has no gradients and no autocast, and stops where :func:`stop` is called until :meth:`go_on` is.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any):
+    def __init__(self, model: nn.Module, inputs: Any, num_threads: int):
         super().__init__(daemon=True)
-        self.at: str | None = None  # the norm where it stopped; None: it has ended
+        self.at: str | None = None  # the norm where it stopped, or None once it has ended
         self.tensor: Tensor | None = None  # the tensor at this norm
-        self.error: BaseException | None = None
-        self.num_threads = 1
-        self._model, self._inputs = model, inputs
+        self._model, self._inputs, self._num_threads = model, inputs, num_threads
         self._may_go, self._has_stopped = Semaphore(0), Semaphore(0)
         self._is_cancelled = self._has_begun = False
+        self._error: BaseException | None = None
 
     def run(self):
         self._may_go.acquire()
-        torch.set_num_threads(self.num_threads)
+        torch.set_num_threads(self._num_threads)
         try:
-            if not self._is_cancelled:
-                self._forward()
+            self._forward()
         except BaseException as error:
-            self.error = error
-        self.at = self.tensor = None
+            self._error = error
         self._has_stopped.release()
 
     @torch.no_grad()
@@ -54,12 +51,12 @@ class Pass(Thread):
                 try:
                     self._model(*args, **kwargs)
                     return
+                except InputError:
+                    raise
                 except Exception as error:  # the user's code may raise any error
                     failed = failed or error
                     if self._has_begun:
                         break
-        if isinstance(failed, InputError):
-            raise failed
         raise InputError(
             f"inputs: {type(self._model).__name__} cannot be run with them in eval mode: "
             f"{type(failed).__name__}: {failed}"
@@ -77,8 +74,8 @@ class Pass(Thread):
         self.at = self.tensor = None
         self._may_go.release()
         self._has_stopped.acquire()
-        if self.error is not None:
-            raise self.error
+        if self._error is not None:
+            raise self._error
 
     def cancel(self) -> None:
         self._is_cancelled = True
@@ -90,49 +87,44 @@ class _CancelledPass(BaseException):
     """The pass was cancelled."""
 
 
-def stop_before(name: str, norm: nn.Module):
-    """Add a hook by which passes stop at ``norm`` with its input."""
-    return norm.register_forward_pre_hook(
-        lambda _, args, kwargs: _stop(name, *args, *kwargs.values()), with_kwargs=True
-    )
-
-
-def stop_after(name: str, norm: nn.Module):
-    """Add a hook by which passes stop at ``norm`` with its output, before dropout and activation of timm's norms."""
-    if "drop" in norm._modules:
-        return norm.drop.register_forward_pre_hook(lambda _, args: _stop(name, *args))
-    return norm.register_forward_hook(lambda _, args, output: _stop(name, output))
-
-
-def _stop(name, tensor):
+def stop(at: str, tensor: Tensor) -> None:
+    """Stop the pass that calls this, at the norm called ``at``. Outside of a pass it does nothing."""
     if isinstance(current_thread(), Pass):
-        current_thread().stop(name, tensor)
+        current_thread().stop(at, tensor)
 
 
-def run_in_step(pairs: Sequence[tuple[Pass, Pass]], at_stop: Callable[[str, list[tuple[Pass, Pass]]], None]) -> None:
-    """Run the two passes of each pair from stop to stop. Once all have stopped, ``at_stop(place, pairs)`` is
-    called for those at one place, and these go on; the others wait for their turn.
+def run_in_step(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Sequence[Any],
+    at_stop: Callable[[str, list[tuple[Pass, Pass]]], None],
+) -> None:
+    """Run both networks on each batch, all at once, from stop to stop.
+
+    Once all passes have stopped, ``at_stop(norm, pairs)`` is called for the pairs of passes that stopped at one norm,
+    and these go on. The others wait for their turn.
 
     Raises:
-        InputError: the passes of a pair stop at different places, or cannot be run.
+        InputError: the passes of a pair stop at different norms, or cannot be run.
     """
-    passes = [one for pair in pairs for one in pair]
     num_threads = torch.get_num_threads()
+    share = max(1, min(num_threads, MOST_THREADS // (2 * len(batches))))
+    pairs = [(Pass(model, batch, share), Pass(reference, batch, share)) for batch in batches]
+    passes = [one for pair in pairs for one in pair]
     try:
         for one in passes:
-            one.num_threads = max(1, min(num_threads, MOST_THREADS // len(passes)))
             one.start()
             one.go_on()
         while any(one.at for one in passes):
-            for model, reference in pairs:
-                if model.at != reference.at:
+            for ours, theirs in pairs:
+                if ours.at != theirs.at:
                     raise InputError(
-                        f"inputs: with them the model reaches {model.at or 'its end'} when the reference reaches "
-                        f"{reference.at or 'its end'}. Both must be the same network"
+                        f"inputs: with them the model reaches {ours.at or 'its end'} when the reference reaches "
+                        f"{theirs.at or 'its end'}. Both must be the same network"
                     )
-            place = next(model.at for model, _ in pairs if model.at)
-            here = [pair for pair in pairs if pair[0].at == place]
-            at_stop(place, here)
+            norm = next(ours.at for ours, _ in pairs if ours.at)
+            here = [pair for pair in pairs if pair[0].at == norm]
+            at_stop(norm, here)
             for pair in here:
                 for one in pair:
                     one.go_on()

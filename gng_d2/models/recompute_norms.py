@@ -32,8 +32,9 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
 
     A norm keeps its input, and the convolution after it the norm's output, which is twice what a frozen batch norm
     takes; weight standardization keeps a copy of each weight. Each smallest module that runs a chain of convolutions
-    and norms (a residual block, a head, a lateral convolution) then keeps its input and the outputs of its expensive
-    convolutions alone, and computes the rest again when its gradients are wanted:
+    and norms (a residual block, a head, a lateral convolution) then keeps its input, the outputs of its expensive
+    convolutions and the statistics of norms that our kernels run, and computes the rest again when its gradients are
+    wanted:
     :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. Gradients are the same bits wherever the ops
     are deterministic, under autocast too.
 

@@ -1,4 +1,4 @@
-"""Whether a block that runs a second time computes what it computed at first: what it finds, and what it returns."""
+"""Let a block find in its second run what it found in its first, and compare what the two runs return."""
 
 import math
 import random
@@ -20,10 +20,10 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class State:
-    """What a run of ``module`` may read and change that is no tensor's values, as it is now.
+    """What a run of ``module`` may read and change now, other than the values in tensors.
 
-    That is the attributes, parameters and buffers of ``module`` and its children, by identity; what is in lists and
-    dicts among them and among ``arguments``; and the random numbers of Python and NumPy.
+    These are the attributes, parameters and buffers of ``module`` and its children, the entries of lists and dicts
+    among them and among ``arguments``, and the states of Python's and NumPy's random number generators.
     """
 
     def __init__(self, module: nn.Module, *arguments: Any):
@@ -31,7 +31,7 @@ class State:
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def tensors(self) -> list[Tensor]:
-        """Those among the attributes and in the lists and dicts, whose values it does not keep."""
+        """The tensors among the attributes and in the lists and dicts. Their values are not kept."""
         found = (before.values() if isinstance(before, dict) else before for _, before in self._containers)
         return [value for values in found for value in values if isinstance(value, Tensor)]
 
@@ -64,12 +64,15 @@ def _containers(module, arguments):
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Numbers that are others once a tensor was changed in place. In inference mode a tensor has none."""
+    """Numbers that are others once a tensor was changed in place.
+
+    A tensor made in inference mode has none, and a write to ``tensor.data`` does not change it.
+    """
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def sums_of(output: Any) -> list[tuple[float, float, float]]:
-    """The sum of each tensor, the sum of its squares, and by what part these may differ in another run."""
+    """For each tensor: its sum, the sum of its squares, and the relative difference that another run may have."""
     sums = []
     for tensor in tree_flatten(output)[0]:
         if type(tensor) is Tensor and tensor.is_floating_point() and not tensor.is_meta:
@@ -83,10 +86,10 @@ def sums_of(output: Any) -> list[tuple[float, float, float]]:
 
 
 def differ(before: list[tuple[float, float, float]], after: list[tuple[float, float, float]]) -> bool:
-    """Whether sums differ by more than rounding does.
+    """Whether the sums of two runs differ by more than rounding explains.
 
-    A sum may be nearly zero where the values are not, so its difference is compared with the root of the sum of
-    squares: rounding makes a small part of that, and another dropout mask about as much as that.
+    A sum may be nearly zero although the values are not, so its difference is compared with the root of the sum of
+    squares. Rounding changes a sum by a small part of this root, and another dropout mask by about the whole of it.
     """
     return len(before) != len(after) or any(
         abs(total - t) > max(part, 1e-2) * math.sqrt(squares) or abs(squares - s) > part * squares

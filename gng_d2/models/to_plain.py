@@ -18,6 +18,9 @@ __all__ = ["to_plain"]
 def to_plain(model: nn.Module) -> nn.Module:
     """Give the modules of ``model`` that are ours the classes of PyTorch, in place; its outputs stay the same.
 
+    They are the same up to rounding, because PyTorch's op takes the place of our kernels: in float64 they are the same
+    bits, and in float32 two detections with nearly equal scores may change places.
+
     This is for quantization, adapters, pruning, and other tools that look modules up by their exact class. Our norms
     become :class:`torch.nn.GroupNorm`. One that holds timm's dropout and activation becomes a
     :class:`torch.nn.Sequential` of a group norm and these, so that its parameters are called ``0.weight`` and
@@ -65,22 +68,17 @@ def to_plain(model: nn.Module) -> nn.Module:
 
 
 def _make_plain(norm):
-    parts = [norm, *(part for part in norm.children() if not isinstance(part, nn.Identity))]
+    parts = [part for part in norm.children() if not isinstance(part, nn.Identity)]
     ours = set(dir(PracticalGroupNorm(1))) - set(dir(nn.GroupNorm(1, 1)))
     for key in ours & vars(norm).keys():
         del vars(norm)[key]
     norm.__class__ = nn.GroupNorm
     norm._modules.clear()
-    if len(parts) > 1:
-        _make_sequential(norm, parts)
-
-
-def _make_sequential(norm, parts):
-    """Turn ``norm`` into a sequence whose first part is a group norm with its parameters."""
-    parts[0] = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, affine=False).train(norm.training)
-    parts[0].affine, parts[0]._parameters = norm.affine, norm._parameters
-    for key in set(nn.GroupNorm.__constants__):
-        delattr(norm, key)
-    norm._parameters = {}
-    norm.__class__ = nn.Sequential
-    norm.extend(parts)
+    if parts:  # its parameters go to a group norm in front of them
+        plain = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, affine=False).train(norm.training)
+        plain.affine, plain._parameters = norm.affine, norm._parameters
+        for key in nn.GroupNorm.__constants__:
+            delattr(norm, key)
+        norm._parameters = {}
+        norm.__class__ = nn.Sequential
+        norm.extend([plain, *parts])

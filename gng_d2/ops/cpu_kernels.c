@@ -1,8 +1,9 @@
 /* Group norm, with what follows it, and weight standardization on a CPU, whose threads share the work whatever the number
    of groups.
 
-   All tensors are contiguous and in float32. A group is summed in pieces of `piece` elements, short enough to stay in the
-   first cache, which are merged in float64 in one order: no result depends on the number of threads.
+   All tensors are contiguous. They are read and written in pieces of `piece` elements, short enough to stay in the first
+   cache, in which bfloat16 and float16 are converted to float32 and back. The sums of pieces are added up in float64 in one
+   order: no result depends on the number of threads.
 
    Python calls these functions by name and cannot check their arguments: with other arguments, give them other names. */
 #include <math.h>
@@ -19,6 +20,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { NO_ACTIVATION, RELU, SILU };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* f(..., kept, activation), compiled for each activation, with and without `kept`: no loop asks which it is. */
 #define SPECIALIZED(f, kept, activation, ...) \
@@ -35,6 +37,77 @@ typedef struct { float mean, scale, shift; } map_t; /* from x to (x - mean) scal
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+INLINE uint32_t bits_of(float number) {
+  uint32_t bits;
+  memcpy(&bits, &number, sizeof bits);
+  return bits;
+}
+
+INLINE float number_of(uint32_t bits) {
+  float number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+INLINE float from_float16(uint16_t half) {
+  uint32_t magnitude = half & 0x7fff;
+  float number = number_of(magnitude << 13) * 0x1p112f; /* the exponents of float16 and float32 differ by 112 */
+  uint32_t not_finite = magnitude < 0x7c00 ? 0 : 0x7f800000;
+  return number_of(bits_of(number) | not_finite | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* Rounded to the nearest, and of two equally near to the even one, as PyTorch does, by an addition: of a power of 2 whose last
+   bit is worth what that of the result is. Without branches, so that it is vectorized. */
+INLINE uint16_t to_float16(float number) {
+  uint32_t bits = bits_of(number), magnitude = bits & 0x7fffffff, exponent = magnitude & 0x7f800000;
+  float power = number_of((exponent < 0x38800000 ? 0x38800000 : exponent) + 0x07800000);
+  uint32_t sum = bits_of(number_of(magnitude) * 0x1p112f * 0x1p-110f + power); /* infinite from 2 to the 16 on */
+  uint32_t nan = magnitude > 0x7f800000 ? 0x7e00 : 0;
+  return (bits >> 16 & 0x8000) | ((sum >> 13 & 0x7c00) + (sum & 0xfff)) | nan;
+}
+
+INLINE uint16_t to_bfloat16(float number) {
+  uint32_t bits = bits_of(number);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+VECTORIZED static void widen(float *restrict to, const uint16_t *restrict from, int64_t n, int type) {
+  if (type == BFLOAT16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = number_of((uint32_t)from[i] << 16);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = from_float16(from[i]);
+  }
+}
+
+VECTORIZED static void narrow(uint16_t *restrict to, const float *restrict from, int64_t n, int type) {
+  if (type == BFLOAT16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = to_bfloat16(from[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = to_float16(from[i]);
+  }
+}
+
+/* n elements of a tensor from `first` on: where they are if they are floats, else converted into `buffer`. */
+static const float *read(const void *tensor, int64_t first, int64_t n, int type, float *buffer) {
+  if (!tensor) return NULL;
+  if (type == FLOAT32) return (const float *)tensor + first;
+  widen(buffer, (const uint16_t *)tensor + first, n, type);
+  return buffer;
+}
+
+/* Where to write the elements of a tensor from `first` on, as floats: in their place, or in `buffer` for written(). */
+static float *place(void *tensor, int64_t first, int type, float *buffer) {
+  return tensor && type == FLOAT32 ? (float *)tensor + first : buffer;
+}
+
+static void written(void *tensor, int64_t first, int64_t n, int type, const float *buffer) {
+  if (tensor && type != FLOAT32) narrow((uint16_t *)tensor + first, buffer, n, type);
+}
+
 /* e to the v, to 2 units in the last place: 2 to the k times a polynomial of what is left, within half a ln 2. */
 INLINE float exponential(float v) {
   v = v > 88.9f ? 88.9f : v; /* beyond 88.7 it is infinite */
@@ -44,12 +117,7 @@ INLINE float exponential(float v) {
   float p = 1.f / 5040;
   p = p * r + 1.f / 720, p = p * r + 1.f / 120, p = p * r + 1.f / 24, p = p * r + 1.f / 6, p = p * r + .5f;
   p = p * r * r + r + 1;
-  int32_t bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  bits = (int32_t)((uint32_t)(bits + 127) << 23);
-  float power;
-  memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return p * number_of((bits_of(shifted) + 127) << 23);
 }
 
 INLINE float activated(float t, int activation) {
@@ -63,11 +131,8 @@ INLINE float passed_back(float dy, float x, map_t map, const float *kept, int ac
   float t = kept && activation == RELU ? 0 : (x - map.mean) * map.scale + map.shift;
   if (kept) t += *kept;
   if (activation == RELU) { /* t <= 0 ? 0 : dy, which would be compiled to a load of dy that waits for t */
-    int32_t sign, bits;
-    memcpy(&sign, &t, sizeof t), memcpy(&bits, &dy, sizeof dy);
-    bits &= ~((sign | (int32_t)((uint32_t)sign - 1)) >> 31);
-    memcpy(&dy, &bits, sizeof dy);
-    return dy;
+    uint32_t bits = bits_of(t);
+    return number_of(bits_of(dy) & ~(uint32_t)((int32_t)(bits | (bits - 1)) >> 31));
   }
   float sigmoid = 1 / (1 + exponential(-t));
   return dy * (sigmoid * (1 + t * (1 - sigmoid)));
@@ -154,54 +219,67 @@ static map_t map_of_row(int64_t row, const float *mean, const float *rstd, const
   return (map_t){mean[group], rstd[group] * (weight ? weight[channel] : 1), bias ? bias[channel] : 0};
 }
 
-/* x, y, residual: (images, channels, positions), of which residual may be null; weight, bias: (channels) or null;
-   mean, rstd: (images, groups); partial: (images, groups, pieces of a group) */
-void gng_d2_group_norm_activation(const float *x, const float *weight, const float *bias, const float *residual, float *y,
-                                  float *mean, float *rstd, moments_t *partial, int64_t images, int64_t channels,
-                                  int64_t positions, int64_t groups, int64_t piece, int64_t activation, double eps,
-                                  int threads) {
-  int64_t per_group = channels / groups, size = per_group * positions, pieces = (size + piece - 1) / piece;
+/* x: (images, channels, positions) of `type`; mean, rstd: (images, groups); partial: (images, groups, pieces of a group) */
+void gng_d2_group_norm_statistics(const void *x, float *mean, float *rstd, moments_t *partial, int64_t all_groups,
+                                  int64_t size, int64_t piece, int64_t type, double eps, int threads) {
+  int64_t pieces = (size + piece - 1) / piece;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < images * groups * pieces; i++) {
-      int64_t start = i % pieces * piece;
-      partial[i] = moments_of_piece(x + i / pieces * size + start, smaller(piece, size - start));
+    for (int64_t i = 0; i < all_groups * pieces; i++) {
+      float buffer[piece];
+      int64_t start = i % pieces * piece, n = smaller(piece, size - start);
+      partial[i] = moments_of_piece(read(x, i / pieces * size + start, n, type, buffer), n);
     }
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < images * groups; group++) {
+    for (int64_t group = 0; group < all_groups; group++) {
       moments_t moments = merge(partial + group * pieces, pieces, size, piece);
       mean[group] = moments.mean;
       rstd[group] = 1 / sqrt((moments.m2 < 0 ? 0 : moments.m2 / size) + eps);
     }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < images * channels; row++) {
-      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
-      int64_t i = row * positions;
-      normalize(y + i, x + i, positions, map, residual ? residual + i : NULL, activation);
+  }
+}
+
+/* x, y, residual: (images, channels, positions) of `type`, of which residual may be null; weight, bias: (channels) or null;
+   mean, rstd: (images, groups) */
+void gng_d2_group_norm_apply(const void *x, const float *mean, const float *rstd, const float *weight, const float *bias,
+                             const void *residual, void *y, int64_t images, int64_t channels, int64_t positions,
+                             int64_t groups, int64_t piece, int64_t type, int64_t activation, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < images * channels; row++) {
+    float buffers[3][piece];
+    map_t map = map_of_row(row, mean, rstd, weight, bias, channels, channels / groups);
+    for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
+      int64_t n = smaller(piece, end - i);
+      normalize(place(y, i, type, buffers[0]), read(x, i, n, type, buffers[1]), n, map,
+                read(residual, i, n, type, buffers[2]), activation);
+      written(y, i, n, type, buffers[0]);
     }
   }
 }
 
 /* The same shapes; partial: (images, channels + groups). With an activation, `kept` is null or what was added to the
    normalized x, of RELU the output, and dresidual takes the gradient of what was added. */
-void gng_d2_group_norm_activation_backward(const float *dy, const float *x, const float *mean, const float *rstd,
-                                           const float *weight, const float *bias, const float *kept, float *dx,
-                                           float *dweight, float *dbias, float *dresidual, sums_t *partial, int64_t images,
-                                           int64_t channels, int64_t positions, int64_t groups, int64_t piece,
-                                           int64_t activation, int threads) {
+void gng_d2_group_norm_gradients(const void *dy, const void *x, const float *mean, const float *rstd, const float *weight,
+                                 const float *bias, const void *kept, void *dx, float *dweight, float *dbias,
+                                 void *dresidual, sums_t *partial, int64_t images, int64_t channels, int64_t positions,
+                                 int64_t groups, int64_t piece, int64_t type, int64_t activation, int threads) {
   int64_t per_group = channels / groups;
-  float *passed = kept ? dresidual : activation == SILU ? dx : NULL;
+  void *passed = kept ? dresidual : activation == SILU ? dx : NULL;
   sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
+      float buffers[4][piece];
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       sums_t sums = {0, 0};
       for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        sums_t more = sums_of_piece(passed ? passed + i : NULL, dy + i, x + i, smaller(piece, end - i), map,
-                                    kept ? kept + i : NULL, activation);
+        int64_t n = smaller(piece, end - i);
+        sums_t more = sums_of_piece(place(passed, i, type, buffers[0]), read(dy, i, n, type, buffers[1]),
+                                    read(x, i, n, type, buffers[2]), n, map, read(kept, i, n, type, buffers[3]),
+                                    activation);
+        written(passed, i, n, type, buffers[0]);
         sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
       }
       partial[row] = sums;
@@ -224,12 +302,17 @@ void gng_d2_group_norm_activation_backward(const float *dy, const float *x, cons
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < images * channels; row++) {
-      int64_t group = row / per_group, i = row * positions;
+      float buffers[3][piece];
+      int64_t group = row / per_group;
       map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       double share = -rstd[group] / (double)(per_group * positions);
       float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
-      differentiate(dx + i, (passed ? passed : dy) + i, x + i, positions, map, x_factor, constant,
-                    passed ? NO_ACTIVATION : activation);
+      for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
+        int64_t n = smaller(piece, end - i);
+        differentiate(place(dx, i, type, buffers[0]), read(passed ? passed : dy, i, n, type, buffers[1]),
+                      read(x, i, n, type, buffers[2]), n, map, x_factor, constant, passed ? NO_ACTIVATION : activation);
+        written(dx, i, n, type, buffers[0]);
+      }
     }
   }
 }

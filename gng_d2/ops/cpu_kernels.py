@@ -15,8 +15,9 @@ __all__ = ["is_compiled", "call"]
 
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
-    "group_norm_activation": [_POINTER] * 8 + [_INTEGER] * 6 + [_NUMBER],
-    "group_norm_activation_backward": [_POINTER] * 12 + [_INTEGER] * 6,
+    "group_norm_statistics": [_POINTER] * 4 + [_INTEGER] * 4 + [_NUMBER],
+    "group_norm_apply": [_POINTER] * 7 + [_INTEGER] * 7,
+    "group_norm_gradients": [_POINTER] * 12 + [_INTEGER] * 7,
     "standardize": [_POINTER] * 2 + [_INTEGER] * 2 + [_NUMBER],
     "standardize_backward": [_POINTER] * 3 + [_INTEGER] * 2 + [_NUMBER],
 }

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 
 from . import cpu_kernels, group_norm_cpu
-from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, kernels_may_run
+from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, is_transformed, kernels_may_run
 from .checks import check_memory, fault_of, memory_format, refuse
 
 _BACKENDS = {"cpu": group_norm_cpu}
@@ -68,18 +68,27 @@ def group_norm(
         if y is not None:
             return y
         if activation is not None or residual is not None:  # the norm alone may have a kernel
-            return _activate(group_norm(input, num_groups, weight, bias, eps), activation, residual)
+            y = group_norm(input, num_groups, weight, bias, eps)
+            return _activate(y, activation, residual, inplace=not (is_compiling() or is_transformed()))
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
 
 
-def _activate(y: Tensor, activation: Optional[str], residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
-    """What follows the norm, in PyTorch's ops."""
+def _activate(
+    y: Tensor,
+    activation: Optional[str],  # noqa: UP045
+    residual: Optional[Tensor],  # noqa: UP045
+    inplace: bool = False,
+) -> Tensor:
+    """What follows the norm, in PyTorch's ops. ``inplace``: ``y`` may be changed, as models do that have these ops."""
     if residual is not None:
-        y = y + residual
+        if inplace and residual.shape == y.shape and residual.dtype == y.dtype:
+            y += residual
+        else:
+            y = y + residual
     if activation is None:
         return y
     if activation == "relu":
-        return F.relu(y)
+        return F.relu(y, inplace=inplace)
     if activation == "silu":
         return F.silu(y)
     raise InputError(f"activation is {activation}: set it to 'relu', 'silu' or None")
@@ -96,8 +105,9 @@ def _by_kernels(input, num_groups, weight, bias, eps, activation, residual):
     if torch.is_grad_enabled():
         return _GroupNorm.apply(*arguments)
     if is_plain(input, weight, bias, residual):  # the dispatcher takes a tenth of the time
-        return _forward(backend, *arguments)[0]
-    return torch.ops.gng_d2.group_norm.default(*arguments)[0]
+        moments = _statistics(backend, input, num_groups, eps)
+        return _apply(backend, input, *moments, weight, bias, num_groups, activation, residual)
+    return _forward(*arguments)[0]
 
 
 def _backend(input, num_groups, weight, bias, eps, activation=None, residual=None):
@@ -124,17 +134,20 @@ def _fits(backend, x, num_groups, weight, bias, activation, residual):
     if _fault(x, num_groups, backend.DTYPES, activation, weight=weight, bias=bias, residual=residual):
         return False
     of_affine = {p.dtype for p in (weight, bias) if p is not None}
-    return (
-        x.numel() > num_groups
-        and (of_affine <= {x.dtype} or of_affine == {torch.float32})
-        and (residual is None or residual.dtype == x.dtype)
-    )
+    return x.numel() > num_groups and (of_affine <= {x.dtype} or of_affine == {torch.float32})
+
+
+def _forward(x, weight, bias, num_groups, eps, activation, residual):
+    """Output, mean and 1 / std, by two ops: recompute_norms keeps what the first returns and runs the second again."""
+    mean, rstd = torch.ops.gng_d2.group_norm_statistics.default(x, num_groups, eps)
+    y = torch.ops.gng_d2.group_norm_apply.default(x, mean, rstd, weight, bias, num_groups, activation, residual)
+    return y, mean, rstd
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps, activation, residual):
-        y, mean, rstd = torch.ops.gng_d2.group_norm.default(x, weight, bias, num_groups, eps, activation, residual)
+        y, mean, rstd = _forward(x, weight, bias, num_groups, eps, activation, residual)
         # What the activation's slope is computed from. For relu that is the output, which the next layer keeps too.
         kept = None if activation is None or residual is None else y if activation == "relu" else residual
         # A bias that is not needed may change before the backward pass.
@@ -185,24 +198,31 @@ def _fault(x, num_groups, dtypes=None, activation=None, **others):
         return f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels"
     if activation not in _ACTIVATIONS:
         return f"{activation!r} is none of the activations {_ACTIVATIONS}"
-    channels, groups = shape[1:2], (shape[0], num_groups)
-    shapes = {"weight": channels, "bias": channels, "mean": groups, "rstd": groups}
-    faults = [fault_of("the input", x, shape, x.device, dtypes)] + [
-        fault_of(name, t, shapes.get(name, shape), x.device, dtypes)
-        for name, t in others.items()
-        if t is not None or name not in ("weight", "bias", "residual", "kept")
-    ]
+    of_channels, of_groups = (shape[1:2], dtypes), ((shape[0], num_groups), dtypes and (torch.float32,))
+    needs = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups}
+    faults = [fault_of("the input", x, shape, x.device, dtypes)]
+    for name, t in others.items():
+        if t is not None or name not in ("weight", "bias", "residual", "kept"):
+            shape_of_it, its_dtypes = needs.get(name, (shape, dtypes and (x.dtype,)))
+            faults.append(fault_of(name, t, shape_of_it, x.device, its_dtypes))
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _forward(backend, x, weight, bias, num_groups, eps, activation=None, residual=None):
+def _statistics(backend, x, num_groups, eps):
     """The op: what ``backend`` computes, after checking all that it relies on."""
-    refuse(_fault(x, num_groups, backend.DTYPES, activation, weight=weight, bias=bias, residual=residual))
-    check_memory(x, weight, bias, residual)
+    refuse(_fault(x, num_groups, backend.DTYPES))
+    check_memory(x)
+    return backend.statistics(*_as_read(backend, x), num_groups, eps)
+
+
+def _apply(backend, x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
+    tensors = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "residual": residual}
+    refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
+    check_memory(x, *tensors.values())
     layout = memory_format(x)
-    x, residual = _as_read(backend, layout, x, residual)
-    y, mean, rstd = backend.forward(x, *_contiguous(weight, bias), num_groups, eps, activation, residual)
-    return y.contiguous(memory_format=layout), mean, rstd
+    x, residual = _as_read(backend, x, residual)
+    y = backend.apply(x, *_contiguous(mean, rstd, weight, bias), num_groups, activation, residual)
+    return y.contiguous(memory_format=layout)
 
 
 def _backward(backend, dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):
@@ -210,46 +230,54 @@ def _backward(backend, dy, x, mean, rstd, weight, num_groups, activation=None, b
     refuse(_fault(x, num_groups, backend.DTYPES, activation, **tensors))
     check_memory(x, *tensors.values())
     layout = memory_format(x)  # a hook on saved tensors may have changed it
-    dy, x, kept = _as_read(backend, layout, dy, x, kept)
+    x, dy, kept = _as_read(backend, x, dy, kept)
     mean, rstd, weight, bias = _contiguous(mean, rstd, weight, bias)
     dx, dweight, dbias, dresidual = backend.backward(dy, x, mean, rstd, weight, num_groups, activation, bias, kept)
     dresidual = x.new_empty(0) if dresidual is None else dresidual.contiguous(memory_format=layout)
     return dx.contiguous(memory_format=layout), dweight, dbias, dresidual
 
 
-def _as_read(backend, layout, *tensors):
-    """``tensors`` in this layout, or contiguous where ``backend`` reads no other."""
-    layout = layout if backend.READS_CHANNELS_LAST else torch.contiguous_format
+def _as_read(backend, x, *others):
+    """The tensors in the layout of ``x``, or contiguous if ``backend`` reads no other."""
+    return _contiguous(x, *others, layout=memory_format(x) if backend.READS_CHANNELS_LAST else torch.contiguous_format)
+
+
+def _contiguous(*tensors, layout=torch.contiguous_format):
     return [None if t is None else t.contiguous(memory_format=layout) for t in tensors]
 
 
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 if HAS_OPS:
-    torch.library.define(
-        "gng_d2::group_norm",
-        "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, str? activation=None,"
-        " Tensor? residual=None) -> (Tensor, Tensor, Tensor)",
-    )
-    torch.library.define(
-        "gng_d2::group_norm_backward",
-        "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups, str? activation=None,"
-        " Tensor? bias=None, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::group_norm", "cpu")(partial(_forward, group_norm_cpu))
-        torch.library.impl("gng_d2::group_norm_backward", "cpu")(partial(_backward, group_norm_cpu))
-    if HAS_TRITON:
-        torch.library.impl("gng_d2::group_norm", "cuda")(partial(_forward, group_norm_triton))
-        torch.library.impl("gng_d2::group_norm_backward", "cuda")(partial(_backward, group_norm_triton))
+    _OPS = {
+        "group_norm_statistics": (_statistics, "(Tensor x, int num_groups, float eps) -> (Tensor, Tensor)"),
+        "group_norm_apply": (
+            _apply,
+            "(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int num_groups, str? activation=None,"
+            " Tensor? residual=None) -> Tensor",
+        ),
+        "group_norm_backward": (
+            _backward,
+            "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int num_groups, str? activation=None,"
+            " Tensor? bias=None, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)",
+        ),
+    }
+    for _name, (_function, _schema) in _OPS.items():
+        torch.library.define(f"gng_d2::{_name}", _schema)
+        if cpu_kernels.is_compiled():
+            torch.library.impl(f"gng_d2::{_name}", "cpu")(partial(_function, group_norm_cpu))
+        if HAS_TRITON:
+            torch.library.impl(f"gng_d2::{_name}", "cuda")(partial(_function, group_norm_triton))
 
-    @torch.library.register_fake("gng_d2::group_norm")
-    def _(x, weight, bias, num_groups, eps, activation=None, residual=None):
-        refuse(_fault(x, num_groups, None, activation, weight=weight, bias=bias, residual=residual))
+    @torch.library.register_fake("gng_d2::group_norm_statistics")
+    def _(x, num_groups, eps):
+        refuse(_fault(x, num_groups))
         mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-        return torch.empty_like(x, memory_format=memory_format(x)), mean, torch.empty_like(mean)
+        return mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("gng_d2::group_norm_apply")
+    def _(x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
+        tensors = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "residual": residual}
+        refuse(_fault(x, num_groups, None, activation, **tensors))
+        return torch.empty_like(x, memory_format=memory_format(x))
 
     @torch.library.register_fake("gng_d2::group_norm_backward")
     def _(dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):

@@ -11,9 +11,9 @@ from torch import Tensor
 from . import cpu_kernels
 from .backends import is_compiling
 
-__all__ = ["DTYPES", "READS_CHANNELS_LAST", "backward", "forward", "is_faster", "works"]
+__all__ = ["DTYPES", "READS_CHANNELS_LAST", "apply", "backward", "is_faster", "statistics", "works"]
 
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C file
 READS_CHANNELS_LAST = False
 
 _MIN_ELEMENTS = 3 * 2**16  # for fewer, Python costs more time than a second thread saves
@@ -27,9 +27,9 @@ _ACTIVATIONS = (None, "relu", "silu")  # in the order of the C file
 def is_faster(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, fused: bool = False
 ) -> bool:
-    """Whether this is faster than PyTorch's ops, as measured with 1 and 2 threads on inputs that are contiguous.
+    """Whether this is faster than PyTorch's ops, as measured with 1 and 2 threads on contiguous inputs in float32.
 
-    ``fused``: with an activation or a residual, whose passes over the data it saves.
+    ``fused``: with an activation or a residual, whose passes over the data it saves in the other types, too.
     """
     if is_compiling():  # the compiler fuses PyTorch's op
         return False
@@ -41,6 +41,8 @@ def is_faster(
         return False
     if fused:
         return True
+    if x.dtype != torch.float32:
+        return False
     groups, threads = images * num_groups, torch.get_num_threads()
     share_of_busy_threads = groups / (math.ceil(groups / threads) * threads)
     return share_of_busy_threads <= 0.75 or threads * _MIN_SHARE <= elements <= _MAX_CACHED
@@ -51,31 +53,42 @@ def works(device: torch.device) -> bool:
     return cpu_kernels.is_compiled()
 
 
-def forward(
+def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / std of each group, in float32.
+
+    Shape:
+        - x: :math:`(N, C, *)`, contiguous, of one of ``DTYPES``
+        - mean, 1 / std: :math:`(N, G)`
+    """
+    groups = len(x) * num_groups
+    size = x.numel() // groups
+    mean, rstd = (x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
+    moments = x.new_empty((groups * math.ceil(size / _PIECE), 2), dtype=torch.float64)
+    numbers = groups, size, _PIECE, DTYPES.index(x.dtype), eps
+    cpu_kernels.call("group_norm_statistics", (x, mean, rstd, moments), *numbers)
+    return mean, rstd
+
+
+def apply(
     x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     num_groups: int,
-    eps: float,
     activation: str | None = None,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the mean and 1 / std, all contiguous and in float32 as the arguments are.
+) -> Tensor:
+    """The output, with the statistics of :func:`statistics`.
 
     Shape:
-        - x, residual, output: :math:`(N, C, *)`
+        - x, residual, output: :math:`(N, C, *)`, contiguous, of the same type
         - weight, bias: :math:`(C)`
-        - mean, 1 / std: :math:`(N, G)`
     """
-    images, channels = x.shape[:2]
-    size = x.numel() // (images * num_groups)
     y = torch.empty_like(x)
-    mean = x.new_empty((images, num_groups))
-    rstd = torch.empty_like(mean)
-    moments = x.new_empty((images * num_groups * math.ceil(size / _PIECE), 2), dtype=torch.float64)
-    sizes = images, channels, size * num_groups // channels, num_groups, _PIECE, _ACTIVATIONS.index(activation)
-    cpu_kernels.call("group_norm_activation", (x, weight, bias, residual, y, mean, rstd, moments), *sizes, eps)
-    return y, mean, rstd
+    tensors = x, mean, rstd, _in_float32(weight), _in_float32(bias), residual, y
+    cpu_kernels.call("group_norm_apply", tensors, *_numbers(x, num_groups, activation))
+    return y
 
 
 def backward(
@@ -89,19 +102,29 @@ def backward(
     bias: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of x, weight and bias, and with ``kept`` that of the residual.
+    """The gradients of x, of weight and bias in float32, and with ``kept`` that of the residual.
 
     Shape:
         - dy, kept: that of x. ``kept`` is what an activation after a residual needs: the output for relu, else the
           residual
-        - others: as :func:`forward` takes and returns them
+        - others: as in :func:`apply`
     """
     images, channels = x.shape[:2]
     dx = torch.empty_like(x)
     dresidual = None if kept is None else torch.empty_like(x)
-    dweight, dbias = x.new_empty(channels), x.new_empty(channels)
+    dweight, dbias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     sums = x.new_empty((images * (channels + num_groups), 2), dtype=torch.float64)
-    sizes = images, channels, x.numel() // (images * channels), num_groups, _PIECE, _ACTIVATIONS.index(activation)
-    tensors = dy, x, mean, rstd, weight, bias, kept, dx, dweight, dbias, dresidual, sums
-    cpu_kernels.call("group_norm_activation_backward", tensors, *sizes)
+    of_forward = dy, x, mean, rstd, _in_float32(weight), _in_float32(bias), kept
+    tensors = *of_forward, dx, dweight, dbias, dresidual, sums
+    cpu_kernels.call("group_norm_gradients", tensors, *_numbers(x, num_groups, activation))
     return dx, dweight, dbias, dresidual
+
+
+def _in_float32(parameter):
+    return None if parameter is None else parameter.float()
+
+
+def _numbers(x, num_groups, activation):
+    images, channels = x.shape[:2]
+    positions = x.numel() // (images * channels)
+    return images, channels, positions, num_groups, _PIECE, DTYPES.index(x.dtype), _ACTIVATIONS.index(activation)

@@ -24,7 +24,7 @@ from .group_norm_triton_kernels import (
 )
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "READS_CHANNELS_LAST", "backward", "forward", "is_faster", "works"]
+__all__ = ["DTYPES", "READS_CHANNELS_LAST", "apply", "backward", "is_faster", "statistics", "works"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 READS_CHANNELS_LAST = True
@@ -67,28 +67,17 @@ def works(device: torch.device) -> bool:
     return triton_works(device.index)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output in the type and layout of ``x``, mean and 1 / std in float32.
+def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / std of each group, in float32.
 
     Shape:
-        - x, residual: :math:`(N, C, *)`, both contiguous or channels-last, at least one element; float32, float16 or
-          bfloat16
-        - weight, bias: :math:`(C)`, contiguous, of any of these types
-        - output: as x; mean, 1 / std: :math:`(N, G)`
+        - x: :math:`(N, C, *)`, contiguous or channels-last, at least one element; float32, float16 or bfloat16
+        - mean, 1 / std: :math:`(N, G)`
     """
     grid = _Grid(x)
     partial = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)
     mean = x.new_empty((grid.images, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    y = torch.empty_like(x)
     groups = grid.images * num_groups
     with _on(x):
         moments_kernel[grid.programs](x, partial[0], partial[1], *grid.layout, *grid.chunks, *grid.blocks)
@@ -96,10 +85,31 @@ def forward(
             partial[0], partial[1], mean, rstd, eps, grid.channels, grid.positions, num_groups, *grid.chunks,
             **_merge_options(partial[0].numel() // groups)
         )  # fmt: skip
+    return mean, rstd
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The output, in the type and layout of ``x``, with the statistics of :func:`statistics`.
+
+    Shape:
+        - x, residual, output: :math:`(N, C, *)`, in the same layout
+        - weight, bias: :math:`(C)`, contiguous, of any of these types
+    """
+    grid, y = _Grid(x), torch.empty_like(x)
+    with _on(x):
         normalize_kernel[grid.programs](
             x, y, residual, mean, rstd, weight, bias, *grid.layout, num_groups, *grid.chunks, activation, *grid.blocks
         )
-    return y, mean, rstd
+    return y
 
 
 def backward(
@@ -120,7 +130,7 @@ def backward(
     Shape:
         - dy, kept: that of x, in its layout. ``kept`` is what an activation after a residual needs: the output for
           relu, else the residual
-        - others: as :func:`forward` takes and returns them
+        - others: as in :func:`apply`
     """
     grid = _Grid(x)
     sums = x.new_empty((2, grid.images, grid.num_chunks, grid.channels), dtype=torch.float32)

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 from gng_d2 import calibrate_norms
 from gng_d2.errors import InputError
+from gng_d2.job import engine
 from gng_d2.job.calibrate import calibrate_backbone
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import Trainer
@@ -76,7 +78,7 @@ def test_the_backbone_is_calibrated_on_the_first_images(weights, tmp_path, caplo
     before, state = copy.deepcopy(made.model), torch.get_rng_state()
     parameters = [(p, p.requires_grad) for p in made.model.parameters()]
     with caplog.at_level(logging.INFO):
-        calibrate_backbone(made, 5)
+        calibrate_backbone(made.model, made.cfg, 5)
     assert torch.equal(torch.get_rng_state(), state)
     assert [(p, p.requires_grad) for p in made.model.parameters()] == parameters and made.model.training
     reference = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
@@ -100,7 +102,7 @@ def test_only_norms_that_the_file_has_are_calibrated(weights, tmp_path, caplog):
         del state[name]
     torch.save({"model": state}, tmp_path / "part.pth")
     made = trainer(tmp_path / "part.pth", "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
-    calibrate_backbone(made, 2)
+    calibrate_backbone(made.model, made.cfg, 2)
     fresh = [n for n, norm in group_norms(made.model).items() if norm.calibration_error is None]
     assert fresh == ["res5.0.conv1.norm", "res5.1.conv2.norm"]  # its convolution is missing; it is missing itself
     assert "2 have no counterpart in the reference (res5.0.conv1.norm, res5.1.conv2.norm)" in caplog.text
@@ -120,7 +122,7 @@ def caffe2(path):
 def test_folded_statistics_are_mean_0_and_variance_1(tmp_path, shapes):
     content = caffe2(tmp_path / "R.pkl")
     made = trainer(tmp_path / "R.pkl", "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
-    calibrate_backbone(made, 3)
+    calibrate_backbone(made.model, made.cfg, 3)
     stem, images = made.model.backbone.bottom_up.stem.conv1, first_images(3)
     with torch.no_grad():
         ours = torch.cat([stem(image).flatten(2) for image in images], 2)
@@ -137,39 +139,46 @@ def test_folded_statistics_are_mean_0_and_variance_1(tmp_path, shapes):
 
 def test_standardized_convolutions_are_plain_in_the_reference(weights, tmp_path, caplog):
     made = trainer(weights, "MODEL.RESNETS.NORM", "GN1+WS", output=tmp_path)
-    calibrate_backbone(made, 2)
+    calibrate_backbone(made.model, made.cfg, 2)
     assert type(made.model.backbone.bottom_up.stem.conv1).__name__ == "WSConv2d"
     errors = [norm.calibration_error for norm in group_norms(made.model).values()]
     assert errors[0] > 0.05
     assert "standardized" in caplog.text
 
 
-def test_a_run_that_goes_on_is_not_calibrated_again(weights, tmp_path, caplog):
-    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path, resume=True)  # there is no checkpoint
-    calibrate_backbone(made, 2)
-    first = {n: norm.weight.clone() for n, norm in group_norms(made.model).items()}
-    assert all((weight != 1).any() for weight in first.values())
-    made.checkpointer.save("model_0000000", iteration=0)
-    again = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path, resume=True)
-    calibrate_backbone(again, 5)
-    assert all(torch.equal(first[n], norm.weight) for n, norm in group_norms(again.model).items())
+def test_a_run_that_goes_on_is_not_calibrated_again(weights, tmp_path, monkeypatch):
+    calibrated = []
+    monkeypatch.setattr(engine, "calibrate_backbone", lambda *args: calibrated.append(args))
+    args = SimpleNamespace(eval_only=False, resume=True, calibrate_norms=3, config_file=CONFIG)
+    cfg = config(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    for steps in (1, 2):  # the first run finds no checkpoint
+        cfg.SOLVER.MAX_ITER = steps
+        engine.train_or_evaluate(cfg, args)
+    ((model, given, number),) = calibrated
+    assert isinstance(model, nn.Module) and (given, number) == (cfg, 3)
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_a_backbone_without_group_norms_is_left(norm, weights, tmp_path):
     made = trainer(weights, "MODEL.RESNETS.NORM", norm, output=tmp_path)
     before = copy.deepcopy(made.model.state_dict())
-    calibrate_backbone(made, 2)
+    calibrate_backbone(made.model, made.cfg, 2)
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
 def test_weights_without_batch_norms_are_refused(tmp_path, shapes):
     torch.save({"model": build_model(config(None)).state_dict()}, tmp_path / "gn.pth")
-    made = trainer(tmp_path / "gn.pth", output=tmp_path)
-    with pytest.raises(InputError, match=r"--calibrate-norms: MODEL\.WEIGHTS '.*gn\.pth' holds no batch norms"):
-        calibrate_backbone(made, 2)
-    with pytest.raises(InputError, match=r"--calibrate-norms: MODEL\.WEIGHTS '' holds no batch norms"):
-        calibrate_backbone(trainer("", output=tmp_path), 2)
+    for path in (str(tmp_path / "gn.pth"), ""):
+        made = trainer(path, output=tmp_path)
+        message = rf"^the backbone cannot be calibrated: MODEL\.WEIGHTS '{path}' holds no batch norms"
+        with pytest.raises(InputError, match=message):
+            calibrate_backbone(made.model, made.cfg, 2)
+
+
+def test_what_is_no_config_is_named(tmp_path, shapes):
+    model = build_model(config(None))
+    with pytest.raises(InputError, match=r"calibrate_backbone\(model, cfg, num_images\): cfg is .* not 64$"):
+        calibrate_backbone(model, 64, 64)
 
 
 def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, caplog, monkeypatch):
@@ -178,7 +187,8 @@ def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, 
         caplog.clear()
         words = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
         words += ["MODEL.RESNETS.STRIDE_IN_1X1", str(stride), "MODEL.RESNETS.NORM", "GN1"]
-        calibrate_backbone(trainer(tmp_path / "MSRA-R-50.pkl", *words, output=tmp_path), 1)
+        made = trainer(tmp_path / "MSRA-R-50.pkl", *words, output=tmp_path)
+        calibrate_backbone(made.model, made.cfg, 1)
         assert ("STRIDE_IN_1X1 True, and the config has False" in caplog.text) != stride
 
 
@@ -201,31 +211,35 @@ def train_net(script, weights, output, *words, flags=("--calibrate-norms", "3"))
 
 
 OWN = """
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
 import gng_d2
 from gng_d2.job.calibrate import calibrate_backbone
-
-class Trainer(DefaultTrainer):
-    @classmethod
-    def build_train_loader(cls, cfg):
-        from gng_d2.job.data.loader import build_train_loader
-        return build_train_loader(cfg)
+from gng_d2.job.data.loader import build_train_loader
 
 args = default_argument_parser().parse_args()
 cfg = get_cfg()
 cfg.merge_from_file(args.config_file)
 cfg.merge_from_list(args.opts + ["MODEL.DEVICE", "cpu"])
 default_setup(cfg, args)
-trainer = Trainer(cfg)
-trainer.resume_or_load(resume=args.resume)
-calibrate_backbone(trainer, 3)
-trainer.train()
+model = build_model(cfg)
+optimizer = build_optimizer(cfg, model)
+checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer)
+checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+calibrate_backbone(model, cfg, 3)
+with EventStorage():
+    sum(model(next(iter(build_train_loader(cfg)))).values()).backward()
+optimizer.step()
+checkpointer.save("model_final")
 """
 
 
 @pytest.mark.slow
-def test_jobs_of_one_process_of_two_and_of_ones_own_agree(weights, tmp_path):
+def test_jobs_of_one_process_of_two_and_a_loop_without_a_trainer_agree(weights, tmp_path):
     """The learning rate is next to 0, so that what is saved is what the first step saw."""
     own = tmp_path / "own.py"
     own.write_text(OWN)
@@ -235,7 +249,7 @@ def test_jobs_of_one_process_of_two_and_of_ones_own_agree(weights, tmp_path):
     )
     mine = train_net(own, weights, tmp_path / "own", flags=())
     made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
-    calibrate_backbone(made, 3)
+    calibrate_backbone(made.model, made.cfg, 3)
     names = [name for name in one if "bottom_up" in name and ".norm." in name]
     assert len(names) == 40
     for name in names:
@@ -259,6 +273,9 @@ def test_a_comparison_passes_the_flag_on_and_knows_it(weights, tmp_path):
     without.claim_output()
     with pytest.raises(InputError, match="calibrate_norms: None there, 3 here"):
         with_it.claim_output()
+    words[5] = RATE_NEAR_0
+    with pytest.raises(InputError, match="--calibrate-norms fits group norms to batch norms, .* '' holds none"):
+        Comparison(*words, calibrate_norms=3).check()
 
 
 def test_frozen_norms_of_the_reference_are_detectron2s(weights, tmp_path):

@@ -49,8 +49,8 @@ def test_folded_batch_norms_in_group_norms_are_one_warning(tmp_path, caplog):
     ours = model("MODEL.RESNETS.NORM", "PGN", "MODEL.BACKBONE.FREEZE_AT", "2")
     (message,) = warnings_of_loading(ours, file, caplog)
     assert ours.backbone.bottom_up.stem.conv1.norm.weight[0] == 7  # they did arrive
-    assert message.startswith("2 GroupNorm layers (backbone.bottom_up.stem.conv1.norm, ")
-    assert "2 of them are frozen" in message and "MODEL.WEIGHTS ''" in message and "FREEZE_AT 0" in message
+    assert message.startswith("2 GroupNorm layers (backbone.bottom_up.stem.conv1.norm and 1 more) took")
+    assert "FREEZE_AT freezes 2 of them" in message and "MODEL.WEIGHTS" in message and "FREEZE_AT 0" in message
 
 
 def test_group_norm_weights_and_batch_norm_models_are_no_warning(tmp_path, caplog):
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_with_its_name(name, tmp_path):
     else:
         file.write_bytes({"text": b"Not found", "empty": b"", "zeros": bytes(5000)}[name.partition(".")[0]])
     before = file.read_bytes()
-    with pytest.raises(InputError, match=rf"^{file} cannot be read as") as error:
+    with pytest.raises(InputError, match=rf"^{file} (cannot be read as|holds no) weights") as error:
         Checkpointer(torch.nn.Linear(2, 2)).load(str(file))
     assert len(str(error.value).splitlines()) == 1 and "weights_only" not in str(error.value)
     assert file.read_bytes() == before
@@ -212,7 +212,7 @@ def test_a_flipped_byte_in_weights_from_elsewhere_is_recognized(tmp_path):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(tmp_path / "theirs.pth"))
 
 
-@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", b"\xff\xfe", None])
+@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", None])
 def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp_path, caplog):
     checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
     for name, iteration in (("model_final", 2), ("model_0000005", 5)):  # MAX_ITER was raised after 2
@@ -220,7 +220,7 @@ def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp
     last = tmp_path / "last_checkpoint"
     last.unlink()
     if names is not None:
-        last.write_bytes(names if isinstance(names, bytes) else names.encode())
+        last.write_text(names)
     assert checkpointer.has_checkpoint()
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 5
     assert str(last) in caplog.text
@@ -266,15 +266,6 @@ def test_weights_that_last_checkpoint_names_are_not_resumed_from(lacks, tmp_path
         checkpointer.resume_or_load("", resume=True)
 
 
-@pytest.mark.parametrize("metadata", [[1], {"": "GN"}])
-def test_damaged_metadata_is_one_line(metadata, tmp_path):
-    weights = torch.nn.Linear(3, 1).state_dict()
-    weights._metadata = metadata
-    torch.save({"model": weights}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=f"^{tmp_path}/a.pth: the metadata of its state_dict is damaged$"):
-        Checkpointer(torch.nn.Linear(3, 1)).load(str(tmp_path / "a.pth"))
-
-
 def test_a_checkpoint_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch):
     checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
     checkpointer.save("model_final", iteration=1)
@@ -309,6 +300,21 @@ def test_weights_of_which_none_fits_are_an_error(content, tmp_path):
         Checkpointer(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))).load(str(tmp_path / "a.pth"))
 
 
+def test_weights_of_half_precision_are_taken(tmp_path):
+    ours, theirs = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1).half()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "weights.pth")
+    Checkpointer(ours).load(str(tmp_path / "weights.pth"))
+    assert torch.equal(ours.weight, theirs.weight.float())
+
+
+def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    weights = {name: tensor * float("nan") for name, tensor in model.state_dict().items()}
+    save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
+    with pytest.raises(InputError, match="a.pth: weights are not finite: 0.weight, 0.bias"):
+        load_model(model, str(tmp_path / "a.pth"))
+
+
 @pytest.mark.parametrize("kind", ["integers", "booleans", "complex", "sparse", "meta"])
 @pytest.mark.parametrize("resume_or_load", [False, True])
 def test_weights_that_are_no_floating_point_numbers_are_an_error(kind, resume_or_load, tmp_path):
@@ -326,18 +332,3 @@ def test_weights_that_are_no_floating_point_numbers_are_an_error(kind, resume_or
     load = Checkpointer(ours).resume_or_load if resume_or_load else Checkpointer(ours).load
     with pytest.raises(InputError, match=r"weights.pth holds module.0.weight as torch\.\w+.* floating-point"):
         load(str(tmp_path / "weights.pth"))
-
-
-def test_weights_of_half_precision_are_taken(tmp_path):
-    ours, theirs = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1).half()
-    torch.save({"model": theirs.state_dict()}, tmp_path / "weights.pth")
-    Checkpointer(ours).load(str(tmp_path / "weights.pth"))
-    assert torch.equal(ours.weight, theirs.weight.float())
-
-
-def test_weights_that_are_no_numbers_predict_nothing(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3))
-    weights = {name: tensor * float("nan") for name, tensor in model.state_dict().items()}
-    save_weight_file(str(tmp_path / "a.pth"), {"model": weights})
-    with pytest.raises(InputError, match="a.pth: weights are not finite: 0.weight, 0.bias"):
-        load_model(model, str(tmp_path / "a.pth"))

@@ -8,7 +8,8 @@ from detectron2.config import CfgNode
 
 import gng_d2
 from gng_d2.errors import InputError
-from gng_d2.job.config import check_config, check_weights, load_config, norm_keys
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.config import check_config, check_weight_file, check_weights, load_config, norm_keys
 
 NORMS = {"gn": "GN", "gn1": "GN1", "pgn": "PGN"}
 
@@ -48,8 +49,8 @@ BROKEN = {
     "empty": ("", "or a section such as MODEL is empty"),
     "empty section": ("MODEL:", "or a section such as MODEL is empty"),
     "circle": ("_BASE_: 'broken.yaml'", "leads back to itself"),
-    "not yaml": ("MODEL: [1, 2", "no YAML config"),
-    "binary": (b"\x80\x02\xff", "no YAML config"),
+    "not yaml": ("MODEL: [1, 2", "cannot be used: while parsing a flow sequence"),
+    "binary": (b"\x80\x02\xff", "cannot be used: 'utf-8' codec can't decode"),
     "no mapping": ("just words", "broken.yaml"),
     "unknown key": ("MODEL:\n  NOROM: PGN", "MODEL.NOROM"),
     "wrong type": ("SOLVER:\n  MAX_ITER: many", "MAX_ITER"),
@@ -155,8 +156,8 @@ def quick(*overrides):
 
 
 def test_unknown_norm_names_its_key():
-    with pytest.raises(InputError, match=r"MODEL.FPN.NORM: unknown norm 'PNG'; did you mean 'PGN'"):
-        check_config(quick("MODEL.FPN.NORM", "PNG"))
+    with pytest.raises(InputError, match=r"^MODEL.FPN.NORM: unknown norm 'PNG'; did you mean 'PGN'"):
+        build_on_meta(quick("MODEL.FPN.NORM", "PNG"))
 
 
 def test_images_that_do_not_divide_among_processes():
@@ -185,7 +186,7 @@ def test_missing_weights(tmp_path):
     with pytest.raises(InputError, match=r"MODEL.WEIGHTS: the file .*nothing.pth does not exist"):
         check_weights(quick("MODEL.WEIGHTS", str(tmp_path / "nothing.pth")))
     with pytest.raises(InputError, match=r"^--weights: the file .*nothing.pth does not exist$"):
-        check_weights(quick("MODEL.WEIGHTS", str(tmp_path / "nothing.pth")), "--weights")
+        check_weight_file(str(tmp_path / "nothing.pth"), "--weights")
     check_weights(quick("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"))
 
 

@@ -198,6 +198,14 @@ def test_the_error_names_the_norm_and_both_layers():
     expected = r"neck\.0\.norm: .*Conv2d\(8, 8\).*neck\.0\.conv \(Conv2d\(64, 8\)\), .*num_groups=8, not 1"
     with pytest.raises(InputError, match=expected):
         model["neck"][0](image(64), image(8))
+    with pytest.raises(InputError, match=r"^norm: .*, but its input is made by Relu, which has no weight"):
+        WRONG["layer before the previous activation"](pgn(8))[0](image(64))
+
+
+def test_a_convolution_with_one_number_in_each_filter_is_used_as_it_is():
+    """Its weight is a plain parameter also where the norm has +WS, since a single number has no deviation."""
+    model = nn.Sequential(conv(8, groups=8), standardized(8))
+    assert model(image(8)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -344,6 +352,15 @@ def test_what_cannot_be_seen_is_silent_until_the_looks_end(caplog):
     for _ in range(LOOKS):
         model.train()(image(64))
     assert not caplog.records
+
+
+def test_a_long_history_is_followed_in_part():
+    h = conv(64)(image(64))
+    for _ in range(100):
+        identity = nn.Identity()
+        identity.register_full_backward_hook(lambda *_: None)
+        h = identity(h)
+    assert made_by(h) is None
 
 
 def test_frozen_layers_are_silent_and_looked_at_once_they_train():

@@ -70,6 +70,8 @@ def test_detectron2s_own_stay_as_they_are():
         ("pgn", "PGN"),
         ("bn", "BN"),
         ("frozenbn", "FrozenBN"),
+        ("SyncBM", "SyncBN"),
+        ("ln", "LN"),
         ("GN0", "GN"),
         ("GN-4", "GN"),
         ("GN/0", "GN/1"),

@@ -146,9 +146,19 @@ STAYS = {
         {"other": conv(64, 64), "norm1": nn.BatchNorm2d(64)},
         {},
     ),
+    "LoRA merged, behind a position": (
+        lambda net, x: F.linear((x[:1] + net.position).flatten(2)[0].T, net.weight + net.up @ net.down).T[None],
+        {},
+        {"weight": (C, 64), "up": (C, 2), "down": (2, 64), "position": (1, 64, SIZE, SIZE)},
+    ),
     "rows of an attention over parameters": (lambda net, x: net.weight @ x.flatten(2), {}, {"weight": (C, 64)}),
     "an einsum": (lambda net, x: torch.einsum("oi,bihw->bohw", net.weight, x), {}, {"weight": (C, 64)}),
     "windows": (lambda net, x: net.conv(x).view(2, C, 3, 2, SIZE).transpose(2, 3).flip(2).flatten(2), {}, {}),
+    "rows of a map that is as wide as it has channels": (
+        lambda net, x: net.conv(F.pad(x, (1, 1, 1, 1)))[:, :, 1:-1],
+        {},
+        {},
+    ),
     "tokens without the first": (
         lambda net, x: net.linear(x.flatten(2).mT)[:, 1:].transpose(1, 2),
         {"linear": nn.Linear(64, C)},
@@ -325,7 +335,7 @@ def test_all_names_are_in_the_warning(caplog):
 
 
 def test_another_layer_with_which_the_groups_are_the_same_is_no_error():
-    model = Net(lambda net, x: net.small(x[:, :4]) + 0, {"small": conv(4)})
+    model = Net(lambda net, x: net.small(x[:, :4]), {"small": conv(4)})
     model.norm = PracticalGroupNorm(C)
     model.norm.bind(C, "Conv2d(8, 8)")
     model(picture())
@@ -334,6 +344,29 @@ def test_another_layer_with_which_the_groups_are_the_same_is_no_error():
     model.norm = standardized
     with pytest.raises(InputError, match=r"\+WS was bound to"):
         model(picture())
+
+
+def test_a_batch_as_a_loader_gives_it():
+    labels, model = torch.zeros(2), net("a gain")
+    for batch in ((picture(), labels), [picture(), labels], (picture(), labels, labels), {"x": picture()}):
+        assert find_producers(model, [model.norm], batch)[model.norm][0].n_in == 64
+    with pytest.raises(InputError, match=r"Net cannot be run with them .*: TypeError: "):
+        find_producers(model, [model.norm], [picture()])
+
+
+def test_an_input_that_the_model_changes():
+    """Within inference mode, too, where PyTorch would forbid it for a copy that was made there."""
+    model = Net(lambda net, x: net.conv(x.mul_(2)))
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            x = torch.ones(2, 64, SIZE, SIZE)
+            assert bind_norms(model, x).norm.num_groups == 8
+        assert torch.equal(x, torch.ones_like(x))
+
+
+def test_products_of_integers_have_no_layer():
+    model = Net(lambda net, x: net.conv(x) * (torch.eye(SIZE).long() @ torch.ones(SIZE, SIZE).long()))
+    assert bind_norms(model, picture()).norm.num_groups == 8
 
 
 def test_one_name_for_an_op_wherever_it_shows():

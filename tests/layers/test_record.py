@@ -216,16 +216,6 @@ def test_an_unbound_norm_compares_the_weight_standardization(here, caplog):
     assert warning.startswith(f"norm: {here} here, {there} where its weights were trained")
 
 
-@pytest.mark.parametrize("garbage", [3, {}, {"num_groups": "8", "weight_standardized": True}, {"num_groups": 8}])
-def test_a_record_that_nobody_wrote_is_no_record(garbage, caplog):
-    weights = net(pgn).state_dict()
-    for entry in weights._metadata.values():
-        entry["gng_d2"] = garbage
-    with caplog.at_level(logging.INFO):
-        net(gn16).load_state_dict(weights)
-    assert records_of(weights) == {} and len(messages(caplog, logging.INFO)) == 1
-
-
 def test_a_norm_in_two_places_and_one_without_weights(caplog):
     shared = GroupNorm(16, 64)
     model = nn.ModuleList([shared, shared, GroupNorm(4, 64, affine=False)])

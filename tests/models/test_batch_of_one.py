@@ -141,10 +141,10 @@ def test_segmentation_models_train_on_one_image(name, tmp_path, caplog):
     size = 256 if name == "smp PAN" else 64  # its pyramid begins at a sixteenth
     images = torch.rand(2, 3, size, size)
     model = convert_norms(MODELS[name](), "PGN", images)
+    assert not [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = {name: module for name, module in model.named_modules() if isinstance(module, GroupNorm)}
     behind = [norm for norm in norms.values() if norm.pooled_to]
     assert behind and all(norm.num_channels // norm.num_groups >= 16 for norm in behind)
-    assert not [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = groups_of(bind_norms(model, images))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     caplog.clear()

@@ -317,7 +317,7 @@ def test_other_names_and_widths_list_three_of_each():
         calibrate_norms(model, nn.Sequential(reference), images())
     other = copy.deepcopy(model)
     other[3], other[4], other[6] = nn.Conv2d(8, 6, 3, stride=2), GroupNorm(2, 6), nn.Conv2d(6, 4, 1)
-    with pytest.raises(InputError, match=r"other widths in the model \(4: 6\) than in the reference \(4: 12\)"):
+    with pytest.raises(InputError, match=r"other widths in the model than in the reference \(4: 6, not 12\)"):
         calibrate_norms(other, reference, images())
     with pytest.raises(InputError, match="share the norm"):
         calibrate_norms(model, model, images())
@@ -326,6 +326,19 @@ def test_other_names_and_widths_list_three_of_each():
     model._modules["1"] = PracticalGroupNorm(8)  # not registered, so it meets no layer
     with pytest.raises(InputError, match="never met a weight layer"):
         calibrate_norms(model, reference, images())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_norms_that_share_a_parameter_are_refused(name):
+    """One affine cannot fit two norms: the first would silently lose its own to the second."""
+    reference = trained()
+    reference[3], reference[4], reference[6] = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    setattr(model[4], name, getattr(model[1], name))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="the norms 1 and 4 share a parameter.*Give 4 a copy"):
+        calibrate_norms(model, reference, images())
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
 
 
 class Breaks(nn.Module):

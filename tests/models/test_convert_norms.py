@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import gng_d2
-from gng_d2 import GroupNorm, PracticalGroupNorm, convert_norms
+from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms
 from gng_d2.errors import InputError
 
 # whole models
@@ -290,6 +290,11 @@ def test_a_norm_after_two_layers(caplog):
     assert different.norm.num_groups == 1 and type(different.conv) is type(different.other) is nn.Conv2d
     assert "1 follow no single weight layer" in caplog.text
     alike(x), different(x)
+    shared = convert_norms(Model(32), "PGN", x)
+    for model in (alike, different, shared):
+        groups = model.norm.num_groups
+        assert bind_norms(model, x).norm.num_groups == groups
+        model.train()(x)
 
 
 def test_a_norm_alone():

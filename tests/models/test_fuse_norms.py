@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import random
 import sys
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -19,7 +21,7 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from needs import COMPILE, EXPORT, LOOK, RECOMPUTE
+from needs import COMPILE, EXPORT, HALF, LOOK, RECOMPUTE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
@@ -207,6 +209,41 @@ def test_values_and_gradients_are_the_same(case, ops):
         assert_close(flat(model.eval()(*inputs)), flat(fuse_norms(model, enable=False)(*inputs)))
     assert len(ops) == 2 * len(expected_ops)
     assert not any(has(module, MODULE._Fused) for module in model.modules())
+
+
+def random_module(rng):
+    """One that can be fused, and the shape of its input."""
+    groups, channels = rng.choice([1, 2, 4]), rng.choice([4, 8, 12])
+    norm = f"GN{groups}" if rng.random() < 0.5 else f"GN{groups}+WS"
+    makers = [
+        lambda: BasicBlock(channels, rng.choice([channels, 16]), norm=norm),
+        lambda: BottleneckBlock(channels, 16, bottleneck_channels=8, norm=norm, stride=rng.choice([1, 2])),
+        lambda: Conv2d(channels, 8, 3, padding=1, norm=get_norm(norm, 8), activation=F.silu),
+        lambda: torchvision.models.resnet.BasicBlock(channels, channels, norm_layer=partial(nn.GroupNorm, groups)),
+        lambda: nn.Sequential(nn.GroupNorm(groups, channels, affine=rng.random() < 0.5), nn.ReLU()),
+    ]
+    return rng.choice(makers)().train(), (rng.choice([1, 3]), channels, rng.randint(3, 12), rng.randint(3, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, HALF])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_modules_shapes_and_layouts(seed, dtype, ops, monkeypatch):
+    """Against float64 without fusion: in other types no less accurate than without, with our kernels."""
+    monkeypatch.setattr(group_norm_cpu, "is_faster", lambda x, *_: x.is_contiguous())
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model, shape = random_module(rng)
+    x = torch.randn(shape).to(memory_format=rng.choice([torch.contiguous_format, torch.channels_last]))
+    x, model = x.to(dtype), model.to(dtype)
+    exact = values(copy.deepcopy(model).double(), x.double())
+    separate, fused = values(model, x), values(fuse_norms(model), x)
+    assert ops
+
+    def error(found):
+        return max(((y - e).norm() / e.norm()).item() for y, e in zip(found, exact, strict=True))
+
+    assert [y.dtype for y in fused] == [y.dtype for y in separate]
+    assert error(fused) <= (1e-6 if dtype == torch.float64 else 2 * error(separate) + 1e-6)
 
 
 @pytest.mark.parametrize("head", ["mask", "semantic"])

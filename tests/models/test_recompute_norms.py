@@ -19,6 +19,7 @@ import torchvision
 from detectron2.engine import launch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.roi_heads import mask_head
@@ -26,6 +27,7 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from needs import RECOMPUTE
+from recorder import Recorder
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +42,7 @@ from gng_d2 import (
     bind_norms,
     convert_norms,
     fold_weight_standardization,
+    fuse_norms,
     practical_num_groups,
     recompute_norms,
     recomputed_modules,
@@ -49,11 +52,12 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import then_leave_group
 from gng_d2.layers.class_change import has, original_class
-from gng_d2.ops import set_kernels_enabled
+from gng_d2.ops import group_norm_cpu, set_kernels_enabled
 from study.comparison import Comparison
 
 pytestmark = [pytest.mark.slow, RECOMPUTE]
 
+OPS = "statistics", "apply"
 SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 
 
@@ -442,6 +446,33 @@ def test_only_inputs_outputs_and_dear_convolutions_are_kept():
     assert 2 * map_of_128 <= after < 2.2 * map_of_128  # the dear convolution (128 x 9) and the output, not 3 x 9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_statistics_are_kept_and_applied_again(fused, dtype, monkeypatch):
+    """With our kernels. The fused op that ends a residual block does not run again: the next block keeps its output."""
+    monkeypatch.setattr(group_norm_cpu, "is_faster", lambda x, *_: x.is_contiguous())
+    blocks = [BottleneckBlock(i, 32, bottleneck_channels=64, norm="GN4+WS") for i in (16, 32)]
+    model, inputs = nn.Sequential(*blocks).to(dtype).train(), torch.randn(1, 16, 8, 8, dtype=dtype)
+    fuse_norms(model, fused)
+
+    def ops_and_gradients():
+        with Recorder() as forward:
+            loss = model(inputs).square().mean()
+        with Recorder() as backward:
+            found = torch.autograd.grad(loss, list(model.parameters()))
+        return [
+            ops.ops.count(f"gng_d2.group_norm_{name}.default") for ops in (forward, backward) for name in OPS
+        ], found
+
+    counts, expected = ops_and_gradients()
+    assert counts == [7, 7, 0, 0]  # three in each block, and one of a shortcut
+    recompute_norms(model)
+    for _ in range(4):
+        counts, found = ops_and_gradients()
+        assert all(map(torch.equal, found, expected))
+    assert counts == [7, 7, 0, 5 if fused else 7]
+
+
 def test_standardized_weights_are_not_kept():
     model = nn.Sequential(
         Conv2d(256, 256, 3, padding=1, bias=False, norm=get_norm("PGN+WS", 256)),
@@ -613,7 +644,7 @@ def test_mixed_precision_with_a_module_that_runs_on_five_levels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
 def test_mixed_precision_of_torchvisions_heads(name):
     model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, min_size=64, max_size=64)
     model.train()
@@ -685,6 +716,7 @@ def test_what_changes_layers_finds_those_that_are_taken():
         lambda model: convert_norms(model, "GN4+WS", x),
         lambda model: bind_norms(model, x),
         fold_weight_standardization,
+        fuse_norms,
     ]
     outputs = [models[0](x)]
     for change in changes:

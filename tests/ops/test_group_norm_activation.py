@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import random
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -27,31 +26,18 @@ def unfused(x, num_groups, weight=None, bias=None, eps=1e-5, activation=None, re
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
-def use(backend, monkeypatch):
-    """Every input goes to the kernels of ``backend``, Triton's on a CPU in its interpreter."""
-    monkeypatch.setattr(op_module, "_backend", lambda *args: backend)
-    library = torch.library.Library("gng_d2", "IMPL")
-    for name, op in ("group_norm", op_module._forward), ("group_norm_backward", op_module._backward):
-        library.m.impl(name, "CPU", partial(op, backend))
-    return library
-
-
 @pytest.fixture(params=["cpu", "triton"])
-def road(request, monkeypatch):
+def road(request, monkeypatch, register):
     """The backend that takes every input, and a device for it."""
-    if request.param == "triton":
-        backend = pytest.importorskip("gng_d2.ops.group_norm_triton")
-        if torch.cuda.is_available():
-            monkeypatch.setattr(op_module, "_backend", lambda *args: backend)
-            yield backend, "cuda"
-            return
-    elif cpu_kernels.is_compiled():
-        backend = group_norm_cpu
-    else:
+    is_triton = request.param == "triton"
+    if not is_triton and not cpu_kernels.is_compiled():
         pytest.skip("gng_d2 was installed without a C compiler")
-    library = use(backend, monkeypatch)
-    yield backend, "cpu"
-    library._destroy()
+    backend = pytest.importorskip("gng_d2.ops.group_norm_triton") if is_triton else group_norm_cpu
+    monkeypatch.setattr(op_module, "_backend", lambda *args: backend)
+    if is_triton and torch.cuda.is_available():
+        return backend, "cuda"
+    register(backend)
+    return backend, "cpu"
 
 
 def draw(rng, device, dtype, shape=None, residual=True):
@@ -124,10 +110,12 @@ def test_large_inputs(road, activation, has_residual):
 def reference_backend():
     """One in float64, of PyTorch's ops."""
 
-    def forward(x, weight, bias, num_groups, eps, activation, residual):
-        images, channels = x.shape[:2]
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, images, channels, x[0, 0].numel(), num_groups, eps)
-        return ACTIVATIONS[activation](y if residual is None else y + residual), mean, rstd
+    def statistics(x, num_groups, eps):
+        variance, mean = torch.var_mean(x.view(len(x), num_groups, -1), 2, correction=0)
+        return mean.float(), (variance + eps).rsqrt().float()
+
+    def apply(x, mean, rstd, weight, bias, num_groups, activation, residual):
+        return unfused(x, num_groups, weight, bias, 1e-5, activation, residual)
 
     def backward(dy, x, mean, rstd, weight, num_groups, activation, bias, kept):
         with torch.enable_grad():
@@ -144,13 +132,16 @@ def reference_backend():
             gradients = torch.autograd.grad(y, (leaf, *parameters), dy * slope)
         return *gradients, None if kept is None else dy * slope
 
-    return SimpleNamespace(DTYPES=(torch.float64,), READS_CHANNELS_LAST=False, forward=forward, backward=backward)
+    functions = {"statistics": statistics, "apply": apply, "backward": backward}
+    return SimpleNamespace(DTYPES=(torch.float64,), READS_CHANNELS_LAST=False, **functions)
 
 
 @pytest.mark.parametrize("activation, has_residual", [(None, False), *FUSED])
 @pytest.mark.parametrize("affine", [False, True])
-def test_first_and_second_derivatives(activation, has_residual, affine, monkeypatch):
-    library = use(reference_backend(), monkeypatch)
+def test_first_and_second_derivatives(activation, has_residual, affine, monkeypatch, register):
+    backend = reference_backend()
+    monkeypatch.setattr(op_module, "_backend", lambda *args: backend)
+    register(backend)
     tensors = [torch.randn(2, 4, 5), *torch.randn(2, 4), torch.randn(2, 4, 5)]
     given = [True, affine, affine, has_residual]
     leaves = [t.double().requires_grad_() for t, is_given in zip(tensors, given) if is_given]
@@ -162,7 +153,6 @@ def test_first_and_second_derivatives(activation, has_residual, affine, monkeypa
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
-    library._destroy()
 
 
 @pytest.mark.parametrize("activation, has_residual", FUSED)
@@ -245,7 +235,8 @@ def test_who_computes_it(threads):
     residual = x[:, :1]
     with Recorder() as recorder:  # the norm's kernel, then PyTorch's ops
         y = group_norm(x, 1, activation="relu", residual=residual)
-    assert recorder.ops == ["gng_d2.group_norm.default", "aten.add.Tensor", "aten.relu.default"]
+    ours = ["gng_d2.group_norm_statistics.default", "gng_d2.group_norm_apply.default"]
+    assert recorder.ops == [*ours, "aten.add.Tensor", "aten.relu.default"]
     torch.testing.assert_close(y, F.relu(F.group_norm(x, 1) + residual))
 
 

@@ -79,7 +79,8 @@ def test_larger_than_the_caches(shape):
 def test_groups_of_several_pieces(groups, piece, monkeypatch):
     monkeypatch.setattr(group_norm_cpu, "_PIECE", piece)
     x, weight, bias = draw(2, 6, 9, 7, mean=3)
-    y, mean, rstd = group_norm_cpu.forward(x, weight, bias, groups, 1e-5)
+    mean, rstd = group_norm_cpu.statistics(x, groups, 1e-5)
+    y = group_norm_cpu.apply(x, mean, rstd, weight, bias, groups)
     theirs = torch.native_group_norm(x, weight, bias, 2, 6, 63, groups, 1e-5)
     torch.testing.assert_close((y, mean, rstd), theirs)
     dy = torch.cos(x)
@@ -92,7 +93,8 @@ def test_no_result_depends_on_the_number_of_threads():
     results = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        y, mean, rstd = group_norm_cpu.forward(x, weight, bias, 3, 1e-5, "silu", x)
+        mean, rstd = group_norm_cpu.statistics(x, 3, 1e-5)
+        y = group_norm_cpu.apply(x, mean, rstd, weight, bias, 3, "silu", x)
         results.append(
             [y, mean, rstd, *group_norm_cpu.backward(torch.cos(y), x, mean, rstd, weight, 3, "silu", bias, x)]
         )
@@ -108,7 +110,7 @@ from gng_d2.ops import group_norm_cpu
 torch.set_num_threads(4)
 counts = [len(os.listdir("/proc/self/task"))]
 x = torch.frombuffer(bytearray(2**22), dtype=torch.float32).view(1, 64, 128, 128)  # starts no thread
-for call in (lambda: group_norm_cpu.forward(x, None, None, 1, 1e-5), lambda: torch.sin(x)):
+for call in (lambda: group_norm_cpu.statistics(x, 1, 1e-5), lambda: torch.sin(x)):
     call()
     counts.append(len(os.listdir("/proc/self/task")))
 print(counts[1] - counts[0], counts[2] - counts[1])
@@ -241,17 +243,27 @@ def test_what_is_not_as_it_looks():
 
 def test_the_op_refuses_what_it_would_misread():
     x, weight, bias = draw(2, 6, 9, 7)
-    op = torch.ops.gng_d2.group_norm.default
-    expected = F.group_norm(x, 3, weight, bias)
-    torch.testing.assert_close(op(x.contiguous(memory_format=torch.channels_last), weight, bias, 3, 1e-5)[0], expected)
-    y, mean, rstd = op(x, weight, bias, 3, 1e-5)
-    with pytest.raises(RuntimeError, match="float64"):
-        op(x.double(), weight, bias, 3, 1e-5)
-    with pytest.raises(RuntimeError, match="float16"):
-        torch.ops.gng_d2.group_norm_backward.default(y, x.half(), mean, rstd, weight, 3)
+    statistics, apply, backward = (
+        getattr(torch.ops.gng_d2, f"group_norm_{name}").default for name in ("statistics", "apply", "backward")
+    )
+    other_layout = x.contiguous(memory_format=torch.channels_last)
+    mean, rstd = statistics(other_layout, 3, 1e-5)
+    for layout in (x, other_layout):
+        y = apply(layout, mean, rstd, weight, bias, 3)
+        torch.testing.assert_close(y, F.group_norm(x, 3, weight, bias))
+    for wrong, call in {
+        "float64": lambda: statistics(x.double(), 3, 1e-5),
+        "the input has shape .* torch.float64": lambda: apply(x.double(), mean, rstd, weight, bias, 3),
+        "mean has shape .* torch.float16": lambda: apply(x, mean.half(), rstd, weight, bias, 3),
+        "residual has shape .* torch.float16": lambda: apply(x, mean, rstd, weight, bias, 3, None, x.half()),
+        "dy has shape .* torch.float32": lambda: backward(y, x.half(), mean, rstd, weight, 3),
+    }.items():
+        with pytest.raises(RuntimeError, match=wrong):
+            call()
     x, weight, bias = draw(1, 64, 128, 128)
+    mean, rstd = statistics(x, 1, 1e-5)
     weight.untyped_storage().resize_(0)
-    for call in (lambda: op(x, weight, bias, 1, 1e-5), lambda: group_norm(x, 1, weight, bias)):
+    for call in (lambda: apply(x, mean, rstd, weight, bias, 1), lambda: group_norm(x, 1, weight, bias)):
         with torch.no_grad(), pytest.raises(RuntimeError, match="have memory"):
             call()
     with torch.no_grad():

@@ -22,7 +22,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def backend(request):
+def backend(request, register):
     """The CPU tensors go to these kernels, for Triton's in its interpreter; the backend's types."""
     if request.param == "cpu":
         if not cpu_kernels.is_compiled():
@@ -33,16 +33,10 @@ def backend(request):
             pytest.skip("there is no interpreter where there is a GPU")
         norm = pytest.importorskip("gng_d2.ops.group_norm_triton")
         weight = importlib.import_module("gng_d2.ops.weight_standardization_triton")
-    library = torch.library.Library("gng_d2", "IMPL")
-    for name, op in {
-        "group_norm": partial(group_norm_op._forward, norm),
-        "group_norm_backward": partial(group_norm_op._backward, norm),
-        "standardize": partial(weight_standardization._forward, weight),
-        "standardize_backward": partial(weight_standardization._backward, weight),
-    }.items():
-        library.m.impl(name, "CPU", op)
-    yield norm
-    library._destroy()
+    library = register(norm)
+    library.impl("standardize", "CPU", partial(weight_standardization._forward, weight))
+    library.impl("standardize_backward", "CPU", partial(weight_standardization._backward, weight))
+    return norm
 
 
 def layouts_of(t):
@@ -82,22 +76,22 @@ def wrong_ones_of(t):
     yield 3
 
 
-def group_norm_reference(x, weight, bias, num_groups, eps, activation=None, residual=None):
-    images, channels = x.shape[:2]
-    y, mean, rstd = torch.native_group_norm(
-        x.contiguous(), weight, bias, images, channels, x[0, 0].numel(), num_groups, eps
-    )
-    return group_norm_op._activate(y, activation, residual), mean, rstd
+def statistics_reference(x, num_groups, eps):
+    return torch.native_group_norm(x.contiguous(), None, None, *x.shape[:2], x[0, 0].numel(), num_groups, eps)[1:]
+
+
+def apply_reference(x, mean, rstd, weight, bias, num_groups, activation=None, residual=None):
+    by_channel = [1, x.shape[1]] + [1] * (x.dim() - 2)
+    z = (x.reshape(len(x), num_groups, -1) - mean[..., None]) * rstd[..., None]
+    y = z.view(x.shape) * (1 if weight is None else weight.view(by_channel))
+    return group_norm_op._activate(y + (0 if bias is None else bias.view(by_channel)), activation, residual)
 
 
 def backward_reference(dy, x, mean, rstd, weight, num_groups, activation=None, bias=None, kept=None):
     images, channels = x.shape[:2]
     dy, x, mean, rstd = (t.contiguous() for t in (dy, x, mean, rstd))  # PyTorch 2.4 misreads them in other layouts
     if activation == "silu":
-        z = (x.view(images, num_groups, -1) - mean[..., None]) * rstd[..., None]
-        by_channel = [1, channels] + [1] * (x.dim() - 2)
-        t = z.view(x.shape) * (1 if weight is None else weight.view(by_channel))
-        t = t + (0 if bias is None else bias.view(by_channel)) + (0 if kept is None else kept)
+        t = apply_reference(x, mean, rstd, weight, bias, num_groups, None, kept)
         dy = torch.ops.aten.silu_backward(dy, t)
     gradients = torch.ops.aten.native_group_norm_backward(
         dy, x, mean, rstd, weight, images, channels, x[0, 0].numel(), num_groups, [True] * 3
@@ -119,28 +113,25 @@ def calls(shape=(2, 6, 3, 2), groups=3):
     """Each op, its reference and arguments."""
     dy, x, residual = torch.randn(3, *shape)
     weight, bias = torch.randn(2, shape[1])
-    _, mean, rstd = group_norm_reference(x, weight, bias, groups, 1e-5)
-    return [
-        (ops.group_norm.default, group_norm_reference, [x, weight, bias, groups, 1e-5]),
-        (ops.group_norm_backward.default, backward_reference, [dy, x, mean, rstd, weight, groups]),
-        (ops.standardize.default, standardize_reference, [x, 1e-5]),
-        (ops.standardize_backward.default, standardize_backward_reference, [dy, x, 1e-5]),
-        (ops.group_norm.default, group_norm_reference, [x, weight, bias, groups, 1e-5, "silu", residual]),
-        (
-            ops.group_norm_backward.default,
-            backward_reference,
-            [dy, x, mean, rstd, weight, groups, "silu", bias, residual],
-        ),
-    ]
+    moments = statistics_reference(x, groups, 1e-5)
+    apply = ops.group_norm_apply.default, apply_reference
+    backward = ops.group_norm_backward.default, backward_reference
+    return {
+        "statistics": (ops.group_norm_statistics.default, statistics_reference, [x, groups, 1e-5]),
+        "apply": (*apply, [x, *moments, weight, bias, groups]),
+        "silu": (*apply, [x, *moments, weight, bias, groups, "silu", residual]),
+        "backward": (*backward, [dy, x, *moments, weight, groups]),
+        "silu_backward": (*backward, [dy, x, *moments, weight, groups, "silu", bias, residual]),
+        "standardize": (ops.standardize.default, standardize_reference, [x, 1e-5]),
+        "standardize_backward": (ops.standardize_backward.default, standardize_backward_reference, [dy, x, 1e-5]),
+    }
 
 
-CALLS = ["group_norm", "group_norm_backward", "standardize", "standardize_backward", "silu", "silu_backward"]
-TENSORS = [
-    (call, i)
-    for call, (_, _, args) in enumerate(calls() if HAS_OPS else ())
-    for i, value in enumerate(args)
-    if torch.is_tensor(value)
-]
+CALLS = calls() if HAS_OPS else {}
+TENSORS = [(call, i) for call, (_, _, args) in CALLS.items() for i, value in enumerate(args) if torch.is_tensor(value)]
+
+
+TAKE_ANY_SHAPE = ("statistics", 0), ("apply", 0), ("standardize", 0)
 
 
 @pytest.mark.slow
@@ -169,7 +160,7 @@ def test_every_wrong_tensor_is_refused(backend, call, tensor):
         args[tensor] = wrong
         if wrong is None and op._schema.arguments[tensor].type.kind() == "OptionalType":
             op(*args)
-        elif (call, tensor) in ((0, 0), (2, 0)) and torch.is_tensor(wrong) and wrong.dim() and wrong.numel():
+        elif (call, tensor) in TAKE_ANY_SHAPE and torch.is_tensor(wrong) and wrong.dim() and wrong.numel():
             outcome(op, args)  # an input of more images, or a weight of another shape, is right
         else:
             with pytest.raises(RuntimeError):
@@ -186,14 +177,15 @@ def outcome(op, args):
 
 @pytest.mark.parametrize("groups", [0, -1, -3, 4, 5, 7, 12, 2**31, 2**40, -(2**63), 2**63 - 1])
 def test_groups_that_do_not_divide_are_refused(backend, groups):
-    for op, _, args in (calls()[i] for i in (0, 1, 4, 5)):
-        args[3 if op is ops.group_norm.default else 5] = groups
+    for call in ("statistics", "apply", "silu", "backward", "silu_backward"):
+        op, _, args = calls()[call]
+        args[1 if call == "statistics" else 5] = groups
         with pytest.raises(RuntimeError, match="does not divide"):
             op(*args)
 
 
 def test_other_activations_are_refused(backend):
-    for op, _, args in calls()[4:]:
+    for op, _, args in (calls()[call] for call in ("silu", "silu_backward")):
         args[args.index("silu")] = "gelu"
         for run in (op, faked):
             with pytest.raises(RuntimeError, match="'gelu' is none of the activations"):
@@ -236,7 +228,12 @@ def test_random_arguments(backend, seed):
         moments = [(*shape[:1], max(num_groups, 0))] * 8 + [(2, 2), (1,)]
         mean, rstd = (drawn(rng, moments, dtypes) for _ in range(2))
         for op, reference, args in (
-            (ops.group_norm.default, group_norm_reference, (x, weight, bias, num_groups, 1e-5, activation, kept)),
+            (ops.group_norm_statistics.default, statistics_reference, (x, num_groups, 1e-5)),
+            (
+                ops.group_norm_apply.default,
+                apply_reference,
+                (x, mean, rstd, weight, bias, num_groups, activation, kept),
+            ),
             (
                 ops.group_norm_backward.default,
                 backward_reference,
@@ -263,7 +260,7 @@ def faked(op, args):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("call", range(6), ids=CALLS)
+@pytest.mark.parametrize("call", CALLS)
 def test_the_ops_keep_pytorchs_rules_channels_last(backend, call):
     op, _, args = calls((1, 4, 2, 3), 2)[call]
     args = [a.contiguous(memory_format=torch.channels_last) if torch.is_tensor(a) and a.dim() == 4 else a for a in args]
@@ -273,7 +270,7 @@ def test_the_ops_keep_pytorchs_rules_channels_last(backend, call):
 @pytest.mark.parametrize("call, tensor", TENSORS)
 def test_fake_tensors_are_refused_where_real_ones_are(backend, call, tensor):
     op, _, args = calls()[call]
-    args[tensor] = args[tensor][:1, :1, :1, :1] if (call, tensor) in ((0, 0), (2, 0)) else args[tensor][:-1]
+    args[tensor] = args[tensor][:1, :1, :1, :1] if (call, tensor) in TAKE_ANY_SHAPE else args[tensor][:-1]
     with pytest.raises(RuntimeError):
         faked(op, args)
 
@@ -281,7 +278,7 @@ def test_fake_tensors_are_refused_where_real_ones_are(backend, call, tensor):
 @pytest.mark.slow
 def test_a_graph_runs_on_another_layout_than_it_was_traced_with(backend):
     x = torch.randn(2, 6, 5, 7)
-    graph = make_fx(lambda x: ops.group_norm.default(x, None, None, 3, 1e-5)[0] * 2)(x)
+    graph = make_fx(lambda x: 2 * group_norm_op._forward(x, None, None, 3, 1e-5, None, None)[0])(x)
     compiled = torch.compile(graph, backend="aot_eager")
     for layout in layouts_of(x):
         torch.testing.assert_close(compiled(layout), 2 * F.group_norm(x, 3))

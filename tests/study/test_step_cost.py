@@ -8,6 +8,7 @@ from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.ops.backends import DEFAULT_KERNELS, enabled_kernels
 from study import step_cost
 from study.rows import read_rows
+from study.step_cost import Setup
 
 SMALL = (
     "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 "
@@ -51,18 +52,20 @@ def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     ]
     out = reproduce(*command, *SMALL)
     rows = read_rows(path, step_cost.StepCostRow)
-    assert [(row.norm, row.kernels, row.fused) for row in rows] == list(step_cost.SETUPS)
-    assert len(fused) == 2
-    times = {row.norm: row.step_milliseconds for row in rows if row.kernels and not row.fused}
+    assert [row.setup() for row in rows] == list(step_cost.SETUPS)
+    assert len(fused) == 3
+    times = {row.setup(): row.step_milliseconds for row in rows}
     for row in rows:
-        assert row.ratio_to_gn == pytest.approx(row.step_milliseconds / times["GN"])
+        assert row.ratio_to_gn == pytest.approx(row.step_milliseconds / times[Setup("GN")])
+        assert (row.ratio_to_kept is not None) == row.recomputed
         low, high = row.quartiles_to_pytorch
         assert low <= high and (row.kernels or low == high == 1)
         assert row.peak_memory_bytes is row.memory_ratio_to_gn is None  # CUDA only
         assert (row.share_of_weight_standardization > 0) == row.norm.endswith("+WS")
     line = line_of(out, "pfpn    | PGN     ")
-    assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times['PGN']:.3f}"
-    assert line_of(out, "pfpn    | GN+WS, PyTorch's ops") and line_of(out, "pfpn    | PGN+WS, fused")
+    assert line[:5] == ["pfpn", "PGN", "False", "1", "64 x 96"] and line[5] == f"{times[Setup('PGN')]:.3f}"
+    for words in ("GN+WS, PyTorch's ops", "PGN+WS, fused ", "PGN+WS, fused, recomputed"):
+        assert line_of(out, f"pfpn    | {words}".rstrip())
 
     monkeypatch.setattr(step_cost, "step_rows", None)  # would be called
     assert reproduce(*command, "--resume", *SMALL) == out and read_rows(path, step_cost.StepCostRow) == rows

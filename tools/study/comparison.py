@@ -267,7 +267,8 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             for norm in self.norms:
                 overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
-                cfg = setup_job(self.config_file, overrides, world_size=self.world_size)
+                options = {"world_size": self.world_size, "calibrate_norms": self.calibrate_norms}
+                cfg = setup_job(self.config_file, overrides, **options)
                 for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
                     if wanted:
                         change(build_on_meta(cfg))

@@ -112,7 +112,11 @@ def _norms_on_a_gpu(rows):
 
 
 def _fused_norms(rows):
-    return "\n\n".join([norm_cost.table(rows), goals.table(goals.fused_goals(rows))])
+    return "\n\n".join([norm_cost.table(rows), goals.table(goals.fused_goals(rows)), goals.what_bounds(rows)])
+
+
+def _steps_on_a_cpu(rows):
+    return "\n\n".join([step_cost.table(rows), goals.table([goals.recomputed_step(rows)])])
 
 
 def _steps_on_a_gpu(rows):
@@ -231,11 +235,13 @@ SECTIONS = {
     "fused_norm_cpu": Section(
         norm_cost.NormCostRow,
         _fused_norms,
-        f"reproduce.py norm-cost --after relu add_relu --implementations frozen_bn {_JSON}",
+        f"reproduce.py norm-cost --after relu add_relu --implementations frozen_bn --seconds 0.15 {_JSON}",
     ),
     "kernel_tests_cuda": Section(kernel_tests.KernelTestRow, kernel_tests.table, "gpu.py"),
     "benchmark_norm_cuda": Section(norm_cost.NormCostRow, _norms_on_a_gpu, "gpu.py"),
-    "benchmark_train_cpu": _experiment(step_cost, step_cost.StepCostRow, f"step-cost --size 480 736 {_JSON}"),
+    "benchmark_train_cpu": Section(
+        step_cost.StepCostRow, _steps_on_a_cpu, f"reproduce.py step-cost --size 480 736 {_JSON}"
+    ),
     "benchmark_train_cuda": Section(step_cost.StepCostRow, _steps_on_a_gpu, "gpu.py"),
     "memory_cpu": _experiment(memory, memory.MemoryRow, f"memory {_JSON}"),
     "memory_cuda": Section(memory.MemoryRow, memory.table, "gpu.py"),

@@ -2,15 +2,18 @@
 
 Forward, backward and optimizer, on noise with eight objects an image; the norm is in backbone, FPN and semantic head,
 all layers are trained. GN and GN+WS run a second time with the kernels of gng_d2 turned off, in PyTorch's own ops, PGN
-and PGN+WS with fuse_norms. The models of a table run in turn, in one run: medians, to be read as ratios. Peak memory is
-a model's own, on CUDA alone. The share of weight standardization is its time, alone, over that of the step.
+and PGN+WS with fuse_norms, PGN+WS with recompute_norms, too. The models of a table run in turn, in one run: medians, to
+be read as ratios. Peak memory is a model's own, on CUDA alone. The share of weight standardization is its time, alone,
+over that of the step.
 """
 
 import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import truediv
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +21,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 from tqdm import tqdm
 
 from command_line import add_outputs, add_overrides
@@ -26,24 +30,37 @@ from gng_d2.job.config import load_config
 from gng_d2.job.files import prepare_outputs
 from gng_d2.layers import WSConv2d
 from gng_d2.models.fuse_norms import fuse_norms
+from gng_d2.models.recompute_norms import recompute_norms
 from gng_d2.ops import set_kernels_enabled
 from gng_d2.ops.weight_standardization import standardize_weight
 
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
 
-__all__ = ["IF_STOPPED", "MODELS", "NORMS", "SETUPS", "StepCostRow", "config_of", "random_batch", "step_rows", "table"]
+__all__ = ["IF_STOPPED", "MODELS", "NORMS", "SETUPS", "Setup", "StepCostRow", "config_of", "model_and_optimizer"]
+__all__ += ["random_batch", "step_rows", "table"]
 
 MODELS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "pfpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml",
 }
 NORMS = ("FrozenBN", "GN", "GN+WS", "PGN", "PGN+WS")
-# norm, whether our kernels are on, whether fuse_norms ran
+
+
+class Setup(NamedTuple):
+    """How the norms of a model run."""
+
+    norm: str
+    kernels: bool = True  # of gng_d2; False: turned off, so that PyTorch's own ops run
+    fused: bool = False  # by fuse_norms
+    recomputed: bool = False  # by recompute_norms
+
+
 SETUPS = (
-    *((norm, True, False) for norm in NORMS),
-    *((norm, False, False) for norm in ("GN", "GN+WS")),
-    *((norm, True, True) for norm in ("PGN", "PGN+WS")),
+    *map(Setup, NORMS),
+    *(Setup(norm, kernels=False) for norm in ("GN", "GN+WS")),
+    *(Setup(norm, fused=True) for norm in ("PGN", "PGN+WS")),
+    *(Setup("PGN+WS", fused=fused, recomputed=True) for fused in (False, True)),
 )
 
 
@@ -63,11 +80,16 @@ class StepCostRow:
     memory_ratio_to_gn: float | None
     share_of_weight_standardization: float
     machine: str
-    kernels: bool = True  # of gng_d2; False: turned off, so that PyTorch's own ops ran
+    kernels: bool = True  # this and the next two as in Setup
     # of the ratio, in a round, to GN (for a norm with +WS: to GN+WS) in PyTorch's own ops; None in older rows
     quartiles_to_pytorch: list[float] | None = None
     overrides: Sequence[str] = ()
-    fused: bool = False  # by fuse_norms
+    fused: bool = False
+    recomputed: bool = False
+    ratio_to_kept: float | None = None  # the median ratio, in a round, of a recomputed one to the same without
+
+    def setup(self) -> Setup:
+        return Setup(self.norm, self.kernels, self.fused, self.recomputed)
 
     def key(self) -> tuple:
         return self.model, self.amp, self.images, tuple(self.size), tuple(self.overrides)
@@ -114,21 +136,21 @@ def step_rows(
 ) -> Iterator[StepCostRow]:
     """Time the steps under each norm in turn."""
     if device == "cuda":  # makes what all share, workspaces say
-        _Job(config_of(model, "GN", device, overrides), amp, images, height, width)
+        _Job(config_of(model, "GN", device, overrides), amp, images, height, width, Setup("GN"))
     jobs = {
-        (norm, *how): _Job(config_of(model, norm, device, overrides), amp, images, height, width, *how)
-        for norm, *how in SETUPS
+        setup: _Job(config_of(model, setup.norm, device, overrides), amp, images, height, width, setup)
+        for setup in SETUPS
     }
     times = dict(zip(jobs, rounds([job.step for job in jobs.values()], device, seconds)))
     step = {setup: median(of_step) for setup, of_step in times.items()}
     peak = {setup: job.peak_memory() for setup, job in jobs.items()}
-    frozen_bn, gn = ("FrozenBN", True, False), ("GN", True, False)
+    frozen_bn, gn = Setup("FrozenBN"), Setup("GN")
     for setup, job in jobs.items():
-        norm, kernels, fused = setup
-        pytorch = "GN+WS" if norm.endswith("+WS") else "GN", False, False
+        pytorch = Setup("GN+WS" if setup.norm.endswith("+WS") else "GN", kernels=False)
+        kept = times[setup._replace(recomputed=False)]
         yield StepCostRow(
             model=model,
-            norm=norm,
+            norm=setup.norm,
             amp=amp,
             images=images,
             size=[height, width],
@@ -139,27 +161,37 @@ def step_rows(
             memory_ratio_to_gn=peak[setup] / peak[gn] if peak[gn] else None,
             share_of_weight_standardization=job.weight_standardization_milliseconds(device, seconds) / step[setup],
             machine=machine(device),
-            kernels=kernels,
+            kernels=setup.kernels,
             quartiles_to_pytorch=ratio_quartiles(times[setup], times[pytorch]),
             overrides=list(overrides),
-            fused=fused,
+            fused=setup.fused,
+            recomputed=setup.recomputed,
+            ratio_to_kept=median(map(truediv, times[setup], kept)) if setup.recomputed else None,
         )
 
 
+def model_and_optimizer(cfg: CfgNode, fused: bool, recomputed: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model to train, and its optimizer, which has a learning rate of 0."""
+    torch.manual_seed(0)
+    model = DefaultTrainer.build_model(cfg).train()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)  # without pretrained weights it normalizes nothing, and float16 overflows
+    if recomputed:
+        recompute_norms(model)
+    if fused:
+        fuse_norms(model)
+    optimizer = DefaultTrainer.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return model, optimizer
+
+
 class _Job:
-    def __init__(self, cfg, amp, images, height, width, kernels=True, fused=False):
-        torch.manual_seed(0)
+    def __init__(self, cfg, amp, images, height, width, setup):
         before = _allocated(cfg)
-        self.cfg, self.kernels = cfg, "cuda" if kernels else "off"
-        self.model = DefaultTrainer.build_model(cfg).train()
-        for module in self.model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.weight.fill_(0.5)  # without pretrained weights it normalizes nothing, and float16 overflows
-        if fused:
-            fuse_norms(self.model)
-        optimizer = DefaultTrainer.build_optimizer(cfg, self.model)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+        self.cfg, self.kernels = cfg, "cuda" if setup.kernels else "off"
+        self.model, optimizer = model_and_optimizer(cfg, setup.fused, setup.recomputed)
         batch = itertools.repeat(random_batch(cfg, images, height, width))
         if amp:  # a scale of 1: where gradients overflow, the optimizer would skip its step
             scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
@@ -167,7 +199,8 @@ class _Job:
         else:
             self.trainer = SimpleTrainer(self.model, batch, optimizer)
         self.trainer.iter = 0
-        self.step()
+        for _ in range(3 if setup.recomputed else 1):  # in its first runs a recomputed block compares its outputs
+            self.step()
         self.held = _allocated(cfg) - before
 
     def step(self):
@@ -203,12 +236,15 @@ def table(rows: list[StepCostRow]) -> str:
     lines = [
         {
             **asdict(row),
-            "norm": row.norm + ", PyTorch's ops" * (not row.kernels) + ", fused" * row.fused,
+            "norm": row.norm
+            + ", PyTorch's ops" * (not row.kernels)
+            + ", fused" * row.fused
+            + ", recomputed" * row.recomputed,
             "size": f"{row.size[0]} x {row.size[1]}",
         }
         for row in rows
     ]
-    hidden = ("machine", "kernels", "quartiles_to_pytorch", "overrides", "fused")
+    hidden = ("machine", "kernels", "quartiles_to_pytorch", "overrides", "fused", "recomputed")
     headers = [key for key in lines[0] if key not in hidden and any(line[key] is not None for line in lines)]
     return markdown([[line[key] for key in headers] for line in lines], headers)
 

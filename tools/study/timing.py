@@ -33,11 +33,12 @@ def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None
 def rounds(calls: Sequence[Callable[[], object]], device: str, seconds: float) -> list[list[float]]:
     """Times of each of ``calls`` in milliseconds, one a round: they run in turn, for about ``seconds`` each.
 
-    On CUDA with an empty cache, on a CPU right after the same call.
+    On CUDA with an empty cache; on a CPU right after the same call, if that leaves anything in the caches.
     """
     timed, fewest = (_timer_on_cuda(), 10) if device == "cuda" else (_timed_on_cpu, 3)
-    count = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(map(timed, calls)))))
-    times = [[timed(call) for call in calls] for _ in range(count)]
+    times = [[timed(call) for call in calls]]
+    count = max(fewest, min(200, int(seconds * len(calls) * 1e3 / sum(times[0]))))
+    times += [[timed(call) for call in calls] for _ in range(count - 1)]
     return [list(of_call) for of_call in zip(*times)]
 
 
@@ -56,10 +57,13 @@ def ratio_quartiles(times: Sequence[float], reference: Sequence[float]) -> list[
 
 
 def _timed_on_cpu(call):
-    call()
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        elapsed = (time.perf_counter() - start) * 1e3
+        if elapsed > 1e3:  # a second one would not find anything of it in the caches
+            break
+    return elapsed
 
 
 def _timer_on_cuda():

@@ -1,4 +1,4 @@
-"""Write scenes as a COCO panoptic dataset: images, instances JSON, panoptic JSON and PNGs, semantic PNGs."""
+"""Write drawn scenes as a dataset in COCO's panoptic format: images, instances, panoptic and semantic PNGs."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -43,11 +43,18 @@ def write_split(root: Path, split: str, scenes: Iterable[Scene], things: Sequenc
         stem = f"{image_id:06d}"
         height, width = scene.segments.shape
         images.append({"id": image_id, "file_name": f"{stem}.jpg", "height": height, "width": width})
-        segments_info = [_segment(scene, index, names) for index in range(len(scene.classes))]
+        segments_info = []
+        for index, name in enumerate(scene.classes):
+            mask = pycocotools.mask.encode(np.asfortranarray(scene.segments == index, np.uint8))
+            category = 1 + names.index(name)
+            segment = {"id": 1000 * category + index, "category_id": category, "iscrowd": 0}
+            segment.update(area=int(pycocotools.mask.area(mask)), bbox=pycocotools.mask.toBbox(mask).tolist())
+            segments_info.append(segment)
+            if name in things:
+                own = {"id": len(instances) + 1, "image_id": image_id}
+                rle = {"size": mask["size"], "counts": mask["counts"].decode()}
+                instances.append({**segment, **own, "segmentation": rle})
         panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": segments_info})
-        for index, segment in enumerate(segments_info):
-            if scene.classes[index] in things:
-                instances.append(_instance(len(instances) + 1, image_id, segment, scene.segments == index))
 
         # Detectron2's loader of semantic maps takes .jpg images only.
         Image.fromarray(scene.image).save(files["image_root"] / f"{stem}.jpg", quality=95, subsampling=0)
@@ -64,26 +71,3 @@ def write_split(root: Path, split: str, scenes: Iterable[Scene], things: Sequenc
     ):
         content = {"info": {}, "images": images, "annotations": annotations, "categories": kept}
         files[key].write_text(json.dumps(content))
-
-
-def _segment(scene, index, names):
-    mask = scene.segments == index
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-    return {
-        "id": 1000 * (1 + names.index(scene.classes[index])) + index,
-        "category_id": 1 + names.index(scene.classes[index]),
-        "area": int(mask.sum()),
-        "bbox": [int(x) for x in box],
-        "iscrowd": 0,
-    }
-
-
-def _instance(annotation_id, image_id, segment, mask):
-    rle = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {
-        **segment,
-        "id": annotation_id,
-        "image_id": image_id,
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-    }

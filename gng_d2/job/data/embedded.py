@@ -1,4 +1,4 @@
-"""The embedded dataset "gng_shapes": where it is, how it is drawn, and its names in Detectron2.
+"""Draw the embedded dataset "gng_shapes", and register it with Detectron2 under these names:
 
 ===============================  =======================================================
 ``gng_shapes_{split}``           things with boxes and masks, evaluated as COCO instances
@@ -6,7 +6,7 @@
 ``gng_shapes_{split}_stuffonly`` semantic
 ===============================  =======================================================
 
-with the splits train and val. `python -m gng_d2.job.data` draws it.
+with the splits train and val.
 """
 
 import os
@@ -36,7 +36,7 @@ def datasets_root() -> Path:
 
 
 def draw(root: Path, splits=SPLITS) -> None:
-    """Draw the dataset as the folder ``gng_shapes`` of ``root``, which appears when it is whole."""
+    """Draw the dataset into the folder ``gng_shapes`` of ``root``, which appears when it is whole."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=root) as unfinished:
@@ -48,8 +48,7 @@ def draw(root: Path, splits=SPLITS) -> None:
             try:
                 os.rename(folder, root / NAME)
             except OSError:
-                # another process drew the same in the meantime
-                if not (root / NAME).is_dir():
+                if not (root / NAME).is_dir():  # else another process drew the same in the meantime
                     raise
     except OSError as error:
         raise InputError(
@@ -59,6 +58,7 @@ def draw(root: Path, splits=SPLITS) -> None:
 
 
 def draw_if_missing() -> None:
+    """Draw the dataset into Detectron2's dataset root if it is not there."""
     if not (datasets_root() / NAME).is_dir():
         draw(datasets_root())
 

@@ -1,4 +1,4 @@
-"""Image files: read alike for training, evaluation and prediction, and named where they cannot be read."""
+"""Read image files in the same way for training, evaluation and prediction, with errors that name the file."""
 
 import logging
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from gng_d2.errors import InputError
 
 __all__ = ["FILES", "NamingMapper", "read_image", "read_labels"]
 
-FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # in a record of Detectron2
+FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # keys of a Detectron2 record
 
 
 def read_image(path: str, format: str | None = None) -> np.ndarray:
-    """Detectron2's ``read_image``, which gives an (H, W, C) array of 0 to 255, for greyscale images of 16 bits too.
+    """Detectron2's ``read_image``, which gives an (H, W, C) array of 0 to 255, but for two kinds of files.
 
-    Detectron2 makes all their values above 255 white; here their high bytes are taken, as PIL does for colour images of
-    16 bits. Of a file with several frames the first is read, with a warning.
+    Of greyscale images with 16 bits the high bytes are taken, as PIL does for colour images with 16 bits. Detectron2
+    makes all their values above 255 white. Of a file with several frames the first is read, and a warning says so.
 
     Raises:
-        InputError: the pixels are floats or 32-bit integers, and no format says which value is white.
+        InputError: the pixels are floats or 32-bit integers, and nothing says which value is white.
     """
     with PathManager.open(path, "rb") as file:
         image = Image.open(file)
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones keep a preview in MPO files
             log_first_n(logging.WARNING, f"{path} has {image.n_frames} frames; only the first is used", key="message")
-        # PIL has 16 bits in a mode of 32 for some formats
+        # for some formats PIL puts 16 bits into its mode of 32
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             high_bytes = (np.asarray(ImageOps.exif_transpose(image)) >> 8).astype(np.uint8)
             return convert_PIL_to_numpy(Image.fromarray(high_bytes), format)
@@ -44,12 +44,12 @@ def read_image(path: str, format: str | None = None) -> np.ndarray:
 
 
 class NamingMapper:
-    """Maps a record of a dataset as ``mapper`` does, but reads the image by :func:`read_image`, and says which of its
-    files is broken where that fails.
+    """Maps a record of a dataset as ``mapper`` does, but reads the image by :func:`read_image`. Where that fails, the
+    error names the file that is broken.
 
     Args:
-        map_values: the number of classes in a semantic map, and the value of what is not annotated. Other values are
-            refused. None: maps are not looked at.
+        map_values: the number of classes in a semantic map, and its value for "not annotated". Other values are
+            refused. If it is None, maps are not looked at.
     """
 
     def __init__(self, mapper: Callable[[dict], Any], map_values: tuple[int, int] | None = None):
@@ -62,7 +62,7 @@ class NamingMapper:
         return mapped
 
     def _map(self, record):
-        def read(path, format=None):  # the values of a segmentation are labels, which have no high bytes
+        def read(path, format=None):  # a map is read by Detectron2, because its 16 bits are labels
             return (read_image if path == record["file_name"] else detectron2s_read_image)(path, format)
 
         try:
@@ -72,7 +72,7 @@ class NamingMapper:
             raise InputError(f"the image {record['file_name']} cannot be used: {error}") from error
         except SizeMismatchError as error:  # names its file
             raise InputError(" ".join(str(error).split())) from error
-        except Exception as error:
+        except Exception as error:  # a file that cannot be read is named by read_labels
             sizes = {key: read_labels(record[key]).shape[1::-1] for key in FILES if key in record}
             if isinstance(self.mapper, DatasetMapper) and len(set(sizes.values())) > 1:
                 raise InputError(
@@ -102,7 +102,7 @@ def read_labels(path: str, dtype=None) -> np.ndarray:
 
 
 def _check_map(path, labels, num_classes, ignored):
-    """Detectron2 would train on the grey levels of a coloured map, and count a class that there is not as another."""
+    """Refuse colours, of which Detectron2 would take the brightness for classes, and values that are no class."""
     with PathManager.open(path, "rb") as file:
         mode = Image.open(file).mode
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignored)]

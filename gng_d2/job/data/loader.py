@@ -1,12 +1,13 @@
-"""Training data whose order and augmentation follow from the seed and the iteration alone.
+"""Training data whose order and augmentation depend on the seed and the iteration alone.
 
-Detectron2's own loader starts its shuffled stream anew when a run resumes, and augments with whatever the
-random state is then. Here every sample is seeded by its place in the stream, and a resumed run goes on at
-the place where the interrupted one was, images waiting for a partner of their shape included.
+Detectron2's own loader shuffles anew when a run resumes, and augments with whatever the random state is then. Here each
+sample is seeded by its place in the stream, and a resumed run goes on where the interrupted one was. Images that waited
+for a partner of their shape still wait then.
 """
 
 import itertools
 import logging
+import operator
 import random
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from .images import NamingMapper, read_image
 __all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
 
 Place = tuple[int, int]  # in the stream, in the dataset
-AUGMENTATION, STEP = 0, 1  # random states of one seed that must not be the same
+AUGMENTATION, STEP = 0, 1  # enter the seeds, so that augmentation and step draw different numbers
 
 
 def seed_everything(*seeds: int) -> None:
@@ -64,7 +65,7 @@ def seed_step(cfg: CfgNode, iteration: int) -> None:
 
 
 class SeededDataset(Dataset):
-    """Maps the record at each place of the stream, with the random state that the place has."""
+    """Maps the record at each place of the stream. Its random numbers depend on ``seeds`` and the place alone."""
 
     def __init__(self, records: list[dict], mapper: Callable, *seeds: int):
         # serialized, so that worker processes share it
@@ -78,7 +79,7 @@ class SeededDataset(Dataset):
 
 
 class PlaceSampler:
-    """The places of a sampler's stream, from where ``start`` begins."""
+    """The places of a sampler's stream; ``start`` leaves out those that a resumed run has had."""
 
     def __init__(self, sampler, start: Callable[[Iterator[Place]], Iterator[Place]]):
         self.sampler, self.start = sampler, start
@@ -90,8 +91,8 @@ class PlaceSampler:
 def after_batches(
     places: Iterator[Place], shape: Callable[[int], Hashable], batch_size: int, num_batches: int
 ) -> Iterator[Place]:
-    """What is left of a stream after ``num_batches`` batches, each of images of one ``shape(index)``: first
-    those that were drawn and still wait for a partner, then the rest."""
+    """What is left of a stream after ``num_batches`` batches, each of images of one ``shape(index)``. First come those
+    that were drawn and still wait for a partner, then the rest."""
     waiting = {}
     while num_batches:
         place = next(places)
@@ -106,7 +107,7 @@ def after_batches(
 def build_train_loader(cfg: CfgNode):
     """The loader of Detectron2's ``build_detection_train_loader(cfg)``: the same dataset, sampler, mapper and batches.
 
-    Where SEED is set (0 or more), they are the same in every run, for any number of DATALOADER.NUM_WORKERS.
+    With a SEED of 0 or more, every run gets the same batches, whatever DATALOADER.NUM_WORKERS is.
     """
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED)  # from which all processes take the sampler's seed
@@ -131,44 +132,36 @@ def build_train_loader(cfg: CfgNode):
         sampler=PlaceSampler(
             parts["sampler"], partial(after_batches, shape=shape, batch_size=batch_size, num_batches=0)
         ),
-        batch_size=None if grouped else batch_size,
-        collate_fn=_identity if grouped else trivial_batch_collator,
+        batch_size=1 if grouped else batch_size,
+        collate_fn=operator.itemgetter(0) if grouped else trivial_batch_collator,
         num_workers=parts["num_workers"],
-        # its own: the global one belongs to the training step
+        # of its own, because the global one belongs to the training step
         generator=torch.Generator().manual_seed(cfg.SEED),
     )
     return AspectRatioGroupedDataset(loader, batch_size) if grouped else loader
 
 
 def start_at(loader, iteration: int) -> None:
-    """Let a loader of :func:`build_train_loader`, where SEED is set, begin at ``iteration`` when it is next iterated.
+    """Let a loader of :func:`build_train_loader` with a SEED begin at ``iteration`` when it is next iterated.
 
-    So a run that resumes need not load its dataset a second time.
+    So a run that resumes loads its dataset only once.
     """
     sampler = (loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader).sampler
     sampler.start = partial(sampler.start, num_batches=iteration)
 
 
 def _is_wide(record):
-    """As Detectron2 groups images. Its semantic datasets do not say their sizes."""
+    """Whether an image is wide, by which Detectron2 groups them. Records of semantic datasets do not say the size."""
     if "width" in record:
         return record["width"] > record["height"]
-    height, width = NamingMapper(_read_image)(record).shape[:2]
+    height, width = NamingMapper(lambda record: read_image(record["file_name"]))(record).shape[:2]
     return width > height
 
 
-def _read_image(record):
-    return read_image(record["file_name"])
-
-
 def _take_rle_masks(records, mapper):
-    """Detectron2 stops at a run-length encoded mask unless INPUT.MASK_FORMAT is bitmask. The data decides."""
+    """Take run-length encoded masks, at which Detectron2 stops unless INPUT.MASK_FORMAT is bitmask."""
     if getattr(mapper, "use_instance_mask", False) and mapper.instance_mask_format == "polygon":
         annotations = itertools.chain.from_iterable(record.get("annotations", ()) for record in records)
         if any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd", 0) for a in annotations):
             logging.getLogger(__name__).info("masks are run-length encoded: taken as INPUT.MASK_FORMAT bitmask")
             mapper.instance_mask_format = "bitmask"
-
-
-def _identity(sample):
-    return sample

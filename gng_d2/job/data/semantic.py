@@ -1,7 +1,7 @@
-"""The semantic maps that Detectron2's panoptic datasets need beside a panoptic dataset in COCO's format.
+"""The semantic maps that Detectron2 needs for a panoptic dataset in COCO's format.
 
-Detectron2's rule: 0 for all things, 1, 2, ... for the stuff categories in the order of their ids, 255 where
-nothing is annotated.
+A map has 0 for all things, 1, 2, ... for the stuff categories in the order of their ids, and 255 where nothing is
+annotated.
 """
 
 import json
@@ -21,7 +21,6 @@ from gng_d2.job.files import atomic_open, prepare_outputs
 __all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
 
 VOID = 255
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def semantic_values(categories: Sequence[dict]) -> dict[int, int]:
@@ -47,13 +46,13 @@ def semantic_map(ids: np.ndarray, values: dict[int, int]) -> np.ndarray:
 
 
 def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str) -> int:
-    """Write ``sem_seg_root``/NAME.png for each annotation of ``panoptic_json``, on all cores; returns how many.
+    """Write ``sem_seg_root``/NAME.png for each annotation of ``panoptic_json``, on all cores, and return how many.
 
-    A map that is there whole is kept, so that an interrupted work goes on. A map appears under its name
-    when it is whole.
+    A map appears under its name when it is whole, and one that is there is kept. So if the work is interrupted, the
+    next call goes on with it.
 
     Raises:
-        InputError: what is missing, unknown or not readable, with its file.
+        InputError: something is missing, unknown or not readable; names the file.
     """
     if os.path.realpath(panoptic_root) == os.path.realpath(sem_seg_root):
         raise InputError(
@@ -61,10 +60,10 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
         )
     tasks = _tasks(panoptic_json, panoptic_root, sem_seg_root)
     prepare_outputs(os.path.join(sem_seg_root, "map.png"))
-    tasks = [task for task in tasks if not _is_whole(task[-1])]
+    tasks = [task for task in tasks if not os.path.exists(task[-1])]
     if not tasks:
         return 0
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_ignore_interrupts) as pool:
         try:
             maps = pool.map(_write_map, tasks, chunksize=8)
             for _ in tqdm(maps, desc=os.path.basename(sem_seg_root), total=len(tasks), unit="map"):
@@ -77,7 +76,7 @@ def make_semantic_maps(panoptic_json: str, panoptic_root: str, sem_seg_root: str
 
 
 def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
-    """(panoptic PNG, its image's (height, width) or None, value of each segment id, semantic PNG), by annotation."""
+    """For each annotation: panoptic PNG, (height, width) of its image or None, values by segment id, semantic PNG."""
     try:
         with open(panoptic_json) as file:
             content = json.load(file)
@@ -124,14 +123,6 @@ def _write_map(task):
         Image.fromarray(semantic).save(file, format="PNG")
 
 
-def _is_whole(path):
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:
-        return False
-
-
-def _leave_interrupts_to_the_parent():
+def _ignore_interrupts():
+    """In a worker: Ctrl-C reaches all processes, and the parent alone answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

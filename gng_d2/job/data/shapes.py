@@ -1,7 +1,7 @@
 """Random scenes of textured shapes on textured ground, with their panoptic segmentation.
 
-Things are told apart by their outline, stuff by its texture: colour tells nothing of the class, only
-that things are more vivid than the ground.
+The class of a thing shows in its outline and that of stuff in its texture. Colour tells things from the ground, as they
+are more vivid, but says nothing about the class.
 """
 
 from typing import NamedTuple
@@ -13,17 +13,16 @@ __all__ = ["THINGS", "STUFF", "Scene", "draw_scene"]
 THINGS = ("disc", "ring", "square", "triangle", "star")
 STUFF = ("stripes", "checks", "clouds")
 
-MIN_VISIBLE = 0.4  # of a thing's own area; what is hidden more than that is not drawn
-MIN_AREA = 40  # pixels
+MIN_VISIBLE = 0.4  # a thing is not drawn if less of its area than this is visible,
+MIN_AREA = 40  # or fewer pixels than these
 
 
 class Scene(NamedTuple):
-    """image: (H, W, 3) uint8 RGB. segments: (H, W) uint8 that indexes ``classes``, which holds the class
-    name of each segment. Every stuff class has one segment at most, every thing its own."""
+    """An image and its segmentation, in which a stuff class has at most one segment and each thing has its own."""
 
-    image: np.ndarray
-    segments: np.ndarray
-    classes: list[str]
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    segments: np.ndarray  # (H, W) uint8: the number of each pixel's segment
+    classes: list[str]  # the name of each segment's class
 
 
 def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
@@ -59,14 +58,14 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
 
 
 def _only_present(image, segments, classes):
-    """Things may cover a stuff region whole."""
+    """The scene without segments that others cover whole."""
     present, segments = np.unique(segments, return_inverse=True)
     segments = segments.reshape(image.shape[:2]).astype(np.uint8)
     return Scene(image, segments, [classes[i] for i in present])
 
 
 def _paint(colours, texture):
-    """Two colours, mixed as a texture in [0, 1] says."""
+    """(H, W, 3) of two colours, mixed in the proportion that a texture of values in [0, 1] gives."""
     return colours[0] + (colours[1] - colours[0]) * texture[..., None]
 
 
@@ -77,7 +76,7 @@ def _ground_colours(rng):
 
 
 def _thing_colours(rng):
-    """A vivid colour and one near it: the texture of a thing ranges from flat to clear."""
+    """A vivid colour and one that is more or less near it, so that some things have a clear texture and some none."""
     vivid = rng.permutation([rng.uniform(0, 0.2), rng.uniform(0, 1), rng.uniform(0.8, 1)])
     return np.stack([vivid, vivid + rng.uniform(0, 0.35) * rng.uniform(-1, 1, 3)])
 
@@ -96,7 +95,7 @@ def _texture(rng, name, x, y):
 
 
 def _waves(rng, x, y, longest):
-    """A smooth random field in about [-1, 1] of wavelengths from half of ``longest`` pixels up to it."""
+    """A smooth random field in [-1, 1], whose wavelengths are from ``longest`` / 2 to ``longest`` pixels."""
     field = np.zeros(x.shape)
     for _ in range(6):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)

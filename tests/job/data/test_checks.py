@@ -67,11 +67,8 @@ def test_datasets_that_are_not_there(shapes):
 
 
 def test_a_dataset_that_is_not_registered_says_how_to_register_it():
-    with pytest.raises(InputError, match="DATASETS.TEST: no dataset named 'coco_2017_vall'.*'coco_2017_val'.*--import"):
+    with pytest.raises(InputError, match="DATASETS.TEST: no dataset named 'coco_2017_vall'.*--import FILE.py"):
         prepare_datasets(quick("DATASETS.TEST", "('coco_2017_vall',)", "DATASETS.TRAIN", "()"))
-    with pytest.raises(InputError, match="no dataset named 'my_photos' is registered.*--import FILE.py") as error:
-        prepare_datasets(quick("DATASETS.TRAIN", "('my_photos',)"))
-    assert "did you mean" not in str(error.value)
 
 
 RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATASETS.TEST", "()"]
@@ -90,7 +87,6 @@ RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "DATASETS.TEST", "()"]
         ),
         ([*RETINANET, "MODEL.RETINANET.NUM_CLASSES", "4"], r"MODEL.RETINANET.NUM_CLASSES is 4, .* has 5 thing_classes"),
         (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "0"], r"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is 0, .* 255"),
-        (["MODEL.KEYPOINT_ON", "True"], r"MODEL.KEYPOINT_ON: .*'gng_shapes_train_separated' has no keypoint_names"),
     ],
 )
 def test_a_class_too_few_is_refused_with_the_key_and_both_numbers(overrides, message, shapes):
@@ -192,17 +188,22 @@ def test_keypoints_must_be_as_many(register, tmp_path):
             check_classes(cfg)
 
 
-def test_datasets_with_other_classes_are_not_trained_on_together(register, tmp_path, caplog):
-    register("cats", [record(tmp_path)], thing_classes=["cat", "dog"])
-    register("dogs", [record(tmp_path)], thing_classes=["dog", "cat"])
-    both = quick(*DETECTOR, "DATASETS.TRAIN", "('cats', 'dogs')", "MODEL.ROI_HEADS.NUM_CLASSES", "2")
-    with pytest.raises(
-        InputError, match="'cats' and 'dogs' .* different thing_classes: 2 and 2, .* 'cat' and 'dog' at 0"
-    ):
-        check_classes(both)
+def test_keypoints_without_names_are_refused(register, tmp_path):
+    entry = record(tmp_path, (1, 1, 9, 9))
+    entry["annotations"][0]["keypoints"] = [1, 1, 2] * 17
+    register("poses", [entry])
+    with pytest.raises(InputError, match="DATASETS.TRAIN poses: .*'keypoint_names' does not exist in the metadata"):
+        build_train_loader(detector("poses", "MODEL.KEYPOINT_ON", "True"))
+
+
+def test_datasets_with_other_classes_are_not_taken_for_one(register, tmp_path, caplog):
+    register("cats", [record(tmp_path, (1, 1, 9, 9))], thing_classes=["cat", "dog"])
+    register("dogs", [record(tmp_path, (1, 1, 9, 9))], thing_classes=["dog", "cat"])
     two = ["MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    with pytest.raises(InputError, match="^DATASETS.TRAIN cats, dogs: .*different metadata 'thing_classes'"):
+        build_train_loader(quick(*DETECTOR, "DATASETS.TRAIN", "('cats', 'dogs')", *two))
     check_classes(quick(*DETECTOR[:4], "DATASETS.TRAIN", "('cats',)", "DATASETS.TEST", "('dogs',)", *two))
-    assert "DATASETS.TEST: 'cats' and 'dogs' have different thing_classes: 2 and 2" in caplog.text
+    assert "'cats' and 'dogs' have other thing_classes, or the same in another order: cat, dog and dog" in caplog.text
 
 
 def test_every_config_of_the_zoo_fits_its_datasets(caplog):
@@ -215,15 +216,31 @@ def test_every_config_of_the_zoo_fits_its_datasets(caplog):
     assert count > 50 and "NUM_CLASSES" not in caplog.text
 
 
-def test_data_in_which_every_box_is_empty_is_refused(register, tmp_path):
-    """Most often boxes of two corners that were taken for a corner and sizes, or the reverse."""
-    register("empty", [record(tmp_path, (5, 5, 0, 4), (5, 5, 3, 0)), record(tmp_path, (1, 1, 0, 0), number=1)])
-    with pytest.raises(
-        InputError, match=r"DATASETS.TRAIN empty: each of the 3 boxes is empty, .*\[5, 5, 0, 4\] of .*0.png"
-    ):
-        build_train_loader(detector("empty"))
-    register("one", [record(tmp_path, (5, 5, 0, 4), (5, 5, 3, 2))])
-    build_train_loader(detector("one"))
+XYXY, XYWH = 0, 1
+
+
+@pytest.mark.parametrize(
+    "mode, boxes, refused",
+    [
+        (XYWH, [(5, 5, 0, 4), (5, 5, 3, 0), (1, 1, 4, 4)], 2),  # empty
+        (XYWH, [(5, 5, 0, 4), (5, 5, 3, 2), (1, 1, 4, 4)], 0),
+        (XYWH, [(30, 20, 45, 30), (10, 10, 20, 25), (20, 4, 40, 12)], 3),  # two corners: the image is 48 x 32
+        (XYXY, [(30, 20, 45, 30), (10, 10, 20, 25), (20, 4, 40, 12)], 0),
+        (XYXY, [(30, 20, 15, 10), (1, 1, 10, 15), (20, 4, 20, 8)], 2),  # a corner and sizes
+        (XYWH, [(30, 20, 15, 10), (1, 1, 10, 15), (20, 4, 20, 8)], 0),
+        (XYWH, [(30, 20, 20, 13)], 0),  # 2 pixels and 1 over the edge
+    ],
+)
+def test_boxes_of_another_kind_than_bbox_mode_says_are_refused(mode, boxes, refused, register, tmp_path):
+    register("boxes", [record(tmp_path, *boxes)])
+    for annotation in DatasetCatalog.get("boxes")[0]["annotations"]:
+        annotation["bbox_mode"] = mode
+    if not refused:
+        build_train_loader(detector("boxes"))
+        return
+    message = rf"TRAIN boxes: {refused} of 3 boxes are empty or end outside of their image, .*0.png, 48 x 32. In a COCO"
+    with pytest.raises(InputError, match=message):
+        build_train_loader(detector("boxes"))
 
 
 def test_data_without_boxes_is_refused(register, tmp_path):

@@ -123,7 +123,9 @@ def test_same_seed_same_files(tmp_path):
 def test_an_interrupted_preparation_is_not_trusted(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "gng_d2.job.data"], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-W", "ignore", "-c", "from gng_d2.job import data; data.draw_if_missing()"],
+        env=environment,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
     while not list(tmp_path.glob(".*/*/train/*.jpg")):

@@ -1,0 +1,40 @@
+"""Command lines of tools/ in processes that have PyTorch and Detectron2 imported already: each saves five seconds."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+__all__ = ["run"]
+
+_READY = multiprocessing.get_context("forkserver")
+_READY.set_forkserver_preload(["detectron2.engine", "gng_d2.job.engine", "gng_d2.predict.pictures", "scipy.stats"])
+
+
+def run(tool, words, cwd, timeout=500, **environ):
+    """``python TOOL WORDS`` in the folder ``cwd``, as :func:`subprocess.run` returns it."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = _READY.Process(target=_run, args=(str(tool), list(words), cwd, {**os.environ, **environ}, files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([tool, *words], timeout)
+        return subprocess.CompletedProcess([tool, *words], process.exitcode, *(file.read_text() for file in files))
+
+
+def _run(tool, words, cwd, environ, files):
+    for number, file in enumerate(files, 1):
+        with open(file, "wb") as opened:
+            os.dup2(opened.fileno(), number)
+    os.chdir(cwd)
+    os.environ.update(environ)
+    warnings.simplefilter("ignore")
+    sys.argv = [tool, *words]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(tool)))
+    runpy.run_path(os.path.abspath(tool), run_name="__main__")
