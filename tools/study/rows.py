@@ -125,7 +125,9 @@ def add_norms(parser, *default: str) -> None:
 
 def add_seeds(parser) -> None:
     """Give ``parser`` the flag ``--seeds``."""
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs; default: 0 1 2")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs; default: 0 1 2"
+    )
 
 
 _SETTINGS, _ROW = "settings.json", "row.json"
