@@ -16,7 +16,7 @@ from gng_d2.job.config import load_config
 from gng_d2.job.files import prepare_outputs, save_figure
 from gng_d2.models.norm_table import norm_table
 
-from .rows import markdown, write_rows
+from .rows import add_norms, markdown, write_rows
 
 __all__ = ["ChannelsRow", "measure", "draw", "table"]
 
@@ -90,9 +90,7 @@ def _by_norm(rows):
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--norms", nargs="+", default=["GN", "GN1", "GN/16", "PGN"], metavar="NORM", help="default: GN GN1 GN/16 PGN"
-    )
+    add_norms(parser, "GN", "GN1", "GN/16", "PGN")
     add_outputs(parser, json="write a row for each norm and layer", plot="draw channels in a group over the layers")
 
 

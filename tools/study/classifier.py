@@ -45,7 +45,7 @@ from gng_d2.job.files import prepare_outputs
 from gng_d2.layers.norm_names import norm_in_path
 
 from .paper import TABLE_4
-from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows
+from .rows import add_norms, add_seeds, finish_run, machine, markdown, mean_and_std, open_run, write_rows
 
 __all__ = ["PET", "ClassifierRun", "ClassifierRow", "ImageSet", "load_images", "Classifier", "train", "table"]
 
@@ -353,14 +353,8 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--depth", type=int, default=50, choices=(50, 101), help="the ResNet's depth; default: %(default)s"
     )
-    parser.add_argument(
-        "--norms",
-        nargs="+",
-        default=["GN", "GN1", "PGN"],
-        metavar="NORM",
-        help="names that a config's NORM may have; default: GN GN1 PGN",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    add_norms(parser, "GN", "GN1", "PGN")
+    add_seeds(parser)
     parser.add_argument(
         "--weights",
         default="",

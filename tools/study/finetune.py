@@ -25,7 +25,7 @@ from gng_d2.job.files import prepare_outputs
 
 from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
 from .retention import IMAGES, replaced
-from .rows import machine, markdown, rows_to_keep, write_rows
+from .rows import add_norms, machine, markdown, rows_to_keep, write_rows
 
 __all__ = ["IF_STOPPED", "FinetuneRun", "FinetuneRow", "train", "table"]
 
@@ -173,13 +173,7 @@ def table(rows: list[FinetuneRow]) -> str:
 def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each run")
     add_data(parser)
-    parser.add_argument(
-        "--norms",
-        nargs="+",
-        default=["GN1", "GN/16", "PGN"],
-        metavar="NORM",
-        help="names that convert_norms takes; default: GN1 GN/16 PGN",
-    )
+    add_norms(parser, "GN1", "GN/16", "PGN")
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="default: %(default)s")
 

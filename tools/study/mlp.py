@@ -30,7 +30,7 @@ from gng_d2.groups import practical_num_groups
 from gng_d2.job.files import prepare_outputs, save_figure
 
 from .paper import TABLE_3
-from .rows import finish_run, machine, markdown, mean_and_std, open_run, write_rows
+from .rows import add_seeds, finish_run, machine, markdown, mean_and_std, open_run, write_rows
 
 __all__ = ["PRACTICAL", "MLPRun", "MLPRow", "load_mnist", "mlp", "train", "train_all", "table", "plot"]
 
@@ -199,7 +199,7 @@ def add_arguments(parser) -> None:
         metavar="G",
         help="numbers of groups, powers of 2; default: 1 2 4 ... 512",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    add_seeds(parser)
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
         "--processes",

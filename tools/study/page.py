@@ -51,7 +51,7 @@ DOCS = os.path.join(ROOT, "docs")
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page, made from the rows in docs/results/NAME.json."""
+    """A table of the page, made from the rows in docs/results/NAME.json. The same NAME stands in its fields."""
 
     row_type: type
     table: Callable[[list], str]  # makes Markdown of the rows
@@ -61,17 +61,18 @@ class Section:
 
     def text(self, name: str, results: str, title: str) -> str:
         """The text below the heading ``title``."""
-        path = os.path.join(results, f"{name}.json")
+        path, command = os.path.join(results, f"{name}.json"), self.command.replace("NAME", name)
         if not os.path.exists(path):
-            return f"Not measured. The command:\n\n    python tools/{self.command}"
+            return f"Not measured. The command:\n\n    python tools/{command}"
         rows = read_rows(path, self.row_type)
         machines = ", ".join(dict.fromkeys(row.machine for row in rows))
         if self.beside:
             name_of_other, *norms = self.beside
             others = read_rows(os.path.join(results, f"{name_of_other}.json"), self.row_type)
             rows = report.together([*(row for row in others if row.norm in norms), *rows])
-        made = f"`python tools/{self.command}`, on {machines} ([raw](results/{name}.json))."
-        return "\n\n".join([self.table(rows), made, *(f"![{title}](results/{picture})" for picture in self.pictures)])
+        made = f"`python tools/{command}`, on {machines} ([raw](results/{name}.json))."
+        pictures = [f"![{title}](results/{picture.replace('NAME', name)})" for picture in self.pictures]
+        return "\n\n".join([self.table(rows), made, *pictures])
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _recipe_table(rows):
     return markdown(lines, [key.replace("_", " ") for key in (*keys, "value")], "g")
 
 
-def _experiment(module, row_type, command, *pictures):
+def _experiment(module, row_type, command):
+    pictures = ("NAME.png",) if "--plot" in command else ()
     return Section(row_type, module.table, f"reproduce.py {command}", pictures)
 
 
@@ -121,13 +123,15 @@ def _steps_on_a_gpu(rows):
     return "\n\n".join([step_cost.table(rows), goals.table(goals.step_goals(rows))])
 
 
+# NAME is the section's
+_JSON = "--json docs/results/NAME.json"
+_PLOT = f"{_JSON} --plot docs/results/NAME.png"
 _THREE = "--norms GN GN1 PGN --seeds 0 1 2"
 _BEDS = "--import configs/study/bccd_camvid.py"
 _MIXTURES = f"{_BEDS} tools/study/mixture_norm.py"
 _CAMVID = "--config-file configs/study/semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM"
 _BCCD = "--config-file configs/study/faster_rcnn_bccd.yaml"
 _WITHOUT_WS = "MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN"
-_REAL = "--import configs/study/bccd_camvid.py --config-file configs/study/"
 _PRETRAINED = "--data caltech101 --weights mobilenet_v2-b0353104.pth"
 _COCO_80 = (
     "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 DATASETS.TEST '()' INPUT.MIN_SIZE_TRAIN '(128,)' "
@@ -137,118 +141,85 @@ _COCO_80 = (
 )
 
 SECTIONS = {
-    "theory_table1": _experiment(table1, table1.Table1Row, "table1 --json docs/results/theory_table1.json"),
-    "theory_table2": _experiment(table2, table2.Table2Row, "table2 --json docs/results/theory_table2.json"),
-    "theory_sweep": _experiment(
-        sweep,
-        sweep.SweepRow,
-        "sweep --json docs/results/theory_sweep.json --plot docs/results/theory_sweep.png",
-        "theory_sweep.png",
-    ),
+    "theory_table1": _experiment(table1, table1.Table1Row, f"table1 {_JSON}"),
+    "theory_table2": _experiment(table2, table2.Table2Row, f"table2 {_JSON}"),
+    "theory_sweep": _experiment(sweep, sweep.SweepRow, f"sweep {_PLOT}"),
     "isometry_r50": _experiment(
         gradients,
         gradients.GradientRow,
-        "gradients --config-file configs/faster_rcnn_gn_ws.yaml --json docs/results/isometry_r50.json "
-        "--plot docs/results/isometry_r50.png MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 "
-        "INPUT.MIN_SIZE_TRAIN '(320,)'",
-        "isometry_r50.png",
+        f"gradients --config-file configs/faster_rcnn_gn_ws.yaml {_PLOT} MODEL.WEIGHTS '' "
+        "MODEL.BACKBONE.FREEZE_AT 0 INPUT.MIN_SIZE_TRAIN '(320,)'",
     ),
-    "mlp_mnist": _experiment(
-        mlp,
-        mlp.MLPRow,
-        "table3 --data ROOT --processes 2 --json docs/results/mlp_mnist.json --plot docs/results/mlp_mnist.png",
-        "mlp_mnist.png",
-    ),
-    "classifier_caltech101": _experiment(
-        classifier,
-        classifier.ClassifierRow,
-        "table4 --data caltech101 --json docs/results/classifier_caltech101.json",
-    ),
+    "mlp_mnist": _experiment(mlp, mlp.MLPRow, f"table3 --data ROOT --processes 2 {_PLOT}"),
+    "classifier_caltech101": _experiment(classifier, classifier.ClassifierRow, f"table4 --data caltech101 {_JSON}"),
     "retention_caltech101": _experiment(
         retention,
         retention.RetentionRow,
-        f"retention {_PRETRAINED} --images 4 16 256 --json docs/results/retention_caltech101.json --plot "
-        "docs/results/retention_caltech101.png",
-        "retention_caltech101.png",
+        f"retention {_PRETRAINED} --images 4 16 256 {_PLOT}",
     ),
     "retention_ws_caltech101": _experiment(
         retention,
         retention.RetentionRow,
-        f"retention {_PRETRAINED} --norms GN1+WS GN/16+WS --json docs/results/retention_ws_caltech101.json",
+        f"retention {_PRETRAINED} --norms GN1+WS GN/16+WS {_JSON}",
     ),
-    "finetune_caltech101": _experiment(
-        finetune,
-        finetune.FinetuneRow,
-        f"finetune {_PRETRAINED} --json docs/results/finetune_caltech101.json",
-    ),
+    "finetune_caltech101": _experiment(finetune, finetune.FinetuneRow, f"finetune {_PRETRAINED} {_JSON}"),
     "table5": _comparison(f"{_THREE} --config-file configs/pfpn_gn.yaml --output output/table5 --num-gpus 8"),
     "quick_pfpn": _comparison(
         f"{_THREE} --config-file configs/quick/pfpn_gn.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --output DIR "
         "TEST.EVAL_PERIOD 250",
-        "quick_pfpn.png",
+        "NAME.png",
     ),
     "table6": _comparison(f"{_THREE} --config-file configs/faster_rcnn_gn_ws.yaml --output output/table6 --num-gpus 8"),
     "quick_faster_rcnn": _comparison(
         f"{_THREE} --config-file configs/quick/faster_rcnn_gn_ws.yaml --output DIR TEST.EVAL_PERIOD 250",
-        "quick_faster_rcnn.png",
+        "NAME.png",
     ),
     "coco80_faster_rcnn": _comparison(
         f"--norms GN GN1 PGN --seeds 0 --config-file configs/faster_rcnn_gn_ws.yaml --output DIR {_COCO_80}",
-        "coco80_faster_rcnn.png",
+        "NAME.png",
     ),
     "camvid_semantic_fpn": _comparison(
         f"{_BEDS} {_CAMVID} --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 3 4 --output DIR",
-        "camvid_semantic_fpn_channels.png",
-        "camvid_semantic_fpn_curves.png",
+        "NAME_channels.png",
+        "NAME_curves.png",
     ),
     "bccd_faster_rcnn": _comparison(
         f"{_BEDS} {_BCCD} --norms GN GN1 PGN GN/16 GN/1 --seeds 0 1 2 --output DIR",
-        "bccd_faster_rcnn_channels.png",
-        "bccd_faster_rcnn_curves.png",
+        "NAME_channels.png",
+        "NAME_curves.png",
     ),
     "camvid_ws": _comparison(
-        f"{_BEDS} {_CAMVID} --norms GN+WS GN1+WS GN/1+WS --seeds 0 1 2 --output DIR", "camvid_ws_curves.png"
+        f"{_BEDS} {_CAMVID} --norms GN+WS GN1+WS GN/1+WS --seeds 0 1 2 --output DIR", "NAME_curves.png"
     ),
-    "camvid_collapse": _experiment(
-        collapse,
-        collapse.CollapseRow,
-        f"collapse {_BEDS} --runs PLAIN_DIR WS_DIR --json docs/results/camvid_collapse.json "
-        "--plot docs/results/camvid_collapse.png",
-        "camvid_collapse.png",
-    ),
+    "camvid_collapse": _experiment(collapse, collapse.CollapseRow, f"collapse {_BEDS} --runs PLAIN_DIR WS_DIR {_PLOT}"),
     "camvid_mixtures": _comparison(
         f"{_MIXTURES} {_CAMVID} --norms MIX MIX-uniform MIX-fixed MIX-fixed-last MIX-shared "
         "--seeds 0 1 2 3 4 --output DIR",
-        "camvid_mixtures_curves.png",
+        "NAME_curves.png",
         beside=("camvid_semantic_fpn", "GN", "GN/1"),
     ),
     "camvid_learned": Section(
         collapse.CollapseRow,
         collapse.mixture_table,
-        f"reproduce.py collapse {_MIXTURES} --runs DIR --json docs/results/camvid_learned.json",
+        f"reproduce.py collapse {_MIXTURES} --runs DIR {_JSON}",
     ),
     "camvid_long": _comparison(
         f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
-        "camvid_long_curves.png",
+        "NAME_curves.png",
     ),
     "bccd_plain": _comparison(
         f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 MIX --seeds 0 1 2 --output DIR {_WITHOUT_WS}",
-        "bccd_plain_curves.png",
+        "NAME_curves.png",
     ),
-    "bccd_collapse": _experiment(
-        collapse,
-        collapse.CollapseRow,
-        f"collapse {_MIXTURES} --runs DIR --json docs/results/bccd_collapse.json --plot docs/results/bccd_collapse.png",
-        "bccd_collapse.png",
-    ),
+    "bccd_collapse": _experiment(collapse, collapse.CollapseRow, f"collapse {_MIXTURES} --runs DIR {_PLOT}"),
     "bccd_mixtures": _comparison(
         f"{_MIXTURES} {_BCCD} --norms MIX-fixed MIX-slow --seeds 0 1 2 --output DIR",
-        "bccd_mixtures_curves.png",
+        "NAME_curves.png",
         beside=("bccd_faster_rcnn", "GN", "GN/1"),
     ),
     "bccd_box_head": _comparison(
         f"{_MIXTURES} {_BCCD} --norm-keys MODEL.ROI_BOX_HEAD.NORM --norms MIX --seeds 0 1 2 --output DIR",
-        "bccd_box_head_curves.png",
+        "NAME_curves.png",
         beside=("bccd_faster_rcnn", "GN"),
     ),
     "bccd_camvid_recipe": Section(
@@ -260,24 +231,19 @@ SECTIONS = {
     "shapes_wide": _comparison(
         "--norms GN GN1 PGN GN/1 --seeds 0 1 2 --output DIR --config-file configs/study/{pfpn,faster_rcnn}_shapes.yaml"
     ),
-    "benchmark_norm_cpu": _experiment(
-        norm_cost, norm_cost.NormCostRow, "norm-cost --json docs/results/benchmark_norm_cpu.json"
-    ),
+    "benchmark_norm_cpu": _experiment(norm_cost, norm_cost.NormCostRow, f"norm-cost {_JSON}"),
     "fused_norm_cpu": Section(
         norm_cost.NormCostRow,
         _fused_norms,
-        "reproduce.py norm-cost --after relu add_relu --implementations frozen_bn --seconds 0.15 "
-        "--json docs/results/fused_norm_cpu.json",
+        f"reproduce.py norm-cost --after relu add_relu --implementations frozen_bn --seconds 0.15 {_JSON}",
     ),
     "kernel_tests_cuda": Section(kernel_tests.KernelTestRow, kernel_tests.table, "gpu.py"),
     "benchmark_norm_cuda": Section(norm_cost.NormCostRow, _norms_on_a_gpu, "gpu.py"),
     "benchmark_train_cpu": Section(
-        step_cost.StepCostRow,
-        _steps_on_a_cpu,
-        "reproduce.py step-cost --size 480 736 --json docs/results/benchmark_train_cpu.json",
+        step_cost.StepCostRow, _steps_on_a_cpu, f"reproduce.py step-cost --size 480 736 {_JSON}"
     ),
     "benchmark_train_cuda": Section(step_cost.StepCostRow, _steps_on_a_gpu, "gpu.py"),
-    "memory_cpu": _experiment(memory, memory.MemoryRow, "memory --json docs/results/memory_cpu.json"),
+    "memory_cpu": _experiment(memory, memory.MemoryRow, f"memory {_JSON}"),
     "memory_cuda": Section(memory.MemoryRow, memory.table, "gpu.py"),
 }
 

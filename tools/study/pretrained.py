@@ -15,7 +15,7 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
-from .rows import half_interval
+from .rows import add_seeds, half_interval
 
 __all__ = [
     "IF_STOPPED",
@@ -161,7 +161,7 @@ def add_data(parser) -> None:
         metavar="FILE.pth",
         help="MobileNetV2 with ImageNet weights under torchvision's names, such as its mobilenet_v2-b0353104.pth",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    add_seeds(parser)
     parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument(
         "--resume",

@@ -1,13 +1,12 @@
 """The regret of a norm: how far it is behind the best fixed number of groups, on the set of data where it is worst."""
 
 import itertools
-import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from .report import ComparisonRow
 from .rows import markdown, read_rows
@@ -62,13 +61,11 @@ def _shortfall(norm, values):
     n = len(seeds)
     fixed = np.array([[values[name][seed] for seed in seeds] for name in FIXED])
     own = np.array([values[norm][seed] for seed in seeds])
-    draws = list(itertools.combinations_with_replacement(range(n), n))
-    orders = [math.factorial(n) / math.prod(map(math.factorial, Counter(draw).values())) for draw in draws]
-    draws = np.array(draws)
-    shortfalls = fixed[:, draws].mean(2).max(0) - own[draws].mean(1)
+    draws = np.array([np.bincount(draw, minlength=n) for draw in itertools.combinations_with_replacement(range(n), n)])
+    probabilities = stats.multinomial.pmf(draws, n, np.full(n, 1 / n))
+    shortfalls = (fixed @ draws.T / n).max(0) - own @ draws.T / n
     order = np.argsort(shortfalls)
-    below = np.cumsum([0, *np.array(orders)[order]]) / n**n
-    return fixed.mean(1).max() - own.mean(), n, (shortfalls[order], below)
+    return fixed.mean(1).max() - own.mean(), n, (shortfalls[order], np.cumsum([0, *probabilities[order]]))
 
 
 def table(sets: Mapping[str, Values]) -> str:

@@ -31,7 +31,7 @@ from .pretrained import (
     right,
     split,
 )
-from .rows import half_interval, machine, markdown, rows_to_keep, write_rows
+from .rows import add_norms, half_interval, machine, markdown, rows_to_keep, write_rows
 
 __all__ = ["IF_STOPPED", "RetentionRow", "replaced", "table", "plot"]
 
@@ -153,13 +153,7 @@ def plot(rows: list[RetentionRow], path: str) -> None:
 def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each network", plot="draw the accuracies of each norm")
     add_data(parser)
-    parser.add_argument(
-        "--norms",
-        nargs="+",
-        default=["GN1", "GN/64", "GN/32", "GN/16", "PGN", "GN/1"],
-        metavar="NORM",
-        help="names that convert_norms takes; default: GN1 GN/64 GN/32 GN/16 PGN GN/1",
-    )
+    add_norms(parser, "GN1", "GN/64", "GN/32", "GN/16", "PGN", "GN/1")
     parser.add_argument(
         "--images",
         type=int,

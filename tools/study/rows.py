@@ -24,6 +24,8 @@ from gng_d2.job.files import atomic_open, prepare_outputs
 from . import ROOT
 
 __all__ = [
+    "add_norms",
+    "add_seeds",
     "commit",
     "machine",
     "read_rows",
@@ -113,6 +115,19 @@ def write_rows(path: str | None, rows: Iterable[Row]) -> None:
     lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
     with atomic_open(path) as file:
         file.write(f"[\n{lines}\n]\n")
+
+
+def add_norms(parser, *default: str) -> None:
+    """Give ``parser`` the flag ``--norms``."""
+    text = f"norms by their names, as a NORM key and convert_norms take them; default: {' '.join(default)}"
+    parser.add_argument("--norms", nargs="+", default=list(default), metavar="NORM", help=text)
+
+
+def add_seeds(parser) -> None:
+    """Give ``parser`` the flag ``--seeds``."""
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="seeds of the runs; default: 0 1 2"
+    )
 
 
 _SETTINGS, _ROW = "settings.json", "row.json"
