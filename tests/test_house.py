@@ -102,6 +102,15 @@ def test_there_is_no_circle_of_imports(tmp_path, monkeypatch):
     assert circle(modules_of(Path("a"))) == ["a.b", "a.c", "a.f"]
 
 
+@pytest.mark.parametrize("path", ["tests/versions.py", "tools/make_venv.py", "tools/command_line.py"])
+def test_what_makes_environments_needs_none(path):
+    """CI starts it with a Python that has ``tabulate`` alone."""
+    tops = [node for node in ast.parse(Path(path).read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tops if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "tabulate", "command_line"}
+
+
 def test_importing_the_package_loads_neither_the_job_nor_predict():
     program = "import sys, gng_d2; print([m for m in sys.modules if m.startswith(('gng_d2.job', 'gng_d2.predict'))])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)

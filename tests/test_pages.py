@@ -30,6 +30,7 @@ pytestmark = pytest.mark.xdist_group("pages")
 # What makes a run of the quick configs and of the example one of seconds
 SMALL = (
     "MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 SOLVER.MAX_ITER 1 "
+    "MODEL.RPN.POST_NMS_TOPK_TEST 10 "
     "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96 "
     "SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.WARMUP_ITERS 0 SOLVER.BASE_LR 0.0001 DATALOADER.NUM_WORKERS 0 "
     "MODEL.DEVICE cpu"
@@ -138,7 +139,7 @@ MEASUREMENTS += ("norm-cost", "step-cost", "memory")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", each_once(of_pages(commands)))
-def test_command(command, folder):
+def test_command(command, folder, monkeypatch):
     if "reproduce.py" in command:
         words = shlex.split(command)
         assert words[2] in MEASUREMENTS
@@ -146,6 +147,12 @@ def test_command(command, folder):
         module = __import__("importlib").import_module(f"study.{page_module(words[2])}")
         module.add_arguments(parser)
         parser.parse_args(words[3:])
+    elif "compare.py" in command and "configs/quick" in command and " DIR " in command:
+        # what was measured: up to its trainings, as another command trains such a comparison
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace(" DIR ", f" {tempfile.mkdtemp(dir=folder)} "))[1:])
+        monkeypatch.setattr("study.watch.train_all", lambda cluster: ())
+        __import__("compare").main()
     elif "{" in command:
         pytest.skip("names several files")
     elif "tools/gpu.py" in command and torch.cuda.is_available():
@@ -155,6 +162,19 @@ def test_command(command, folder):
         assert done.returncode == 1 and re.search(LACKING, done.stderr, re.MULTILINE), done.stderr[-2000:]
     else:
         run(folder, command)
+
+
+def test_the_commands_at_the_end_of_the_demo():
+    """Its tools take the arguments that it shows."""
+    import demo
+
+    shown = re.sub(r"\\\n\s*", "", demo.NEXT.format(python="python"))
+    found = re.findall(r"python tools/(\w+)\.py (.+)", shown)
+    assert [tool for tool, _ in found] == ["analyze_groups", "compare"]
+    for tool, words in found:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [tool, *words.split()])
+            assert __import__(tool).parse_args().config_file == "YOUR.yaml"
 
 
 def page_module(name):

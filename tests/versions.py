@@ -24,8 +24,6 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from gng_d2.job.files import write_json
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
 
@@ -111,7 +109,7 @@ def table(rows):
 
 def publish(rows):
     """Write the rows, and the first table of the page."""
-    write_json(str(RESULTS), rows)
+    RESULTS.write_text(json.dumps(rows, indent=1))
     page = re.sub(r"(?:^\|.*\n)+", lambda _: table(rows) + "\n", PAGE.read_text(), count=1, flags=re.MULTILINE)
     PAGE.write_text(page)
 

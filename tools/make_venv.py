@@ -155,8 +155,7 @@ def main():
             python,
             "-m",
             "pip",
-            "install",
-            "-q",
+            "install",  # not -q: its progress is shown
             "-r",
             file.name,
         )
