@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from needs import LOOK, needs_torch
+from needs import LOOK
 from torch import nn
 from torch.nn import functional as F
 
@@ -377,16 +377,6 @@ def test_channels_that_another_layer_writes():
     model = Net(write, SEVERAL)
     assert made_by(write(model, picture())) is None, "autograd does not show what was written"
     assert bind_norms(model, picture()).norm.weight_layer == NO_LAYER
-
-
-@needs_torch(2, 6, "torch.compiler.set_stance")
-def test_a_compiled_part_whose_ops_do_not_show():
-    def through_numpy(graph, inputs):
-        return lambda *args: tuple(torch.from_numpy(out.detach().numpy()) for out in graph(*args))
-
-    model = Net(lambda net, x: net.part(x), {"part": torch.compile(conv(24), backend=through_numpy)})
-    model.conv = None
-    assert bind_norms(model, torch.randn(2, 24, SIZE, SIZE)).norm.num_groups == 4
 
 
 def test_an_input_that_the_model_changes():
