@@ -158,7 +158,8 @@ print("trained", gng_d2.ideal_num_groups(784, 512))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, made of a copy: setuptools leaves its traces where it builds."""
+    """The wheel, made of a copy: setuptools leaves its traces where it builds. Its tests run in one process, so that it
+    is made once."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("gng_d2", "configs"):
         shutil.copytree(name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -171,6 +172,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"gng_d2"}
@@ -179,6 +181,7 @@ def test_the_wheel_holds_the_package_alone(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_is_for_every_python_3_and_says_what_it_is(wheel):
     archive = zipfile.ZipFile(wheel)
     library = [name for name in archive.namelist() if name.endswith(".so")]
@@ -189,6 +192,7 @@ def test_the_wheel_is_for_every_python_3_and_says_what_it_is(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_trains_in_an_empty_folder(wheel, shapes, tmp_path):
     installed, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
@@ -207,6 +211,7 @@ def test_the_wheel_trains_in_an_empty_folder(wheel, shapes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
 @pytest.mark.parametrize("beside_a_clone", [False, True])
 def test_the_wheel_works_without_detectron2(beside_a_clone, wheel, tmp_path):
     if beside_a_clone:
