@@ -456,6 +456,7 @@ def hypothesis_ops():
         ("add", 2, lambda net, a, b: a + b),
         ("add", 2, lambda net, a, b: a + b),
         ("add_", 2, lambda net, a, b: (a * 1).add_(b)),
+        ("copy_", 2, lambda net, a, b: (a * 1).copy_(b)),
         ("mul", 2, lambda net, a, b: a * b.sigmoid()),
         ("div", 2, lambda net, a, b: a / (b.square() + 1)),
         ("where", 2, lambda net, a, b: torch.where(b > 0, a, b)),
