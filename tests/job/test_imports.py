@@ -62,7 +62,7 @@ def test_what_cannot_be_imported_is_named(tmp_path):
         import_modules(["MODEL.FPN.NORM"])
     path = tmp_path / "json.py"
     path.touch()
-    with pytest.raises(InputError, match="has the name of a module in use, 'json'.*Rename the file"):
+    with pytest.raises(InputError, match="has the name of another module, 'json'.*Rename the file"):
         import_modules([str(path)])
 
 
