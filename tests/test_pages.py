@@ -307,6 +307,20 @@ def test_what_is_left_of_pretrained_weights():
         assert f"| {name} | {cells[0]} | {cells[1]} |" in readme
 
 
+def test_what_fine_tuning_makes_of_them():
+    """The page says what the first seed showed, each norm at its best rate."""
+    best = {}
+    for row in measured("finetune_caltech101"):
+        if row["seed"] == 0:
+            key = row["norm"], row["affine"]
+            best[key] = max(best.get(key, 0), row["accuracy"])
+    gn1, frozen, fresh = best["GN1", "calibrated"], best["FrozenBN", "trained"], best["GN1", "fresh"]
+    said = f"`GN1` then had {gn1:.1f} % of Caltech-101 right where FrozenBN had {frozen:.1f} %, "
+    said += f"and GN1 with a fresh affine, at FrozenBN's learning rate, {fresh:.1f} %."
+    assert said in " ".join(Path("docs/from-batch-norm.md").read_text().split())
+    assert gn1 < frozen and "`GN1` stays behind FrozenBN" in Path("README.md").read_text()
+
+
 def test_the_norm_table_of_the_readme():
     """Its rows are those that norm_table prints for the config that it names."""
     norms = [row for row in norm_table(build_on_meta(load_config("configs/faster_rcnn_pgn_ws.yaml"))) if row.num_groups]
