@@ -16,6 +16,8 @@ from PIL import Image
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.models.norm_table import norm_table
+from study.goals import fused_goals
+from study.norm_cost import NormCostRow
 from study.pretrained import mean_with_interval
 from study.report import ComparisonRow, difference_interval
 from study.retention import RetentionRow
@@ -291,6 +293,15 @@ def test_numbers_of_what_group_norm_costs():
     peaks = f"peaks at {kept} FrozenBN's memory, and after `gng_d2.recompute_norms(model)` at {again}"
     assert f"`PGN+WS` {peaks}, with the same bits as gradients and {step:.2f} times the time" in readme
     assert f"under PGN+WS peaks at {kept} FrozenBN's memory, and with `--recompute-norms` at {again}." in page
+
+
+def test_numbers_of_fused_norms():
+    rows = read_rows("docs/results/fused_norm_cpu.json", NormCostRow)
+    measured = [goal.reached.split()[0] for goal in fused_goals(rows) if "geometric mean" in (goal.reached or "")]
+    to_parts, to_frozen, _, to_three, to_frozen_three, _ = measured
+    page = " ".join(Path("docs/speed-and-memory.md").read_text().split())
+    assert f"norm and ReLU take {to_parts} times as long as one after the other, and norm, addition and ReLU " in page
+    assert f"ReLU {to_three} times. That is {to_frozen} and {to_frozen_three} times what Detectron2's FrozenBN" in page
 
 
 def test_what_is_left_of_pretrained_weights():

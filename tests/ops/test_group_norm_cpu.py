@@ -151,6 +151,18 @@ def test_is_used_where_it_is_faster():
     assert not uses(x[:, :1], 1)
 
 
+def test_is_used_for_what_follows_too_where_that_is_faster():
+    def uses(x, num_groups):
+        y = group_norm(x.detach().requires_grad_(), num_groups, activation="relu")
+        return type(y.grad_fn).__name__ == "_GroupNormBackward"
+
+    x, _, _ = draw(1, 16, 128, 128)  # 1 MB
+    assert uses(x, 1) and not uses(x, 16)  # in the caches, and no thread idles
+    x, _, _ = draw(3, 64, 128, 128)
+    assert uses(x, 4) and uses(x.bfloat16(), 4)
+    assert not uses(x.contiguous(memory_format=torch.channels_last), 4) and not uses(x.double(), 4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_comes_out_as_from_pytorch(value):
     x, weight, bias = draw(1, 64, 128, 128)
