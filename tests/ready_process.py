@@ -9,14 +9,16 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
+
 __all__ = ["run"]
 
 _READY = multiprocessing.get_context("forkserver")
 _READY.set_forkserver_preload(["detectron2.engine", "gng_d2.job.engine", "gng_d2.predict.pictures", "scipy.stats"])
 
 
-def run(tool, words, cwd, timeout=500, **environ):
-    """``python TOOL WORDS`` in the folder ``cwd``, as :func:`subprocess.run` returns it."""
+def run(tool, words, cwd=".", timeout=500, **environ):
+    """``python TOOL WORDS`` in the folder ``cwd``, on one thread, as :func:`subprocess.run` returns it."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
         process = _READY.Process(target=_run, args=(str(tool), list(words), cwd, {**os.environ, **environ}, files))
@@ -35,6 +37,7 @@ def _run(tool, words, cwd, environ, files):
     os.chdir(cwd)
     os.environ.update(environ)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     sys.argv = [tool, *words]
     sys.path.insert(0, os.path.dirname(os.path.abspath(tool)))
     runpy.run_path(os.path.abspath(tool), run_name="__main__")

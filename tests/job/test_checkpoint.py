@@ -1,12 +1,10 @@
 import logging
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ready_process
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
@@ -285,8 +283,7 @@ def test_a_checkpoint_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch
 @pytest.mark.slow
 def test_twenty_kills_inside_checkpoint_writes_change_nothing(tmp_path):
     script = Path(__file__).with_name("kill_in_checkpoints.py")
-    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = ready_process.run(script, [str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("20 kills")
 

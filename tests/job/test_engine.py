@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import quick_models
+import ready_process
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
@@ -100,9 +101,8 @@ def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
 
 
-def train_net(*args, script="tools/train_net.py", check=True):
-    command = [sys.executable, "-W", "ignore", script, "--dist-url", "auto", *args]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def train_net(*args, check=True):
+    done = ready_process.run("tools/train_net.py", args)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -110,13 +110,14 @@ def train_net(*args, script="tools/train_net.py", check=True):
 @pytest.mark.slow
 def test_train_resume_and_evaluate(shapes, tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path), *SMALL]
-    train_net("--config-file", CONFIG, *opts, "SOLVER.MAX_ITER", "2")
+    train = [*opts, "DATASETS.TEST", "()"]
+    train_net("--config-file", CONFIG, *train, "SOLVER.MAX_ITER", "2")
     first = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert first["iteration"] == 1
     model = build_on_meta(load_config(CONFIG, SMALL))
     assert norm_summary(model) in (tmp_path / "log.txt").read_text()
 
-    train_net("--config-file", CONFIG, "--resume", *opts, "SOLVER.MAX_ITER", "3")
+    train_net("--config-file", CONFIG, "--resume", *train, "SOLVER.MAX_ITER", "3")
     second = torch.load(tmp_path / "model_final.pth", weights_only=False)
     assert second["iteration"] == 2
     name = "backbone.bottom_up.stem.conv1.weight"
@@ -136,13 +137,13 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
-    """Killed after iteration 4 of 7, resumed from the checkpoint after iteration 3: the same weights."""
+    """Killed after iteration 3 of 5, resumed from the checkpoint after iteration 2: the same weights."""
     opts = [
         *SMALL,
         "SOLVER.MAX_ITER",
-        "7",
+        "5",
         "SOLVER.CHECKPOINT_PERIOD",
-        "3",
+        "2",
         "TEST.EVAL_PERIOD",
         "0",
         "DATASETS.TEST",
@@ -152,34 +153,41 @@ def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
-    command = [sys.executable, "-W", "ignore", "-c", KILL_AT_4, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
+    command = [sys.executable, "-W", "ignore", "-c", KILL_AT_3, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -9, done.stderr[-2000:]
-    assert (cut / "last_checkpoint").read_text() == "model_0000002.pth" and not (cut / "model_final.pth").exists()
+    assert (cut / "last_checkpoint").read_text() == "model_0000001.pth" and not (cut / "model_final.pth").exists()
     train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(cut), *opts)
-    files = (whole / "model_final.pth", cut / "model_final.pth", cut / "model_0000002.pth")
+    files = (whole / "model_final.pth", cut / "model_final.pth", cut / "model_0000001.pth")
     expected, got, early = (torch.load(file, weights_only=False)["model"] for file in files)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert not torch.equal(early["sem_seg_head.p2.0.norm.weight"], got["sem_seg_head.p2.0.norm.weight"])
 
 
-KILL_AT_4 = """
+KILL_AT_3 = """
 import os, signal, sys
 from detectron2.engine import default_argument_parser
 from gng_d2.job.engine import Trainer, run_job
 step = Trainer.run_step
 def run_step(self):
     step(self)
-    if self.iter == 4:
+    if self.iter == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.run_step = run_step
 run_job(default_argument_parser().parse_args())
 """
 
 
+def train_in_two_processes(*opts):
+    command = [sys.executable, "-W", "ignore", "tools/train_net.py", "--dist-url", "auto", "--num-gpus", "2"]
+    command += ["--config-file", CONFIG, *opts]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate(shapes, tmp_path):
-    train_net("--config-file", CONFIG, "--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
+    done = train_in_two_processes("OUTPUT_DIR", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with open(tmp_path / "metrics.json") as file:
         metrics = [json.loads(line) for line in file]
     assert "panoptic_seg/PQ" in metrics[-1] and "bbox/AP" in metrics[-1]
@@ -214,6 +222,8 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
         *opts,
         "SOLVER.MAX_ITER",
         "2",
+        "DATASETS.TEST",
+        "()",
     )
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "eval")]
     same = train_net(
@@ -242,28 +252,9 @@ def test_weight_standardized_detector_trains_and_evaluates(shapes, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
-    """A 32-pixel image leaves 1x1 maps, where PGN's 512 groups of 2048 -> 512 would hold a single number."""
-    done = train_net(
-        "--config-file",
-        CONFIG,
-        "--num-gpus",
-        "2",
-        "OUTPUT_DIR",
-        str(tmp_path),
-        "SOLVER.IMS_PER_BATCH",
-        "2",
-        "MODEL.RESNETS.DEPTH",
-        "50",
-        "MODEL.RESNETS.RES2_OUT_CHANNELS",
-        "256",
-        "MODEL.RESNETS.NORM",
-        "PGN",
-        "INPUT.MIN_SIZE_TRAIN",
-        "(32,)",
-        "SOLVER.MAX_ITER",
-        "1",
-        check=False,
-    )
+    """A 32-pixel image leaves 1x1 maps, where PGN's 64 groups of 512 -> 64 would hold a single number."""
+    opts = ["SOLVER.IMS_PER_BATCH", "2", "MODEL.FPN.NORM", "PGN", "INPUT.MIN_SIZE_TRAIN", "(32,)"]
+    done = train_in_two_processes("OUTPUT_DIR", str(tmp_path), *opts, "SOLVER.MAX_ITER", "1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
 

@@ -1,10 +1,10 @@
 """--import: a user's code runs first, once, in our process and in those that a job starts."""
 
-import subprocess
 import sys
 
 import pytest
 import quick_models
+import ready_process
 from detectron2.data import DatasetCatalog
 
 from gng_d2.errors import InputError
@@ -89,7 +89,6 @@ def my_backbone(cfg, input_shape):
 @pytest.mark.slow
 def test_a_tool_takes_a_users_backbone(user):
     def analyze(*words):
-        command = [sys.executable, "-W", "ignore", "tools/analyze_groups.py", *words]
         given = [
             "--config-file",
             CONFIG,
@@ -100,7 +99,7 @@ def test_a_tool_takes_a_users_backbone(user):
             "MODEL.SEM_SEG_HEAD.IN_FEATURES",
             "('res2',)",
         ]
-        return subprocess.run([*command, *given], capture_output=True, text=True)
+        return ready_process.run("tools/analyze_groups.py", [*words, *given])
 
     assert "my_backbone" in analyze().stderr
     done = analyze("--import", user("gng_user", BACKBONE))

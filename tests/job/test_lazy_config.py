@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import ready_process
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetMapper
@@ -357,12 +356,6 @@ def test_what_predict_needs_of_a_lazy_config_is_named(predicted, tmp_path):
     assert status.startswith("error: the lazy config has no dataloader.test.mapper")
 
 
-LAZY_JOB = """
-import runpy, sys
-import gng_d2.job.data  # registers the dataset of the tests
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 SMALL = (
     "train.max_iter=2 train.device=cpu train.init_checkpoint='' dataloader.train.total_batch_size=1 "
     "dataloader.train.num_workers=0 dataloader.test.num_workers=0 model.roi_heads.num_classes=5 "
@@ -380,8 +373,8 @@ def test_detectron2s_own_tool_trains_them(name, shapes, tmp_path):
     if name == "pfpn_pgn":
         opts += ["model.sem_seg_head.num_classes=4", "dataloader.train.mapper.instance_mask_format=bitmask"]
     opts.append(f"train.output_dir={tmp_path}")
-    command = [sys.executable, "-W", "ignore", "-c", LAZY_JOB, tool, "--config-file", f"configs/{name}.py", *opts]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # the dataset of the tests is registered in a ready process
+    done = ready_process.run(tool, ["--config-file", f"configs/{name}.py", *opts])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert metrics[-1].keys() >= ({"panoptic_seg/PQ", "sem_seg/mIoU"} if name == "pfpn_pgn" else {"bbox/AP"})

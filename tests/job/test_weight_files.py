@@ -5,12 +5,11 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
+import ready_process
 import torch
 from needs import needs_torch
 
@@ -147,9 +146,9 @@ def test_nothing_runs_while_a_job_is_checked(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(evil("reduce", tmp_path / "ran"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last_checkpoint").write_text("../evil.pkl")
-    command = [sys.executable, "-W", "ignore", "tools/train_net.py", "--config-file", "configs/quick/pfpn_pgn.yaml"]
+    config = ["--config-file", "configs/quick/pfpn_pgn.yaml"]
     for more in (["MODEL.WEIGHTS", str(tmp_path / "evil.pkl")], ["--resume", "OUTPUT_DIR", str(tmp_path / "out")]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        done = ready_process.run("tools/train_net.py", [*config, *more])
         assert done.returncode == 1 and "evil.pkl holds more than data" in done.stderr
         assert not (tmp_path / "ran").exists()
 

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
+import ready_process
 from torch import nn
 
 from gng_d2 import PracticalGroupNorm, practical_num_groups, unbound_norms
@@ -99,21 +98,8 @@ def test_the_lower_panel_has_k_only_where_a_norm_has_groups(monkeypatch):
 @pytest.mark.slow
 def test_tool(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "tools/analyze_groups.py",
-            "--config-file",
-            "configs/pfpn_pgn.yaml",
-            "--json",
-            str(out),
-            "--plot",
-            str(plot),
-            *EVERYWHERE,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["--config-file", "configs/pfpn_pgn.yaml", "--json", str(out), "--plot", str(plot), *EVERYWHERE]
+    done = ready_process.run("tools/analyze_groups.py", words)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text()) == [asdict(row) for row in rows(*EVERYWHERE)]
     assert "sem_seg_head.p2.0.norm" in done.stdout
@@ -122,20 +108,8 @@ def test_tool(tmp_path):
 
 @pytest.mark.slow
 def test_tool_says_what_is_wrong_in_a_line():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "tools/analyze_groups.py",
-            "--config-file",
-            "configs/pfpn_pgn.yaml",
-            "MODEL.FPN.NORM",
-            "PGGN",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["--config-file", "configs/pfpn_pgn.yaml", "MODEL.FPN.NORM", "PGGN"]
+    done = ready_process.run("tools/analyze_groups.py", words)
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.FPN.NORM: unknown norm 'PGGN'")
     assert "Traceback" not in done.stderr

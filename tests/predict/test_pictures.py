@@ -1,29 +1,23 @@
 """The demo's pictures and results, of a model that was hardly trained."""
 
 import json
-import subprocess
-import sys
 
 import matplotlib.image
 import numpy as np
 import pytest
 import quick_models
+import ready_process
 
 pytestmark = pytest.mark.slow
 
-TINY = [*quick_models.MODEL, "SOLVER.MAX_ITER", "21"]
-
-
-def run(*command, check=True):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done
+TINY = [*quick_models.MODEL, "SOLVER.MAX_ITER", "21", "SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
 
 
 @pytest.fixture(scope="module")
 def demo(shapes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = run("tools/demo.py", "OUTPUT_DIR", str(folder), *TINY)
+    done = ready_process.run("tools/demo.py", ["OUTPUT_DIR", str(folder), *TINY])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder, done.stdout
 
 

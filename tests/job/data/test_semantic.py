@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import ready_process
 from PIL import Image
 
 import prepare_coco_panoptic
@@ -161,7 +161,7 @@ def test_an_empty_name_of_a_json_is_not_coco(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tool_makes_those_of_coco(tmp_path, monkeypatch):
+def test_the_tool_makes_those_of_coco(tmp_path):
     coco = tmp_path / "coco"
     (coco / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -170,12 +170,11 @@ def test_the_tool_makes_those_of_coco(tmp_path, monkeypatch):
         write(folder)
         (folder / "panoptic").rename(coco / f"panoptic_{split}")
         (folder / "panoptic.json").rename(coco / "annotations" / f"panoptic_{split}.json")
-    command = [sys.executable, "-W", "ignore", "tools/prepare_coco_panoptic.py"]
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    done = subprocess.run(command, capture_output=True, text=True)
+    tool = "tools/prepare_coco_panoptic.py"
+    done = ready_process.run(tool, [], DETECTRON2_DATASETS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for split in ("train2017", "val2017"):
         np.testing.assert_array_equal(np.asarray(Image.open(coco / f"panoptic_stuff_{split}" / "a.png")), MAP)
     (coco / "annotations" / "panoptic_val2017.json").unlink()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = ready_process.run(tool, [], DETECTRON2_DATASETS=str(tmp_path))
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
