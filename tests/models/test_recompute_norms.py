@@ -7,13 +7,12 @@ import itertools
 import os
 import pickle
 import random
-import subprocess
-import sys
 from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
+import ready_process
 import torch
 import torchvision
 from detectron2.engine import launch
@@ -126,7 +125,7 @@ def batch_of(cfg, height=96, width=128):
     ],
 )
 def test_detectors_have_the_same_gradients(config_file):
-    cfg = load_config(config_file, SCRATCH)
+    cfg = load_config(config_file, [*SCRATCH, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"])
     model, batch = build_model(cfg).train(), batch_of(cfg)
     expected = detector_gradients(model, batch)
     keys = list(model.state_dict())
@@ -804,29 +803,29 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def ddp_gradients(path, recomputed, static):
+def ddp_gradients(path):
     """What each of two processes does."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = nn.Sequential(chain(), short_chain(128))
-    if recomputed:
-        recompute_norms(model)
-    model = DistributedDataParallel(model, static_graph=static)
-    rank = torch.distributed.get_rank()
-    for step in range(2):  # the first step of a static graph is another one
-        torch.manual_seed(10 * step + rank)
-        found = gradients(model, images())
+    rank, found = torch.distributed.get_rank(), {}
+    for static, recomputed in itertools.product((False, True), repeat=2):
+        torch.manual_seed(0)
+        model = nn.Sequential(chain(), short_chain(128))
+        if recomputed:
+            recompute_norms(model)
+        model = DistributedDataParallel(model, static_graph=static)
+        for step in range(2):  # the first step of a static graph is another one
+            torch.manual_seed(10 * step + rank)
+            found[static, recomputed] = gradients(model, images())
     if rank == 0:
         torch.save(found, path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
-def test_distributed(static, tmp_path):
-    for recomputed in (False, True):
-        args = ddp_gradients, str(tmp_path / f"{recomputed}.pth"), recomputed, static
-        launch(then_leave_group, 2, dist_url="auto", args=args)
-    assert_same(*(torch.load(tmp_path / f"{recomputed}.pth") for recomputed in (True, False)))
+def test_distributed(tmp_path):
+    launch(then_leave_group, 2, dist_url="auto", args=(ddp_gradients, str(tmp_path / "found.pth")))
+    found = torch.load(tmp_path / "found.pth")
+    for static in (False, True):
+        assert_same(found[static, True], found[static, False])
 
 
 SHORT = [
@@ -840,16 +839,8 @@ SHORT = [
 def test_training_and_resuming_repeat_a_run_without(shapes, tmp_path):
     def train(folder, *flags, iterations):
         words = "--config-file", "configs/quick/faster_rcnn_pgn_ws.yaml", *flags, *SHORT
-        command = [
-            sys.executable,
-            "tools/train_net.py",
-            *words,
-            "SOLVER.MAX_ITER",
-            iterations,
-            "OUTPUT_DIR",
-            str(folder),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        words = [*words, "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", str(folder)]
+        done = ready_process.run("tools/train_net.py", words, os.getcwd(), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr[-2000:]
         return torch.load(folder / "model_final.pth", weights_only=False)["model"]
 

@@ -63,14 +63,14 @@ def cpu_road(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("samples", ["sample_inputs", "reference_inputs"])
 @pytest.mark.parametrize("road", ["cpu_road", "kernels"])
-def test_pytorchs_own_samples(samples, road, samples_of_pytorch, request):
+def test_pytorchs_own_samples(road, samples_of_pytorch, request):
     request.getfixturevalue(road)
     seen = 0
     device = "cpu" if road == "cpu_road" else DEVICE
-    for sample in getattr(samples_of_pytorch, samples)(device, torch.float32, requires_grad=True):
-        x, (num_groups,), kwargs = sample.input, sample.args, sample.kwargs
+    for sample in samples_of_pytorch.reference_inputs(device, torch.float32, requires_grad=True):
+        x = sample.input[:2].detach().requires_grad_()  # of 20 images Triton's interpreter would take half a minute
+        (num_groups,), kwargs = sample.args, sample.kwargs
         if not x.numel():
             continue  # never gets there
         leaves = [x, *(t for t in kwargs.values() if torch.is_tensor(t))]
@@ -81,7 +81,7 @@ def test_pytorchs_own_samples(samples, road, samples_of_pytorch, request):
             for one, other in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad)):
                 torch.testing.assert_close(one, other)
         seen += 1
-    assert seen > 10
+    assert seen > 30
 
 
 def test_pytorchs_own_errors(samples_of_pytorch):

@@ -58,6 +58,7 @@ def job(tmp_path, monkeypatch):
     script = tmp_path / "job.py"
     script.write_text(JOB)
     monkeypatch.setattr("study.comparison.TRAIN_NET", str(script))
+    monkeypatch.setattr("study.local.Local.pause", 0.02)
 
 
 @pytest.fixture
