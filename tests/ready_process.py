@@ -36,6 +36,7 @@ def _run(tool, words, cwd, environ, files):
             os.dup2(opened.fileno(), number)
     os.chdir(cwd)
     os.environ.update(environ)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, as in a process of a shell
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sys.argv = [tool, *words]

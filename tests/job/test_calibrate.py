@@ -2,15 +2,13 @@
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import quick_models
+import ready_process
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.layers import FrozenBatchNorm2d
@@ -192,20 +190,9 @@ def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, 
         assert ("STRIDE_IN_1X1 True, and the config has False" in caplog.text) != stride
 
 
-def train_net(script, weights, output, *words, flags=("--calibrate-norms", "3")):
-    command = [sys.executable, "-W", "ignore", str(script), "--dist-url", "auto", "--config-file", CONFIG, *flags]
-    command += [
-        *RATE_NEAR_0,
-        "MODEL.WEIGHTS",
-        str(weights),
-        "MODEL.RESNETS.NORM",
-        "GN1",
-        "OUTPUT_DIR",
-        str(output),
-        *words,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+def train_net(script, weights, output, flags=("--calibrate-norms", "3")):
+    words = ["--dist-url", "auto", "--config-file", CONFIG, *flags, *RATE_NEAR_0, "MODEL.WEIGHTS", str(weights)]
+    done = ready_process.run(script, [*words, "MODEL.RESNETS.NORM", "GN1", "OUTPUT_DIR", str(output)])
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(output / "model_final.pth", weights_only=True)["model"]
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -153,8 +152,9 @@ def test_resuming_repeats_the_uninterrupted_run(workers, shapes, tmp_path):
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_net("--config-file", CONFIG, "OUTPUT_DIR", str(whole), *opts)
-    command = [sys.executable, "-W", "ignore", "-c", KILL_AT_3, "--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = tmp_path / "killed.py"
+    killed.write_text(KILL_AT_3)
+    done = ready_process.run(killed, ["--config-file", CONFIG, "OUTPUT_DIR", str(cut), *opts])
     assert done.returncode == -9, done.stderr[-2000:]
     assert (cut / "last_checkpoint").read_text() == "model_0000001.pth" and not (cut / "model_final.pth").exists()
     train_net("--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(cut), *opts)
@@ -179,9 +179,7 @@ run_job(default_argument_parser().parse_args())
 
 
 def train_in_two_processes(*opts):
-    command = [sys.executable, "-W", "ignore", "tools/train_net.py", "--dist-url", "auto", "--num-gpus", "2"]
-    command += ["--config-file", CONFIG, *opts]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return train_net("--dist-url", "auto", "--num-gpus", "2", "--config-file", CONFIG, *opts, check=False)
 
 
 @pytest.mark.slow
