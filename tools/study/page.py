@@ -133,12 +133,24 @@ _CAMVID = "--config-file configs/study/semantic_fpn_camvid.yaml --norm-keys MODE
 _BCCD = "--config-file configs/study/faster_rcnn_bccd.yaml"
 _WITHOUT_WS = "MODEL.RESNETS.NORM GN MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.NORM GN"
 _PRETRAINED = "--data caltech101 --weights mobilenet_v2-b0353104.pth"
+_DETECTORS = f"{_BEDS} configs/study/mobilenet_v2_fpn.py"
+_DETECTOR_WEIGHTS = "MODEL.WEIGHTS 'mobilenet_v2-b0353104.pth?matching_heuristics=True'"
 _COCO_80 = (
     "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 DATASETS.TEST '()' INPUT.MIN_SIZE_TRAIN '(128,)' "
     "INPUT.MAX_SIZE_TRAIN 213 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.WARMUP_ITERS 20 SOLVER.STEPS '()' "
     "SOLVER.MAX_ITER 80 SOLVER.CHECKPOINT_PERIOD 1000 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 "
     "MODEL.RPN.POST_NMS_TOPK_TRAIN 100 DATALOADER.NUM_WORKERS 0"
 )
+
+
+def _from_weights(config, norms, beside_frozen_bn_of=""):
+    other, flag = beside_frozen_bn_of, "--calibrate-norms 64 " * bool(beside_frozen_bn_of)
+    return _comparison(
+        f"{_DETECTORS} --config-file configs/study/{config} --norm-keys MODEL.RESNETS.NORM --norms {norms} "
+        f"--seeds 0 1 2 --output DIR {flag}{_DETECTOR_WEIGHTS}",
+        beside=(other, "FrozenBN") if other else (),
+    )
+
 
 SECTIONS = {
     "theory_table1": _experiment(table1, table1.Table1Row, f"table1 {_JSON}"),
@@ -163,6 +175,16 @@ SECTIONS = {
         f"retention {_PRETRAINED} --norms GN1+WS GN/16+WS {_JSON}",
     ),
     "finetune_caltech101": _experiment(finetune, finetune.FinetuneRow, f"finetune {_PRETRAINED} {_JSON}"),
+    "mobilenet_recipe": Section(
+        RecipeRow,
+        _recipe_table,
+        f"train_net.py {_DETECTORS} --config-file configs/study/BED.yaml SEED 100 MODEL.RESNETS.NORM FrozenBN "
+        f"SOLVER.BASE_LR RATE DATASETS.TEST \"('IMAGES',)\" {_DETECTOR_WEIGHTS}",
+    ),
+    "camvid_pretrained": _from_weights("semantic_fpn_mobilenet_camvid.yaml", "FrozenBN GN1 GN/16 PGN"),
+    "camvid_calibrated": _from_weights("semantic_fpn_mobilenet_camvid.yaml", "GN1 GN/16 PGN", "camvid_pretrained"),
+    "bccd_pretrained": _from_weights("faster_rcnn_mobilenet_bccd.yaml", "FrozenBN GN1 GN/16 PGN"),
+    "bccd_calibrated": _from_weights("faster_rcnn_mobilenet_bccd.yaml", "GN1 GN/16 PGN", "bccd_pretrained"),
     "table5": _comparison(f"{_THREE} --config-file configs/pfpn_gn.yaml --output output/table5 --num-gpus 8"),
     "quick_pfpn": _comparison(
         f"{_THREE} --config-file configs/quick/pfpn_gn.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM --output DIR "
