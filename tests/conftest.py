@@ -4,10 +4,9 @@ import random
 import resource
 import signal
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -27,9 +26,12 @@ _root = tempfile.TemporaryDirectory(prefix="gng_d2-tests-")
 os.environ["DETECTRON2_DATASETS"] = _root.name
 
 
-# The same examples in every run, and no limit to the time of one: the machine may be busy.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("repeatable")
+with suppress(ModuleNotFoundError):  # the tests that are marked gpu run without it
+    import hypothesis
+
+    # The same examples in every run, and no limit to the time of one: the machine may be busy.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -32,12 +32,18 @@ def test_what_the_user_can_mend_is_one_line(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
+    def lacks_a_package():
+        import no_such_package  # noqa: F401
+
     def diverge():
         raise FloatingPointError("Loss became infinite or NaN at iteration=3!")
 
     assert ended(bad_input) == "error: MODEL.FPN.NORM: unknown norm 'PNG'"
     assert ended(lambda: open(tmp_path)) == f"error: {tmp_path}: Is a directory"
     assert ended(no_space) == "error: No space left on device"
+    assert ended(lacks_a_package).startswith(
+        "error: this needs the Python package no_such_package, which is not installed"
+    )
     assert ended(diverge) == "error: Loss became infinite or NaN at iteration=3!"
     assert ended(interrupt) == "stopped; the same command starts anew"
     assert ended(interrupt, if_stopped="it goes on") == "stopped; it goes on"

@@ -102,7 +102,7 @@ def run(root, command, check=True):
 def shortened(words):
     tool, words = words[0], list(words[1:])
     text = " ".join(words)
-    if tool.endswith("compare.py") and "quick" in text:
+    if tool.endswith("compare.py") and ("quick" in text or "own_" in text):
         for flag in ("--norms", "--seeds"):  # one of each
             at = words.index(flag) + 2
             while at < len(words) and not words[at].startswith("--"):
@@ -276,9 +276,9 @@ def test_numbers_of_what_group_norm_costs():
         )
         for name in ("ours", "native")
     }
-    assert f"PGN's norms take {ratios['ours']:.2f} times what GN's do in PyTorch, forward." in readme
-    time = f"PGN's norms take {ratios['ours']:.2f} times what GN's do, forward, and with PyTorch's op "
-    assert time + f"{ratios['native']:.2f} times" in page
+    assert f"Forward, PGN's norms take {ratios['ours']:.2f} times as long as `GN`'s do in PyTorch." in readme
+    ours = f"the forward pass of PGN's norms takes {ratios['ours']:.2f} times as long as that of GN's in PyTorch, and "
+    assert f"{ours}with PyTorch's op {ratios['native']:.2f} times." in page
     rows = {
         row["recomputed"]: row
         for row in measured("memory_cpu")
@@ -290,9 +290,10 @@ def test_numbers_of_what_group_norm_costs():
         for row in measured("benchmark_train_cpu")
         if (row["model"], row["recomputed"], row["fused"]) == ("faster_rcnn", True, False)
     )
-    peaks = f"peaks at {kept} FrozenBN's memory, and after `gng_d2.recompute_norms(model)` at {again}"
-    assert f"`PGN+WS` {peaks}, with the same bits as gradients and {step:.2f} times the time" in readme
-    assert f"under PGN+WS peaks at {kept} FrozenBN's memory, and with `--recompute-norms` at {again}." in page
+    assert f"is {kept} FrozenBN's with `PGN+WS` everywhere, and {again} after `gng_d2.recompute_norms(model)`" in readme
+    assert f"which takes {step:.2f} times as long as without it and gives the same gradients, bit by bit." in readme
+    peaks = f"under PGN+WS peaks at {kept} FrozenBN's memory, and with `--recompute-norms` at {again}, "
+    assert f"{peaks}for {step:.2f} times the time." in page
 
 
 def test_numbers_of_fused_norms():
@@ -337,7 +338,7 @@ def test_what_fine_tuning_makes_of_them():
 def test_the_norm_table_of_the_readme():
     """Its rows are those that norm_table prints for the config that it names."""
     norms = [row for row in norm_table(build_on_meta(load_config("configs/faster_rcnn_pgn_ws.yaml"))) if row.num_groups]
-    count = f"one in {sum(row.num_groups == 1 for row in norms)} of R-50-FPN's {len(norms)} norms"
+    count = f"a single group in {sum(row.num_groups == 1 for row in norms)} of R-50-FPN's {len(norms)} norms"
     assert count in Path("README.md").read_text()
     (shown,) = re.findall(r"^```text\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
     table = {row.name: row for row in norm_table(build_on_meta(load_config("configs/quick/pfpn_gn.yaml")))}

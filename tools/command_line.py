@@ -156,6 +156,8 @@ def run_tool(main, if_stopped=ANEW):
         main()
     except KeyboardInterrupt:
         sys.exit(f"stopped; {if_stopped}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: this needs the Python package {error.name}, which is not installed in {sys.prefix}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         sys.exit(f"error: {where}{error.strerror or error}")

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from scipy import stats
 from tabulate import tabulate
 
 from gng_d2.errors import InputError
@@ -179,6 +178,8 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def half_interval(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of the mean of ``values``, by Student's t. None for a single value."""
+    from scipy import stats  # not on every machine that measures norms alone
+
     if len(values) < 2:
         return None
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
