@@ -21,7 +21,9 @@ def run(tool, words, cwd=".", timeout=500, **environ):
     """``python TOOL WORDS`` in the folder ``cwd``, on one thread, as :func:`subprocess.run` returns it."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _READY.Process(target=_run, args=(str(tool), list(words), cwd, {**os.environ, **environ}, files))
+        process = _READY.Process(
+            target=_run, args=(str(tool), list(words), cwd, {**os.environ, "OMP_NUM_THREADS": "1", **environ}, files)
+        )
         process.start()
         process.join(timeout)
         if process.exitcode is None:

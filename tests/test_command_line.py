@@ -59,6 +59,11 @@ def test_our_own_mistakes_keep_their_traceback(error):
     run_tool(lambda: None)
 
 
+def test_a_module_that_a_package_lacks_keeps_its_traceback():
+    with pytest.raises(ModuleNotFoundError):
+        run_tool(lambda: __import__("gng_d2.no_such_module"))
+
+
 def parsed(*words):
     parser = tool_parser("A tool.")
     parser.add_argument("--config-file", required=True)

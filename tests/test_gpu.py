@@ -25,13 +25,13 @@ def test_every_part_on_the_cpu_and_the_page_of_it(tmp_path):
     results = tmp_path / "results"
     command = [sys.executable, "-W", "ignore", "tools/gpu.py", "--device", "cpu", "--output", str(results)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    environment["PYTEST_ADDOPTS"] = "-k test_weight_standardization"  # collects all
+    environment["PYTEST_ADDOPTS"] = "-k test_weight_standardization"  # all files are collected, one runs
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [f"{name}: finished" in done.stdout for name in RESULTS] == [True] * 4, done.stdout[-1000:]
     assert re.search(r"\| a training step with PGN no slower .* \| (yes|no) ", done.stdout)
     outcomes = {row["outcome"] for row in json.loads((results / "kernel_tests_cpu.json").read_text())}
-    assert outcomes <= {"passed", "skipped"}
+    assert "passed" in outcomes and outcomes <= {"passed", "skipped"}
 
     for name in RESULTS.values():  # as the page reads those of a GPU
         shutil.move(results / f"{name}_cpu.json", results / f"{name}_cuda.json")

@@ -44,7 +44,7 @@ class Environment:
 ENVIRONMENTS = [
     Environment("3.10", "2.0.1", "0.15.2", "1.26.4", "the oldest supported"),
     Environment("3.11", "2.4.1", "0.19.1", "1.26.4", "the first with our kernels"),
-    Environment("3.12", "2.5.1", "0.20.1", "1.26.4", "the first with all but export to ONNX"),
+    Environment("3.12", "2.5.1", "0.20.1", "1.26.4", "the first with all but two export formats"),
     Environment("3.11", "2.14.1", "0.29.1", "2.2.6", "what `make` installs"),
     Environment("3.13", "2.15.0", "0.29.2", "2.4.6", "the newest on PyPI"),
 ]

@@ -5,6 +5,7 @@ without the warnings of other packages, and Ctrl-C prints one line from the star
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import warnings
@@ -157,6 +158,8 @@ def run_tool(main, if_stopped=ANEW):
     except KeyboardInterrupt:
         sys.exit(f"stopped; {if_stopped}")
     except ModuleNotFoundError as error:
+        if error.name is None or importlib.util.find_spec(error.name.partition(".")[0]):
+            raise  # a module that an installed package lacks is a mistake in code
         sys.exit(f"error: this needs the Python package {error.name}, which is not installed in {sys.prefix}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""

@@ -21,7 +21,7 @@ __all__ = ["MEND", "look", "made_by"]
 
 MEND = (
     "Register it as `norm` of its layer or right after it in the same module, or call "
-    "gng_d2.bind_norms(model, example_inputs) before the optimizer is made (PGN without WS also takes in_channels=)"
+    "gng_d2.bind_norms(model, example_inputs) before an EMA or DDP is made (PGN without WS also takes in_channels=)"
 )
 
 

@@ -22,7 +22,7 @@ def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.
 
     Registration only sees the order in which a model was built. This runs the model, so any code will do. Call it
-    before the optimizer, EMA or DDP is made. What counts as a layer's output is in docs/which-layer.md. A norm that no
+    before an EMA or DDP is made. What counts as a layer's output is in docs/which-layer.md. A norm that no
     single weight layer feeds (after a residual sum, a concatenation, a pooling, an activation, on the model's input)
     takes its own width as its input channels, so that PGN has one group there; its weight layer is "no single weight
     layer" in its repr and in :func:`gng_d2.norm_table`. A norm whose layer cannot be found (behind a function in NumPy)

@@ -1,5 +1,8 @@
 """configs/study: the layers under test are those of the paper's tables, and the real datasets are read correctly."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -123,3 +126,12 @@ def test_mobilenet_takes_torchvisions_weights_in_its_backbone_and_varies_there_a
     ]
     differ = [a.name for a, b in zip(*tables) if a.norm != b.norm]
     assert len(differ) == 51 and all("bottom_up" in name for name in differ)
+
+
+@pytest.mark.parametrize(
+    "bed, config", [("CamVid", "semantic_fpn_mobilenet_camvid"), ("BCCD", "faster_rcnn_mobilenet_bccd")]
+)
+def test_the_learning_rate_from_weights_is_the_best_that_was_tried(bed, config):
+    rows = json.loads(Path("docs/results/mobilenet_recipe.json").read_text())
+    best = max((row for row in rows if row["bed"].startswith(bed)), key=lambda row: row["value"])
+    assert best["learning_rate"] == load_config(f"configs/study/{config}.yaml").SOLVER.BASE_LR
