@@ -19,7 +19,7 @@ from gng_d2.models.norm_table import norm_table
 from study.goals import fused_goals
 from study.norm_cost import NormCostRow
 from study.pretrained import mean_with_interval
-from study.report import ComparisonRow, difference_interval
+from study.report import ComparisonRow, difference_interval, together
 from study.retention import IMAGES, RetentionRow
 from study.rows import read_rows
 
@@ -350,6 +350,24 @@ def test_what_fine_tuning_makes_of_them():
     assert f"{said}{best['GN1', 'fresh']:.1f}." in readme
     (missed,) = re.findall(r"missed by ([\d.]+) points in the mean under GN1", Path("docs/results.md").read_text())
     assert missed == f"{frozen - 0.5 - gn1:.1f}"
+
+
+def test_detectors_from_pretrained_weights():
+    def to_frozen_bn(bed, metric):
+        frozen, calibrated = (
+            read_rows(f"docs/results/{bed}_{n}.json", ComparisonRow) for n in ("pretrained", "calibrated")
+        )
+        rows = together([*(row for row in frozen if row.norm == "FrozenBN"), *calibrated])
+        return {row.norm: row for row in rows if row.metric == metric}
+
+    page, readme = (" ".join(Path(path).read_text().split()) for path in ("docs/from-batch-norm.md", "README.md"))
+    camvid = to_frozen_bn("camvid", "mIoU")
+    ahead, (low, high) = f"{camvid['PGN'].difference:.1f} mIoU", difference_interval(camvid["PGN"])
+    assert f"calibrated it is {ahead} ahead of FrozenBN on CamVid (95 % interval {low:.1f} to {high:.1f})." in page
+    assert f"is ahead of FrozenBN by {ahead} ({low:.1f} to {high:.1f}, 3 seeds)" in readme and low > 0
+    for norm in ("GN1", "GN/16"):
+        low, high = difference_interval(camvid[norm])
+        assert low < 0 < high, "within seed noise"
 
 
 def test_the_norm_table_of_the_readme():

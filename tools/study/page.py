@@ -41,6 +41,7 @@ from . import (
     ws_effect,
 )
 from .paper import TABLE_5, TABLE_6
+from .pretrained import mean_with_interval
 from .rows import markdown, read_rows
 
 __all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page", "with_tables"]
@@ -287,8 +288,24 @@ def _ws_effect(results):
     return ws_effect.table({"CamVid": camvid, "BCCD": bccd})
 
 
+def _detectors_from_weights(results):
+    columns = {}
+    for bed, metric in (("CamVid", "mIoU"), ("BCCD", "AP")):
+        for affine, name in (("as loaded", "pretrained"), ("calibrated", "calibrated")):
+            values = regret.read_values(results, [f"{bed.lower()}_{name}"], metric)
+            columns[f"{bed} {metric}, {affine}"] = {norm: _with_seeds(of.values()) for norm, of in values.items()}
+    norms = dict.fromkeys(norm for column in columns.values() for norm in column)
+    lines = [[norm, *(column.get(norm, "") for column in columns.values())] for norm in norms]
+    return markdown(lines, ["norm of the backbone", *columns])
+
+
+def _with_seeds(values):
+    values = [value for value in values if value is not None]
+    return f"{mean_with_interval(values)} ({len(values)} seed{'s' * (len(values) != 1)})" if values else "-"
+
+
 # tables made from several files: functions of the folder that has the files
-COMPUTED = {"regrets": _regrets, "ws_effect": _ws_effect}
+COMPUTED = {"regrets": _regrets, "ws_effect": _ws_effect, "detectors_from_weights": _detectors_from_weights}
 
 
 def _config(name):
@@ -353,10 +370,15 @@ def with_tables(text: str, docs: str = DOCS) -> str:
     """``text`` with the tables of ``docs``/results between its lines ``<!-- table of NAME -->`` and
     ``<!-- end of table -->``."""
 
+    def table(name):
+        results = os.path.join(docs, "results")
+        if name in COMPUTED:
+            return COMPUTED[name](results)
+        section, path = SECTIONS[name], os.path.join(results, f"{name}.json")
+        return section.table(read_rows(path, section.row_type)) if os.path.exists(path) else "Not measured."
+
     def fill(match):
-        section, path = SECTIONS[match[2]], os.path.join(docs, "results", f"{match[2]}.json")
-        table = section.table(read_rows(path, section.row_type)) if os.path.exists(path) else "Not measured."
-        return f"{match[1]}\n\n{table}\n\n{match[3]}"
+        return f"{match[1]}\n\n{table(match[2])}\n\n{match[3]}"
 
     return re.sub(r"(<!-- table of (\w+) -->).*?(<!-- end of table -->)", fill, text, flags=re.DOTALL)
 
