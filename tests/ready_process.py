@@ -21,9 +21,8 @@ def run(tool, words, cwd=".", timeout=500, **environ):
     """``python TOOL WORDS`` in the folder ``cwd``, on one thread, as :func:`subprocess.run` returns it."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _READY.Process(
-            target=_run, args=(str(tool), list(words), cwd, {**os.environ, "OMP_NUM_THREADS": "1", **environ}, files)
-        )
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+        process = _READY.Process(target=_run, args=(str(tool), list(words), cwd, environ, files))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

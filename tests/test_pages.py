@@ -353,15 +353,11 @@ def test_what_fine_tuning_makes_of_them():
 
 
 def test_detectors_from_pretrained_weights():
-    def to_frozen_bn(bed, metric):
-        frozen, calibrated = (
-            read_rows(f"docs/results/{bed}_{n}.json", ComparisonRow) for n in ("pretrained", "calibrated")
-        )
-        rows = together([*(row for row in frozen if row.norm == "FrozenBN"), *calibrated])
-        return {row.norm: row for row in rows if row.metric == metric}
-
+    loaded, calibrated = (
+        read_rows(f"docs/results/camvid_{name}.json", ComparisonRow) for name in ("pretrained", "calibrated")
+    )
+    camvid = {row.norm: row for row in together([*(row for row in loaded if row.norm == "FrozenBN"), *calibrated])}
     page, readme = (" ".join(Path(path).read_text().split()) for path in ("docs/from-batch-norm.md", "README.md"))
-    camvid = to_frozen_bn("camvid", "mIoU")
     ahead, (low, high) = f"{camvid['PGN'].difference:.1f} mIoU", difference_interval(camvid["PGN"])
     assert f"calibrated it is {ahead} ahead of FrozenBN on CamVid (95 % interval {low:.1f} to {high:.1f})." in page
     assert f"is ahead of FrozenBN by {ahead} ({low:.1f} to {high:.1f}, 3 seeds)" in readme and low > 0
