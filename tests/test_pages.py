@@ -21,7 +21,7 @@ from study.norm_cost import NormCostRow
 from study.pretrained import mean_with_interval
 from study.report import ComparisonRow, difference_interval, together
 from study.retention import IMAGES, RetentionRow
-from study.rows import read_rows
+from study.rows import half_interval, read_rows
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 ROOT = Path.cwd()
@@ -325,6 +325,23 @@ def test_what_is_left_of_pretrained_weights():
     for name, norm, affine in shown:
         cells = [mean_with_interval(values(norm, affine, head)) for head in ("old_head", "new_head")]
         assert f"| {name} | {cells[0]} | {cells[1]} |" in readme
+
+
+def test_how_many_images_calibration_takes():
+    rows = read_rows("docs/results/retention_caltech101.json", RetentionRow)
+    right = {(row.norm, row.images, row.seed): row.old_head for row in rows if row.affine == "calibrated"}
+
+    def differences(norm, images):
+        return [right[norm, images, seed] - right[norm, IMAGES, seed] for seed in (0, 1, 2)]
+
+    norms = {row.norm for row in rows} - {"BN"}
+    assert all(abs(mean(differences(norm, 256))) < half_interval(differences(norm, 256)) for norm in norms)
+    gn1, gn16 = differences("GN1", 4), differences("GN/16", 4)
+    assert abs(mean(gn1)) < half_interval(gn1) and abs(mean(gn16)) > half_interval(gn16)
+    page = " ".join(Path("docs/from-batch-norm.md").read_text().split())
+    most = max(mean(differences(norm, 256)) for norm in norms)
+    assert f"256 keep at most {most:.1f} points more, which is within seed noise." in page
+    assert f"GN1 loses {-mean(gn1):.1f} points, also within noise, but GN/16 loses {-mean(gn16):.1f}." in page
 
 
 def test_what_fine_tuning_makes_of_them():
