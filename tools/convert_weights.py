@@ -45,6 +45,8 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.norm) != bool(args.calibrate):
         parser.error("--norm and --calibrate need each other: batch-norm weights do not fit a group norm as they are")
+    if args.size < 1 or min(args.pixel_std) <= 0:
+        parser.error("--size and --pixel-std are above 0")
     return args
 
 
@@ -64,9 +66,12 @@ def main():
     print(f"{args.output}: ResNet-{done.depth} with {args.norm or norms[done.norm]}, from {len(done.weights)} tensors")
     for reason, names in done.dropped.items():
         print(f"dropped, {reason}: {abbreviated(names)}")
-    resnet, images = config_keys(done)
-    print(f"It needs {resnet}")
-    print(f"and {images}, unless it was trained on images in another format (Caffe's weights: Detectron2's defaults)")
+    mean, std = (f"[{','.join(map(str, values))}]" for values in (args.pixel_mean, args.pixel_std))
+    print(f"It needs {config_keys(done)}")
+    print(
+        f"and INPUT.FORMAT RGB MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}, unless it was trained on images in another "
+        f"format (Caffe's weights: Detectron2's defaults)"
+    )
     if args.norm:
         print(f"and MODEL.RESNETS.NORM {args.norm}, in a model whose backbone has an FPN")
     elif done.norm == "BN":

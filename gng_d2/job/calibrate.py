@@ -52,6 +52,7 @@ def calibrate_backbone(model: nn.Module, cfg: CfgNode, num_images: int) -> None:
             f"CfgNode, not {cfg!r}"
         )
     model = getattr(model, "module", model)
+    model = getattr(model, "_orig_mod", model)  # the model that torch.compile wrapped
     norms = _group_norms(_bottom_up(model))
     if not norms:
         _log.info("the backbone is not calibrated: it has no group norms")
@@ -93,8 +94,8 @@ def _reference(cfg, model) -> tuple[nn.Module, set[str]]:
     norms = _group_norms(bottom_up)
     for name, norm in norms.items():
         parent, _, child = name.rpartition(".")
-        frozen = FrozenBatchNorm2d(norm.num_channels).to(next(norm.parameters()).device)
-        setattr(bottom_up.get_submodule(parent), child, frozen)
+        device = next(norm.parameters(), next(bottom_up.parameters())).device
+        setattr(bottom_up.get_submodule(parent), child, FrozenBatchNorm2d(norm.num_channels).to(device))
     for layer in list(bottom_up.modules()):
         if isinstance(layer, WSConv2d):
             unstandardize(layer)
@@ -121,6 +122,8 @@ def _reference(cfg, model) -> tuple[nn.Module, set[str]]:
 def _images(cfg: CfgNode, number: int) -> list[Any]:
     """The first images of the training set, normalized. They are not padded, because padding would count as image."""
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    if not records or number < 1:
+        raise InputError(f"{number} of the {len(records)} images of DATASETS.TRAIN {cfg.DATASETS.TRAIN} are too few")
     records.sort(key=lambda record: str(record.get("image_id", record["file_name"])).zfill(20))
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
     mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))

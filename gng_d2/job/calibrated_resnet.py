@@ -13,6 +13,7 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.models.calibrate_norms import calibrate
 
+from .data.images import read_image
 from .resnet_weights import Conversion, config_keys, read_resnet
 from .weight_files import save_weight_file
 
@@ -48,7 +49,7 @@ def convert_and_calibrate(
 
 def _resnet(conversion, norm):
     cfg = get_cfg()
-    cfg.merge_from_list(config_keys(conversion)[0].split())
+    cfg.merge_from_list(config_keys(conversion).split())
     cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.OUT_FEATURES = norm, ["res5"]
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     channels = conversion.weights["stem.conv1.weight"].shape[1]
@@ -63,8 +64,7 @@ def read_images(paths: Sequence[str], size: int, mean: Sequence[float], std: Seq
     batches = []
     for path in paths:
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+            image = Image.fromarray(read_image(path, "RGB"))
         except Exception as error:  # Pillow raises half a dozen kinds
             raise InputError(f"--calibrate: {path} cannot be read as an image: {error}") from error
         pixels = T.pil_to_tensor(T.resize(image, size)).float()

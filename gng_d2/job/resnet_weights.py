@@ -122,11 +122,8 @@ def convert_resnet(checkpoint: Mapping[str, Any], depth: int | None = None) -> C
     )
 
 
-def config_keys(conversion: Conversion) -> list[str]:
-    """The config that such weights need, as two lines of ``KEY VALUE`` pairs: for the model and for the images.
-
-    A file does not say how images were normalized for it. The second line is how torchvision, timm and mmdetection do.
-    """
+def config_keys(conversion: Conversion) -> str:
+    """The config of a model for such weights, as ``KEY VALUE`` pairs."""
     resnets = {
         "DEPTH": conversion.depth,
         "NUM_GROUPS": conversion.num_groups,
@@ -135,10 +132,7 @@ def config_keys(conversion: Conversion) -> list[str]:
     }
     if conversion.depth < 50:
         resnets["RES2_OUT_CHANNELS"] = 64
-    return [
-        " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in resnets.items()),
-        "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]",
-    ]
+    return " ".join(f"MODEL.RESNETS.{key} {value}" for key, value in resnets.items())
 
 
 def _unwrap(checkpoint):

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gng_d2.errors import InputError, abbreviated
-from gng_d2.layers import GroupNorm, WSConv2d
-from gng_d2.layers.binding import named_norms
+from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.producers import unchanged
 
@@ -47,18 +46,18 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
     Args:
         model: its group norms are of :class:`torch.nn.GroupNorm` or a class that extends it.
         reference: the same network with its old norms and trained weights. Norms are matched by their names, so a
-            network that has the same names in another order cannot be told from the right one.
+            network whose weights are permuted under the same names cannot be told from the right one.
         inputs: a batch (a tensor, a dict of keyword arguments, Detectron2's list of dicts), or an iterable of batches,
-            each as :func:`~gng_d2.bind_norms` takes it. Several batches count as one, and what is live in the forward
-            passes of all of them is in memory at the same time. Images of different sizes belong in different
-            batches, because padding would be counted.
+            each as :func:`~gng_d2.bind_norms` takes it: ``[(a, b)]`` is one batch for a model with two arguments.
+            Several batches count as one, and what is live in the forward passes of all of them is in memory at the
+            same time. Images of different sizes belong in different batches, because padding would be counted.
 
     Returns:
         ``model``.
 
     Raises:
-        InputError: the networks differ in more than their norms, two group norms share a parameter, or the networks
-            cannot be run with ``inputs``. The affines are then unchanged.
+        InputError: the networks differ in more than their norms, a group norm shares a parameter with another norm, or
+            the networks cannot be run with ``inputs``. The affines are then unchanged.
 
     Examples::
         >>> reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -93,7 +92,7 @@ def calibrate(
     for name, norm in model.named_modules():
         if isinstance(norm, nn.GroupNorm):
             norm.calibration_error = pairs[name].error if name in pairs else None
-    _report(pairs, model, reference)
+    _report(pairs, model)
     return model
 
 
@@ -102,14 +101,21 @@ def _pairs(model, reference, without):
     modules = dict(model.named_modules())
     norms = {name: norm for name, norm in modules.items() if isinstance(norm, nn.GroupNorm)}
     references = {name: m for name, m in reference.named_modules() if num_channels(m) and name not in without}
+    for name, listed in list(reference.named_modules()):
+        if type(listed).__name__ == "CycleBatchNormList" and name in norms:  # Detectron2's: norms used in turn
+            references = {n: m for n, m in references.items() if m not in set(listed)} | {name: listed}
     lacking = [name for name in references if num_channels(modules.get(name, nn.Identity())) is None]
     if lacking or not norms.keys() & references.keys():
         raise InputError(
-            f"calibrate_norms: model and reference are not the same network with other norms. Norms of the reference "
-            f"that the model lacks: {_three(lacking or references)}. Group norms of the model: {_three(norms)}"
+            f"calibrate_norms(model, reference, inputs): they are not the same network with other norms. Norms of the "
+            f"reference: {_three(references)}. Of them the model lacks: {_three(lacking)}. Group norms of the model: "
+            f"{_three(norms)}" + ". Convert the model first (convert_norms)" * (not norms)
         )
     pairs = {name: _Pair(name, norm, references[name]) for name, norm in norms.items() if name in references}
-    widths = {name: (p.norm.num_channels, num_channels(p.reference)) for name, p in pairs.items()}
+    widths = {
+        name: (p.norm.num_channels, num_channels(p.reference) or num_channels(p.reference[0]))
+        for name, p in pairs.items()
+    }
     wrong = [f"{name}: {ours}, not {theirs}" for name, (ours, theirs) in widths.items() if ours != theirs]
     if wrong:
         raise InputError(
@@ -118,8 +124,9 @@ def _pairs(model, reference, without):
     if any(p.is_meta for network in (model, reference) for p in network.parameters()):
         raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
     owners: dict[nn.Parameter, str] = {}
+    of_reference = set(reference.parameters())
     for name, pair in pairs.items():
-        if pair.norm is pair.reference:
+        if pair.norm is pair.reference or not of_reference.isdisjoint(pair.norm.parameters()):
             raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
         if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
             raise pair.norm.unbound_error()
@@ -204,23 +211,32 @@ class _Pair:
     def why_left(self) -> str | None:
         if self.sums is None:
             return "were not reached by inputs"
-        if not self.norm.affine:
-            return "have no affine"
+        if None in self._own_affine():
+            return "have no weight and bias of their own"
         return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self.sums[0, 0] < FEWEST_NUMBERS else None
 
     def settle(self) -> bool:
         """Write the affine that follows from the sums, and return whether it changed."""
-        before = after = torch.ones_like(self.sums[0]), torch.zeros_like(self.sums[0])
-        if self.norm.affine:
-            before = self.norm.weight.double().clone(), self.norm.bias.double().clone()
-            if self.why_left() is None:
-                weight, bias = self._affine()
-                self.norm.weight.copy_(weight), self.norm.bias.copy_(bias)
-            after = self.norm.weight.double(), self.norm.bias.double()
+        before = self._effective_affine()
+        if self.why_left() is None:
+            for parameter, value in zip(self._own_affine(), self._fitted_affine()):
+                parameter.copy_(value)
+        after = self._effective_affine()
         self.error = _relative_error(self.sums, *after)
         return not all(torch.allclose(a, b, 1e-4, 1e-4) for a, b in zip(before, after))
 
-    def _affine(self):
+    def _own_affine(self):
+        """The parameters weight and bias, each None if there is none, or if it is computed."""
+        return [self.norm._parameters.get(name) for name in ("weight", "bias")]
+
+    def _effective_affine(self):
+        values = [getattr(self.norm, name, None) for name in ("weight", "bias")]
+        return [
+            torch.full_like(self.sums[0], missing) if value is None else value.to(self.sums, copy=True)
+            for value, missing in zip(values, (1, 0))
+        ]
+
+    def _fitted_affine(self):
         (_, x, y), (x_std, y_std) = _means(self.sums), _deviations(self.sums)
         gamma = getattr(self.reference, "weight", None)
         gamma = torch.ones_like(x) if gamma is None else gamma.to(x)
@@ -254,11 +270,8 @@ def _relative_error(sums, weight, bias):
     return (squares.sum().clamp(min=0) / spread).sqrt().item() if spread > 0 else 0.0
 
 
-def _report(pairs, model, reference):
+def _report(pairs, model):
     """Say in one line what was calibrated, what was not, and where little of the reference is left."""
-    ours, theirs = (
-        {name for name, *_, layer in named_norms(m) if isinstance(layer, WSConv2d)} for m in (model, reference)
-    )
     listed: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
         if isinstance(norm, nn.GroupNorm):
@@ -267,8 +280,12 @@ def _report(pairs, model, reference):
     errors = [(pairs[name].error, name) for name in listed.pop(None, [])]
     dead = [f"{pair.name} ({pair.dead})" for pair in pairs.values() if pair.dead]
     listed["have channels without signal, whose weight is 0"] = dead
-    standardized = sorted(pairs.keys() & (ours - theirs))
-    listed["follow a standardized convolution, after which little of the reference is left"] = standardized
+    listed["follow a standardized convolution, after which little of the reference is left"] = [
+        name
+        for name, pair in pairs.items()
+        if getattr(pair.norm, "weight_standardization", False)
+        and not getattr(pair.reference, "weight_standardization", False)
+    ]
     said = [f"{len(errors)} norms are calibrated"]
     if errors:
         (smallest, _), (largest, _), (last, name) = min(errors), max(errors), errors[-1]

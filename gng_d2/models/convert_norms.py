@@ -81,9 +81,11 @@ def convert_norms(
         raise unknown_norm(norm, OURS)
     if calibrate is not None:  # a copy, because the calibration may fail
         calibrated = copy.deepcopy(model)
-        _convert(calibrated, norm, example_inputs)
-        calibrate_norms(calibrated, model, calibrate)
-    logging.getLogger(__name__).log(*_convert(model, norm, example_inputs))
+        if not _convert(calibrated, norm, example_inputs)[0]:
+            calibrate = None
+        else:
+            calibrate_norms(calibrated, model, calibrate)
+    logging.getLogger(__name__).log(*_convert(model, norm, example_inputs)[1:])
     if calibrate is not None:
         for made, its_copy in zip(model.modules(), calibrated.modules()):
             if isinstance(made, nn.GroupNorm):
@@ -95,7 +97,7 @@ def convert_norms(
 
 
 def _convert(model, norm, example_inputs):
-    """Change the norms. Returns the level and the text of what the log says."""
+    """Change the norms. Returns how many, and the level and the text of what the log says."""
     places = find_places(model, example_inputs)
     changes: list[_Change] = []
     left: dict[str, str] = {}  # why other norms are left, by their names
@@ -115,7 +117,7 @@ def _convert(model, norm, example_inputs):
             changes.append(change)
     for change in changes:
         change.make()
-    return _report(norm, already, changes, left, example_inputs is not None)
+    return len(changes), *_report(norm, already, changes, left, example_inputs is not None)
 
 
 def _cannot_be_replaced(old, place):

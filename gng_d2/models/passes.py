@@ -1,5 +1,6 @@
 """Forward passes that run side by side: each one stops at every norm and waits for the others."""
 
+import copy
 from collections.abc import Callable, Sequence
 from threading import Semaphore, Thread
 from typing import Any
@@ -20,11 +21,12 @@ MOST_THREADS = 256
 class Pass(Thread):
     """A forward pass of ``model`` in its own thread. Only one pass runs at a time, as with coroutines.
 
-    It has no gradients and no autocast. Hooks of the norms stop it, until :meth:`go_on` is called.
+    It has no gradients and no autocast. Hooks of the norms stop it, until :meth:`go_on` is called. ``name`` says in
+    errors what runs.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, num_threads: int):
-        super().__init__(daemon=True)
+    def __init__(self, name: str, model: nn.Module, inputs: Any, num_threads: int):
+        super().__init__(name=name, daemon=True)
         self.at: str | None = None  # the norm where it stopped, or None once it has ended
         self.tensor: Tensor | None = None  # the tensor at this norm
         self._model, self._inputs, self._num_threads = model, inputs, num_threads
@@ -58,15 +60,16 @@ class Pass(Thread):
                     if self._has_begun:
                         break
         raise InputError(
-            f"inputs: {type(self._model).__name__} cannot be run with them in eval mode: "
+            f"inputs: the {self.name}, {type(self._model).__name__}, cannot be run in eval mode: "
             f"{type(failed).__name__}: {failed}"
         ) from failed
 
     def stop(self, at: str, tensor: Tensor) -> None:
         """Stop at the norm called ``at``, which ``tensor`` has reached. The pass itself calls this, in its thread."""
         self.at, self.tensor, self._has_begun = at, tensor, True
-        self._has_stopped.release()
-        self._may_go.acquire()
+        if not self._is_cancelled:
+            self._has_stopped.release()
+            self._may_go.acquire()
         if self._is_cancelled:
             raise _CancelledPass
 
@@ -97,14 +100,22 @@ def run_in_step(
     """Run both networks on each batch, all at once, from stop to stop.
 
     Once all passes have stopped, ``at_stop(norm, pairs)`` is called for the pairs of passes that stopped at one norm,
-    and these go on. The others wait for their turn.
+    and these go on. The others wait for their turn. Of several batches each has a copy of the modules with the same
+    tensors, because a forward may keep in its module what it needs later.
 
     Raises:
-        InputError: the passes of a pair stop at different norms, or cannot be run.
+        InputError: the passes of a pair stop at different norms, or cannot be run, or a network cannot be copied.
     """
     num_threads = torch.get_num_threads()
     share = max(1, min(num_threads, MOST_THREADS // (2 * len(batches))))
-    pairs = [(Pass(model, batch, share), Pass(reference, batch, share)) for batch in batches]
+    copied = _copied if len(batches) > 1 else lambda network: network
+    pairs = [
+        (
+            Pass(f"model with batch {i} of {len(batches)}", copied(model), batch, share),
+            Pass(f"reference with batch {i} of {len(batches)}", copied(reference), batch, share),
+        )
+        for i, batch in enumerate(batches, 1)
+    ]
     passes = [one for pair in pairs for one in pair]
     try:
         for one in passes:
@@ -128,3 +139,14 @@ def run_in_step(
             if one.is_alive():
                 one.cancel()
         torch.set_num_threads(num_threads)  # the number holds for new threads, too
+
+
+def _copied(network):
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    try:
+        return copy.deepcopy(network, tensors)
+    except Exception as error:  # the user's classes may raise any error
+        raise InputError(
+            f"inputs: several batches need copies of {type(network).__name__}, and it cannot be copied: "
+            f"{type(error).__name__}: {error}. Give one batch"
+        ) from error

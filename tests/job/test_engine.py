@@ -13,7 +13,7 @@ import ready_process
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import launch
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -289,6 +289,7 @@ def tiny(tmp_path_factory):
     spec.loader.exec_module(module)
     module.register_dataset(tmp_path_factory.mktemp("images"))
     yield module
+    META_ARCH_REGISTRY._obj_map.pop("Tiny")
     DatasetCatalog.remove("tiny")
     MetadataCatalog.remove("tiny")
 

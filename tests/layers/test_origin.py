@@ -32,7 +32,7 @@ class Net(nn.Module):
         self.run = run
         self.conv, self.norm = nn.Conv2d(64, C, 1), PracticalGroupNorm(C)
         for name, child in dict(children).items():
-            setattr(self, name, child)
+            setattr(self, name, copy.deepcopy(child))
         for name, shape in dict(parameters).items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         self.register_buffer("mask", torch.rand(SIZE, SIZE).round())
@@ -234,7 +234,7 @@ NO_SINGLE = {
 
 def net(name):
     run, children, parameters = {**STAYS, **NO_SINGLE}[name]
-    return Net(run, copy.deepcopy(children), parameters)
+    return Net(run, children, parameters)
 
 
 def picture():

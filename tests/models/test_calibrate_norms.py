@@ -1,10 +1,14 @@
 import copy
+import functools
+import logging
 import os
+import threading
 
 import pytest
 import timm
 import torch
 import torchvision
+from detectron2.layers import CycleBatchNormList
 from torch import nn
 from torch.nn import functional as F
 
@@ -108,6 +112,60 @@ def test_images_of_several_sizes_count_by_their_positions():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+class Keeps(nn.Module):
+    """Keeps a tensor in a module from one layer to a later one: as an attribute, or as timm's feature hooks do."""
+
+    def __init__(self, hooked):
+        super().__init__()
+        self.first, self.second = network()[:2], nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.last = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+        self.hooked = hooked
+        if hooked:
+            self.kept = {}
+            self.first[0].register_forward_hook(functools.partial(self.keep, "first"))
+
+    def keep(self, name, layer, args, output):
+        self.kept[name] = output
+
+    def forward(self, x):
+        x = self.first(x)
+        if not self.hooked:
+            self.kept = {"first": x}
+        return self.last(torch.cat([self.second(x), self.kept.pop("first")], 1))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_several_batches_count_as_one_where_modules_keep_tensors(hooked):
+    reference, inputs = Keeps(hooked), images()
+    for _ in range(5):
+        reference(images())
+    one, several = (convert_norms(copy.deepcopy(reference), "GN1", inputs) for _ in range(2))
+    calibrate_norms(one, reference, inputs)
+    calibrate_norms(several, reference, inputs.split([1, 5, 2]))
+    assert_close(affines(one), affines(several), 1e-5)
+
+
+def test_what_cannot_be_copied_takes_one_batch():
+    class Locked(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.lock = threading.Lock()
+
+    reference, inputs = Locked(*trained()), images()
+    model = Locked(*convert_norms(nn.Sequential(*copy.deepcopy([*reference])), "GN1"))
+    assert calibrate_norms(model, reference, inputs)[1].calibration_error > 0
+    with pytest.raises(InputError, match="several batches need copies of Locked.*Give one batch"):
+        calibrate_norms(model, reference, inputs.split(4))
+
+
+def test_moments_are_sums_of_64_bits():
+    """In 32 bits, numbers of 1e6 and their squares leave little room for a deviation of 1."""
+    reference, inputs = nn.Sequential(nn.BatchNorm2d(3, eps=0)), torch.randn(8, 3, 12, 12) + 1e6
+    model = nn.Sequential(GroupNorm(1, 3))
+    calibrate_norms(model, reference, inputs)
+    assert_close(affines(model), brute_force(model, reference, inputs), 5e-4)
+
+
 def test_the_error_is_the_distance_of_the_outputs_in_deviations(caplog):
     reference, inputs = trained(), images()
     model = convert_norms(copy.deepcopy(reference), "GN/2")
@@ -122,14 +180,19 @@ def test_the_error_is_the_distance_of_the_outputs_in_deviations(caplog):
 
 
 def test_both_networks_are_else_what_they_were():
-    reference = trained().train()
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(1)
+
+    reference = trained().append(Draws()).train()
     model = convert_norms(copy.deepcopy(reference), "GN1")
     model[1].weight.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     modes = [m.training for m in model.modules()]
+    inputs = images(4)
     before = copy.deepcopy(reference.state_dict()), copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    calibrate_norms(model, reference, images(4))
-    torch.set_rng_state(torch.get_rng_state())
+    calibrate_norms(model, reference, inputs)
+    assert torch.equal(torch.get_rng_state(), before[2])
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), reference.state_dict().values()))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[1][name]) != (name.split(".")[0] in "1 4 7")
@@ -139,13 +202,23 @@ def test_both_networks_are_else_what_they_were():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *reference.modules()))
 
 
-def test_autocast_and_inference_mode_change_nothing():
+@pytest.mark.parametrize("context", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode()])
+def test_autocast_and_inference_mode_change_nothing(context):
     reference, inputs = trained(), images()
-    plain, cast = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
+    plain, other = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
     calibrate_norms(plain, reference, inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        calibrate_norms(cast, reference, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(affines(plain), affines(cast)))
+    with context:
+        calibrate_norms(other, reference, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(affines(plain), affines(other)))
+    other(inputs).sum().backward()
+
+
+def test_a_compiled_network_is_what_it_compiles():
+    reference, inputs = trained(), images()
+    plain, compiled = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
+    calibrate_norms(plain, reference, inputs)
+    calibrate_norms(torch.compile(compiled, backend="eager"), reference, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(affines(plain), affines(compiled)))
 
 
 def test_a_half_model_is_calibrated_from_its_own_numbers():
@@ -166,8 +239,8 @@ def test_a_half_model_is_calibrated_from_its_own_numbers():
 def test_a_channel_without_signal_takes_weight_0_and_the_mean(caplog):
     reference, inputs = trained(), images(1, 24)
     with torch.no_grad():
-        reference[0].weight[2] *= 1e-6
-        reference[0].bias[2] = 0.1
+        reference[0].weight[[2, 5]] *= 1e-6
+        reference[0].bias[[2, 5]] = 0.1
         reference[1].running_mean[2], reference[1].running_var[2] = 0.1, 1e-12
         reference[1].eps = 1e-14
         reference[1].weight[5] = 0
@@ -178,6 +251,15 @@ def test_a_channel_without_signal_takes_weight_0_and_the_mean(caplog):
     torch.testing.assert_close(model[1].bias[2], reference[:2](inputs)[:, 2].mean(), rtol=1e-3, atol=1e-3)
     assert model[1].bias[5].item() == pytest.approx(reference[1].bias[5].item(), abs=1e-5)
     assert "1 have channels without signal, whose weight is 0 (1 (1))" in caplog.text
+
+
+@pytest.mark.parametrize("dtype, dead", [(torch.float32, [3]), (torch.bfloat16, [2, 3])])
+def test_signal_is_a_thousandth_of_the_groups_deviation_or_what_the_type_resolves(dtype, dead):
+    reference = nn.Sequential(nn.BatchNorm2d(4)).to(dtype)
+    model = nn.Sequential(GroupNorm(1, 4)).to(dtype)
+    half = torch.randn(8, 4, 12, 6) * 2**0.5 * torch.tensor([1, 1, 2e-3, 5e-4])[:, None, None]
+    calibrate_norms(model, reference, torch.cat([half, -half], 3).to(dtype))  # the mean of each group is 0
+    assert (model[0].weight == 0).nonzero().flatten().tolist() == dead
 
 
 def test_a_weight_is_at_most_ten_times_the_largest():
@@ -214,7 +296,53 @@ def test_norms_without_counterpart_or_affine_keep_what_they_have(caplog):
     calibrate_norms(model, reference, inputs)
     assert (model[1].weight != 1).all() and (model[7].weight == 1).all()
     assert model[7].calibration_error is None and model[4].calibration_error > 0
-    assert "1 have no counterpart in the reference (7)" in caplog.text and "1 have no affine (4)" in caplog.text
+    assert "1 have no counterpart in the reference (7)" in caplog.text 
+    assert "1 have no weight and bias of their own (4)" in caplog.text
+
+
+class Doubles(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("without", ["bias", "own weight"])
+def test_a_norm_whose_affine_cannot_be_written_is_left_and_its_error_is_right(without, caplog):
+    reference, inputs = trained(), images()
+    model = convert_norms(copy.deepcopy(reference), "GN1")
+    with torch.no_grad():
+        model[4].weight.copy_(reference[4].weight)
+    if without == "bias":
+        model[4].bias = None
+    else:
+        nn.utils.parametrize.register_parametrization(model[4], "weight", Doubles())
+    before = copy.deepcopy(model[4].state_dict())
+    calibrate_norms(model, reference, inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model[4].state_dict().items())
+    assert "1 have no weight and bias of their own (4)" in caplog.text
+    ours, theirs = (m[:5](inputs).detach() for m in (model, reference))
+    spread = theirs - theirs.mean((0, 2, 3), keepdim=True)
+    assert model[4].calibration_error == pytest.approx((ours - theirs).norm() / spread.norm(), rel=1e-3)
+    assert (model[7].weight != 1).all()
+
+
+def test_standardized_convolutions_are_named_wherever_they_are_registered(caplog):
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.norm_a, self.norm_b = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm_b(self.b(F.relu(self.norm_a(self.a(x)))))
+
+    inputs = images()
+    convert_norms(Apart(), "GN1+WS", inputs, calibrate=inputs)
+    said = "2 follow a standardized convolution, after which little of the reference is left (norm_a, norm_b)"
+    assert said in caplog.text
+    caplog.clear()
+    model = convert_norms(Apart(), "GN1+WS", inputs)
+    calibrate_norms(convert_norms(copy.deepcopy(model), "GN/2+WS", inputs), model, inputs)
+    assert "is left" not in caplog.text
 
 
 class Shared(nn.Module):
@@ -222,11 +350,14 @@ class Shared(nn.Module):
 
     def __init__(self, norm):
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-        self.norm_a, self.norm_b = norm(8), norm(8)
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.norm_a, self.norm_b, self.norm_c = norm(8), norm(8), norm(8)
+
+    def one(self, x):
+        return self.norm_c(self.c(F.relu(self.norm_b(self.b(F.relu(self.norm_a(self.a(x))))))))
 
     def forward(self, x):
-        return [self.norm_b(self.b(F.relu(self.norm_a(self.a(level))))) for level in (x, 2 * x + 1)]
+        return [self.one(level) for level in (x, 2 * x + 1)]
 
 
 def test_a_norm_that_is_called_several_times_takes_the_moments_of_all_calls():
@@ -238,7 +369,7 @@ def test_a_norm_that_is_called_several_times_takes_the_moments_of_all_calls():
     calibrate_norms(model, reference, inputs.split(4))
     seen = {}
     for network in (model, reference.eval()):
-        for name in ("norm_a", "norm_b"):
+        for name in ("norm_a", "norm_b", "norm_c"):
             module, calls = network.get_submodule(name), []
             hook = module.register_forward_hook(lambda _, args, output: calls.append(output.detach()))
             network(inputs)
@@ -246,6 +377,29 @@ def test_a_norm_that_is_called_several_times_takes_the_moments_of_all_calls():
             seen.setdefault(name, []).append(moments(torch.cat(calls)))
     for ours, theirs in seen.values():
         assert_close(ours, theirs, 1e-3)
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+def test_norms_that_detectron2_uses_in_turn_are_one(batches):
+    """RetinaNet's head has a CycleBatchNormList, a norm for each level, where it has one group norm."""
+
+    class Head(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), norm
+
+        def forward(self, x):
+            return [self.norm(self.conv(level)) for level in (x, 2 * x + 1)]
+
+    reference, model = Head(CycleBatchNormList(2, num_features=8)), Head(GroupNorm(2, 8))
+    for _ in range(20):
+        reference(images())
+    nn.init.normal_(reference.norm.weight), nn.init.normal_(reference.norm.bias)
+    model.load_state_dict(reference.state_dict(), strict=False)
+    inputs = images()
+    calibrate_norms(model, reference, inputs.chunk(batches))
+    ours, theirs = (torch.cat(network.eval()(inputs)) for network in (model, reference))
+    assert_close(moments(ours), moments(theirs), 1e-3)
 
 
 def test_batches_may_take_different_paths():
@@ -313,14 +467,24 @@ def test_passes_share_few_threads(monkeypatch):
 
 def test_other_names_and_widths_list_three_of_each():
     reference, model = trained(), convert_norms(trained(), "GN1")
-    with pytest.raises(InputError, match=r"lacks: 0\.1, 0\.4, 0\.7\. Group norms of the model: 1, 4, 7"):
+    with pytest.raises(InputError, match=r"lacks: 0\.1, 0\.4, 0\.7\. Group norms of the model: 1, 4, 7$"):
         calibrate_norms(model, nn.Sequential(reference), images())
+    five = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(5)))
+    with pytest.raises(InputError, match=r"lacks: 0\.0, 0\.1, 0\.2 and 2 more. Group norms of the model: 0, 1, 2 and 2"):
+        calibrate_norms(convert_norms(copy.deepcopy(five), "GN1"), nn.Sequential(five), images())
+    for swapped in (model, reference):
+        message = r"Of them the model lacks: none\. Group norms of the model: none\. Convert the model first"
+        with pytest.raises(InputError, match=message):
+            calibrate_norms(trained(), swapped, images())
     other = copy.deepcopy(model)
     other[3], other[4], other[6] = nn.Conv2d(8, 6, 3, stride=2), GroupNorm(2, 6), nn.Conv2d(6, 4, 1)
     with pytest.raises(InputError, match=r"other widths in the model than in the reference \(4: 6, not 12\)"):
         calibrate_norms(other, reference, images())
-    with pytest.raises(InputError, match="share the norm"):
-        calibrate_norms(model, model, images())
+    takes = copy.deepcopy(model)
+    takes[4].weight = reference[4].weight
+    for ours, theirs in ((model, model), (takes, reference)):
+        with pytest.raises(InputError, match="model and reference share the norm"):
+            calibrate_norms(ours, theirs, images())
     with pytest.raises(InputError, match="meta device"):
         calibrate_norms(copy.deepcopy(model).to("meta"), reference, images())
     model._modules["1"] = PracticalGroupNorm(8)  # not registered, so it meets no layer
@@ -347,7 +511,13 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "inputs, message", [(images(4), "no more memory"), ([], "no batch"), (torch.full((4, 3, 9, 9), torch.nan), "NaN")]
+    "inputs, message",
+    [
+        (images(4), "the .*, Sequential, cannot be run in eval mode: RuntimeError: no more memory"),
+        ([], "no batch"),
+        (torch.full((4, 3, 9, 9), torch.nan), "NaN"),
+        ((images(4), torch.zeros(4)), "the model with batch 2 of 2, Sequential, cannot be run"),
+    ],
 )
 def test_after_an_error_all_is_as_it_was(inputs, message):
     reference = trained()
@@ -370,9 +540,41 @@ def test_networks_that_run_otherwise_are_refused():
     model[3].stride = (1, 1)
     with pytest.raises(InputError, match=r"4 gives \(8, 12, 5, 5\) in the reference and takes \(8, 12, 10, 10\)"):
         calibrate_norms(model, reference, images())
-    swapped = nn.Sequential()
-    for i in (0, 1, 6):
-        swapped.add_module(str(i), copy.deepcopy(reference[i]))
+    ours, theirs = Shared(lambda width: GroupNorm(2, width)), Shared(nn.BatchNorm2d)
+    ours.forward = lambda x: ours.norm_b(ours.norm_a(ours.a(x)))
+    theirs.forward = lambda x: theirs.norm_a(theirs.norm_b(theirs.a(x)))
+    with pytest.raises(InputError, match="the model reaches norm_a when the reference reaches norm_b"):
+        calibrate_norms(ours, theirs, images())
+    with pytest.raises(InputError, match="the reference with batch 1 of 1, Sequential, cannot be run in eval mode"):
+        calibrate_norms(convert_norms(copy.deepcopy(reference), "GN1"), reference.double(), images())
+
+
+def test_a_network_that_catches_every_error_ends_with_the_others():
+    class Catches(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 1), norm(4), norm(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            try:
+                x = self.norm(x)
+            except:  # noqa: E722
+                pass
+            if x.shape[2] == 12:
+                raise RuntimeError("no more memory")
+            return self.last(x)
+
+    def calibrate():
+        with pytest.raises(InputError, match="no more memory"):
+            calibrate_norms(Catches(lambda width: GroupNorm(2, width)), Catches(nn.BatchNorm2d), [images(), images(2, 8)])
+        ended.append(True)
+
+    ended = []
+    thread = threading.Thread(target=calibrate, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert ended
 
 
 # conversion and calibration in one
@@ -388,6 +590,16 @@ def test_convert_norms_calibrates_against_what_the_model_was(caplog):
     assert_close(affines(model), affines(wanted))
     assert [a is b for a, b in zip(model.parameters(), parameters)] == [True] * len(parameters)
     assert model[7].calibration_error == pytest.approx(wanted[7].calibration_error)
+    again = copy.deepcopy(model)
+    convert_norms(again, "PGN", inputs, calibrate=inputs)
+    assert [row.calibration_error for row in norm_table(again)] == [row.calibration_error for row in norm_table(model)]
+
+
+def test_a_model_without_batch_norms_is_left(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with caplog.at_level(logging.INFO):
+        convert_norms(model, "GN1", calibrate=images())
+    assert "0 norms are GN1 now" in caplog.text and "calibrate_norms" not in caplog.text
 
 
 # real networks
