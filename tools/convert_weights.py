@@ -69,8 +69,8 @@ def main():
     mean, std = (f"[{','.join(map(str, values))}]" for values in (args.pixel_mean, args.pixel_std))
     print(f"It needs {config_keys(done)}")
     print(
-        f"and INPUT.FORMAT RGB MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}, unless it was trained on images in another "
-        f"format (Caffe's weights: Detectron2's defaults)"
+        f"and INPUT.FORMAT RGB MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}, unless it was trained on images in "
+        f"another format (Caffe's weights: Detectron2's defaults)"
     )
     if args.norm:
         print(f"and MODEL.RESNETS.NORM {args.norm}, in a model whose backbone has an FPN")

@@ -190,9 +190,9 @@ class Checkpointer(DetectionCheckpointer):
             logging.getLogger(__name__).warning(
                 f"{len(taken)} GroupNorm layers ({abbreviated(taken, most=1)}) took the weights of BatchNorm layers, "
                 f"which do not fit them, because a BatchNorm's affine belongs to its running statistics. "
-                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They stay so unless a calibration follows: "
-                f"--calibrate-norms 64 of train_net.py and compare.py fits those of the backbone. Or start from weights "
-                f"with GroupNorm (MODEL.WEIGHTS "
+                f"MODEL.BACKBONE.FREEZE_AT freezes {frozen} of them that way. They stay so unless they are calibrated "
+                f"next: --calibrate-norms 64 of train_net.py and compare.py fits those of the backbone. Or start from "
+                f"weights with GroupNorm (MODEL.WEIGHTS "
                 f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
                 f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
             )

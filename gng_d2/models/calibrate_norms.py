@@ -101,9 +101,9 @@ def _pairs(model, reference, without):
     modules = dict(model.named_modules())
     norms = {name: norm for name, norm in modules.items() if isinstance(norm, nn.GroupNorm)}
     references = {name: m for name, m in reference.named_modules() if num_channels(m) and name not in without}
-    for name, listed in list(reference.named_modules()):
-        if type(listed).__name__ == "CycleBatchNormList" and name in norms:  # Detectron2's: norms used in turn
-            references = {n: m for n, m in references.items() if m not in set(listed)} | {name: listed}
+    for name, norm in reference.named_modules():
+        if type(norm).__name__ == "CycleBatchNormList" and name in norms:  # Detectron2's: several, used in turn
+            references = {n: m for n, m in references.items() if m not in set(norm)} | {name: norm}
     lacking = [name for name in references if num_channels(modules.get(name, nn.Identity())) is None]
     if lacking or not norms.keys() & references.keys():
         raise InputError(
@@ -123,8 +123,13 @@ def _pairs(model, reference, without):
         )
     if any(p.is_meta for network in (model, reference) for p in network.parameters()):
         raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
+    _check_sharing(pairs, set(reference.parameters()))
+    return pairs
+
+
+def _check_sharing(pairs, of_reference):
+    """See that each norm has its groups, and an affine of its own."""
     owners: dict[nn.Parameter, str] = {}
-    of_reference = set(reference.parameters())
     for name, pair in pairs.items():
         if pair.norm is pair.reference or not of_reference.isdisjoint(pair.norm.parameters()):
             raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
@@ -136,7 +141,6 @@ def _pairs(model, reference, without):
                     f"calibrate_norms: the norms {owners[parameter]} and {name} share a parameter, but each needs an "
                     f"affine of its own. Give {name} a copy of the parameter first"
                 )
-    return pairs
 
 
 def _three(names):

@@ -3,6 +3,9 @@
 import copy
 import logging
 import pickle
+import random
+import runpy
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +23,10 @@ from gng_d2.errors import InputError
 from gng_d2.job import engine
 from gng_d2.job.calibrate import calibrate_backbone
 from gng_d2.job.config import load_config
-from gng_d2.job.engine import Trainer
+from gng_d2.job.engine import Trainer, setup_job
+from gng_d2.layers import GroupNorm
+from gng_d2.models.fuse_norms import fuse_norms
+from gng_d2.models.recompute_norms import recompute_norms
 from study.comparison import Comparison
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
@@ -59,8 +65,8 @@ def trainer(weights, *overrides, output=".", resume=False):
     return made
 
 
-def first_images(number):
-    records = sorted(DatasetCatalog.get("gng_shapes_train_separated"), key=lambda record: int(record["image_id"]))
+def first_images(number, records=None):
+    records = records or sorted(DatasetCatalog.get("gng_shapes_train_separated"), key=lambda r: int(r["image_id"]))
     mapper = DatasetMapper(config(None), is_train=False)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config(None).MODEL.PIXEL_MEAN, config(None).MODEL.PIXEL_STD))
     return [((mapper(record)["image"] - mean) / std)[None] for record in records[:number]]
@@ -94,6 +100,41 @@ def test_the_backbone_is_calibrated_on_the_first_images(weights, tmp_path, caplo
     assert f"{len(group_norms(made.model))} norms are calibrated" in caplog.text
 
 
+@pytest.fixture
+def dataset():
+    """Registers a function as the dataset "own"."""
+    yield lambda records: DatasetCatalog.register("own", records)
+    DatasetCatalog.remove("own")
+
+
+def test_images_are_the_first_ones_by_their_numbers(weights, tmp_path, dataset):
+    """Not by their place in the file or their names, and 2 is before 10."""
+    records = DatasetCatalog.get("gng_shapes_train_separated")[:12]
+    dataset(lambda: [{**record, "image_id": 11 - i} for i, record in enumerate(records)])
+    mine, listed = (trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path).model for _ in range(2))
+    calibrate_backbone(mine, config(weights, "DATASETS.TRAIN", "('own',)"), 3)
+    reference = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
+    reference.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    bottom_up = listed.backbone.bottom_up
+    calibrate_norms(bottom_up, reference.backbone.bottom_up, first_images(3, records[::-1]))
+    torch.testing.assert_close(mine.backbone.bottom_up.state_dict(), bottom_up.state_dict(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_dataset_draws_is_not_missing_in_the_training(weights, tmp_path, dataset):
+    def shuffled():
+        records = DatasetCatalog.get("gng_shapes_train_separated")
+        random.shuffle(records), np.random.rand(), torch.rand(1)
+        return records
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    dataset(shuffled)
+    model, before = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path).model, states()
+    calibrate_backbone(model, config(weights, "DATASETS.TRAIN", "('own',)"), 1)
+    assert states() == before
+
+
 def test_only_norms_that_the_file_has_are_calibrated(weights, tmp_path, caplog):
     state = torch.load(weights, weights_only=True)["model"]
     for name in [n for n in state if ".res5." in n and ("1.conv2" in n or n.endswith("0.conv1.weight"))]:
@@ -123,15 +164,15 @@ def test_folded_statistics_are_mean_0_and_variance_1(tmp_path, shapes):
     calibrate_backbone(made.model, made.cfg, 3)
     stem, images = made.model.backbone.bottom_up.stem.conv1, first_images(3)
     with torch.no_grad():
-        ours = torch.cat([stem(image).flatten(2) for image in images], 2)
+        ours = torch.cat([stem(image).flatten(2) for image in images], 2).double()
         theirs = [
             nn.functional.conv2d(image, torch.tensor(content["conv1_w"]), stride=2, padding=3) for image in images
         ]
     scale, bias = (torch.tensor(content[f"res_conv1_bn_{key}"])[:, None] for key in "sb")
-    theirs = torch.cat([x.flatten(2) for x in theirs], 2) * scale + bias
+    theirs = torch.cat([x.flatten(2) for x in theirs], 2).double() * scale + bias
     capped = stem.norm.weight.abs() > 9.99 * scale.abs().max()
     torch.testing.assert_close(ours.mean(2)[0], theirs.mean(2)[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(ours.std(2)[0][~capped], theirs.std(2)[0][~capped], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.std(2)[0][~capped], theirs.std(2)[0][~capped], rtol=2e-6, atol=0)
     assert [n for n, m in group_norms(made.model).items() if m.calibration_error is not None] == ["stem.conv1.norm"]
 
 
@@ -156,6 +197,27 @@ def test_a_run_that_goes_on_is_not_calibrated_again(weights, tmp_path, monkeypat
     assert isinstance(model, nn.Module) and (given, number) == (cfg, 3)
 
 
+def test_other_forms_of_a_model_are_calibrated_as_it_is(weights, tmp_path):
+    plain, *others = (trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path).model for _ in range(4))
+    cfg = config(weights)
+    calibrate_backbone(plain, cfg, 2)
+    fuse_norms(others[0]), recompute_norms(others[1])
+    others[2] = torch.compile(others[2], backend="eager")
+    for other in others:
+        calibrate_backbone(other, cfg, 2)
+        found = group_norms(getattr(other, "_orig_mod", other))
+        for name, norm in group_norms(plain).items():
+            assert torch.equal(found[name].weight, norm.weight) and torch.equal(found[name].bias, norm.bias)
+
+
+def test_a_norm_without_affine_is_left_and_named(weights, tmp_path, caplog):
+    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    made.model.backbone.bottom_up.stem.conv1.norm = GroupNorm(1, 64, affine=False)
+    calibrate_backbone(made.model, made.cfg, 2)
+    assert "1 have no weight and bias of their own (stem.conv1.norm)" in caplog.text
+    assert made.model.backbone.bottom_up.res2[0].conv1.norm.calibration_error is not None
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_a_backbone_without_group_norms_is_left(norm, weights, tmp_path):
     made = trainer(weights, "MODEL.RESNETS.NORM", norm, output=tmp_path)
@@ -171,6 +233,26 @@ def test_weights_without_batch_norms_are_refused(tmp_path, shapes):
         message = rf"^the backbone cannot be calibrated: MODEL\.WEIGHTS '{path}' holds no batch norms"
         with pytest.raises(InputError, match=message):
             calibrate_backbone(made.model, made.cfg, 2)
+
+
+def test_too_few_images_are_named(weights, tmp_path):
+    made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    for number, training in ((0, made.cfg.DATASETS.TRAIN), (-3, made.cfg.DATASETS.TRAIN), (5, ())):
+        cfg = config(weights, "DATASETS.TRAIN", str(training))
+        with pytest.raises(InputError, match=rf"{number} of the \d+ images of DATASETS.TRAIN .* are too few"):
+            calibrate_backbone(made.model, cfg, number)
+
+
+def test_the_warning_of_lost_weights_names_the_flag(weights, tmp_path, caplog):
+    trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
+    assert "20 GroupNorm layers (backbone.bottom_up.stem.conv1.norm" in caplog.text
+    assert "unless they are calibrated next: --calibrate-norms 64" in caplog.text
+
+
+def test_an_evaluation_does_not_calibrate(weights, tmp_path):
+    words = [CONFIG, ["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(tmp_path)]]
+    with pytest.raises(InputError, match="--calibrate-norms fits norms before the first step, and --eval-only"):
+        setup_job(*words, eval_only=True, calibrate_norms=3)
 
 
 def test_what_is_no_config_is_named(tmp_path, shapes):
@@ -190,57 +272,58 @@ def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, 
         assert ("STRIDE_IN_1X1 True, and the config has False" in caplog.text) != stride
 
 
-def train_net(script, weights, output, flags=("--calibrate-norms", "3")):
+def train_net(script, weights, output, flags=("--calibrate-norms", "3"), saved=("model_final.pth",)):
     words = ["--dist-url", "auto", "--config-file", CONFIG, *flags, *RATE_NEAR_0, "MODEL.WEIGHTS", str(weights)]
     done = ready_process.run(script, [*words, "MODEL.RESNETS.NORM", "GN1", "OUTPUT_DIR", str(output)])
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+    models = [torch.load(output / name, weights_only=True)["model"] for name in saved]
+    return models if len(models) > 1 else models[0]
 
 
 OWN = """
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
-from detectron2.utils.events import EventStorage
+from detectron2.utils import comm
+import torch
+from torch.nn.parallel import DistributedDataParallel
 import gng_d2
 from gng_d2.job.calibrate import calibrate_backbone
-from gng_d2.job.data.loader import build_train_loader
 
-args = default_argument_parser().parse_args()
-cfg = get_cfg()
-cfg.merge_from_file(args.config_file)
-cfg.merge_from_list(args.opts + ["MODEL.DEVICE", "cpu"])
-default_setup(cfg, args)
-model = build_model(cfg)
-optimizer = build_optimizer(cfg, model)
-checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer)
-checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-calibrate_backbone(model, cfg, 3)
-with EventStorage():
-    sum(model(next(iter(build_train_loader(cfg)))).values()).backward()
-optimizer.step()
-checkpointer.save("model_final")
+def main(args):
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts + ["MODEL.DEVICE", "cpu"])
+    default_setup(cfg, args)
+    model = DistributedDataParallel(build_model(cfg))
+    DetectionCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    calibrate_backbone(model, cfg, 3)
+    torch.save({"model": model.module.state_dict()}, f"{cfg.OUTPUT_DIR}/{comm.get_rank()}.pth")
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,))
 """
 
 
 @pytest.mark.slow
 def test_jobs_of_one_process_of_two_and_a_loop_without_a_trainer_agree(weights, tmp_path):
-    """The learning rate is next to 0, so that what is saved is what the first step saw."""
+    """The learning rate is next to 0, so that what is saved is what the first step saw. The second process of the loop
+    gets the affines of the first."""
     own = tmp_path / "own.py"
     own.write_text(OWN)
+    two_processes = ("--num-gpus", "2")
     one = train_net("tools/train_net.py", weights, tmp_path / "one")
-    two = train_net(
-        "tools/train_net.py", weights, tmp_path / "two", flags=("--calibrate-norms", "3", "--num-gpus", "2")
-    )
-    mine = train_net(own, weights, tmp_path / "own", flags=())
+    two = train_net("tools/train_net.py", weights, tmp_path / "two", ("--calibrate-norms", "3", *two_processes))
+    first, second = train_net(own, weights, tmp_path / "own", two_processes, saved=("0.pth", "1.pth"))
     made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
     calibrate_backbone(made.model, made.cfg, 3)
     names = [name for name in one if "bottom_up" in name and ".norm." in name]
     assert len(names) == 40
     for name in names:
-        for other in (two, mine, made.model.state_dict()):
+        assert torch.equal(first[name], second[name])
+        for other in (two, first, made.model.state_dict()):
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-4)
 
 
@@ -263,6 +346,26 @@ def test_a_comparison_passes_the_flag_on_and_knows_it(weights, tmp_path):
     words[5] = RATE_NEAR_0
     with pytest.raises(InputError, match="--calibrate-norms fits group norms to batch norms, .* '' holds none"):
         Comparison(*words, calibrate_norms=3).check()
+
+
+@pytest.mark.parametrize(
+    "tool, number, message",
+    [
+        ("compare.py --norms GN1", "3", "error: --calibrate-norms fits group norms to batch norms"),
+        ("compare.py --norms GN1", "0", "argument --calibrate-norms: 0 images are too few"),
+        ("train_net.py", "3", "error: --calibrate-norms fits group norms to batch norms"),
+        ("train_net.py", "-1", "argument --calibrate-norms: -1 images are too few"),
+    ],
+)
+def test_the_flag_of_the_tools(tool, number, message, tmp_path, monkeypatch, capsys):
+    tool, *words = tool.split()
+    if tool == "compare.py":
+        words += ["--seeds", "0", "--output", str(tmp_path)]
+    words += ["--config-file", CONFIG, "--calibrate-norms", number]
+    monkeypatch.setattr(sys, "argv", [tool, *words, "OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(f"tools/{tool}", run_name="__main__")
+    assert message in f"{ended.value} {capsys.readouterr().err}"
 
 
 def test_frozen_norms_of_the_reference_are_detectron2s(weights, tmp_path):
