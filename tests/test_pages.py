@@ -344,6 +344,20 @@ def test_how_many_images_calibration_takes():
     assert f"GN1 loses {-mean(gn1):.1f} points, also within noise, but GN/16 loses {-mean(gn16):.1f}." in page
 
 
+def test_what_weight_standardization_leaves_of_them():
+    rows = read_rows("docs/results/retention_ws_caltech101.json", RetentionRow)
+
+    def values(norm, affine, head="new_head"):
+        return [getattr(row, head) for row in rows if (row.norm, row.affine) == (norm, affine)]
+
+    for norm in ("GN1+WS", "GN/16+WS"):
+        paired = [a - b for a, b in zip(values(norm, "calibrated"), values(norm, "fresh"), strict=True)]
+        assert abs(mean(paired)) < half_interval(paired)
+    old, new = (mean(values("GN1+WS", "calibrated", head)) for head in ("old_head", "new_head"))
+    page = " ".join(Path("docs/from-batch-norm.md").read_text().split())
+    assert f"{old:.1f} % right with the old head and {new:.1f} % with a new one under `GN1+WS`" in page
+
+
 def test_what_fine_tuning_makes_of_them():
     """Each norm at the learning rate with its best mean."""
     found = {}
