@@ -3,6 +3,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,10 +60,17 @@ def limited_file_size():
 
 
 @pytest.fixture(autouse=True)
-def loggers_propagate():
-    """A job's default_setup takes its loggers from the root, where pytest's ``caplog`` reads, for good."""
-    for name in ("detectron2", "fvcore", "gng_d2"):
-        logging.getLogger(name).propagate = True
+def loggers():
+    """A job sets up its loggers for good: it takes them from the root, where pytest's ``caplog`` reads, and has them
+    write to the terminal, which is closed when its test ends."""
+    names = ("detectron2", "fvcore", "gng_d2")
+    before = [(logger, logger.level, logger.handlers[:]) for logger in map(logging.getLogger, names)]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:], logger.propagate = handlers, True
+    with suppress(KeyError):
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session")
