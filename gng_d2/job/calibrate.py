@@ -122,8 +122,10 @@ def _reference(cfg, model) -> tuple[nn.Module, set[str]]:
 def _images(cfg: CfgNode, number: int) -> list[Any]:
     """The first images of the training set, normalized. They are not padded, because padding would count as image."""
     records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
-    if not records or number < 1:
-        raise InputError(f"{number} of the {len(records)} images of DATASETS.TRAIN {cfg.DATASETS.TRAIN} are too few")
+    if number < 1:
+        raise InputError(f"num_images is {number}, and at least 1 is needed")
+    if not records:
+        raise InputError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} has no images")
     records.sort(key=lambda record: str(record.get("image_id", record["file_name"])).zfill(20))
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
     mean, std = (torch.tensor(values)[:, None, None] for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))

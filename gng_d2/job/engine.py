@@ -168,6 +168,8 @@ def setup_job(
     Raises:
         InputError: something that the user gave cannot be used.
     """
+    if eval_only and calibrate_norms:
+        raise InputError("--calibrate-norms fits norms before the first step, and --eval-only makes none")
     cfg = load_config(config_file, overrides)
     check_config(cfg, world_size)
     model = build_on_meta(cfg)
@@ -188,8 +190,6 @@ def setup_job(
 
 def _check_content(path, checkpointer, eval_only, calibrate_norms):
     """See that the file MODEL.WEIGHTS holds what the job needs. One that has to be fetched is not looked at."""
-    if eval_only and calibrate_norms:
-        raise InputError("--calibrate-norms fits norms before the first step, and --eval-only makes none")
     if eval_only and not path:
         raise InputError("MODEL.WEIGHTS '': --eval-only needs the file of weights that is to be evaluated")
     if "://" in path:

@@ -30,8 +30,7 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
     It is for a network that was trained with batch norm and whose norms are group norms now
     (:func:`~gng_d2.convert_norms`). Both networks run on the same unlabelled images, side by side. When they reach a
     norm, the group norm gets the weight and bias with which each channel of its output has the mean and the deviation
-    that it has in ``reference``, and the run goes on with that output. Nothing is trained. The fewer groups a norm has,
-    the more of the network survives.
+    that it has in ``reference``, and the run goes on with that output. Nothing is trained.
 
     Both networks run in eval mode, without gradients and without autocast. Afterwards only the values of the affines
     have changed: they stay the same parameters, and frozen ones stay frozen. A group norm keeps its affine, and the log
@@ -109,7 +108,7 @@ def _pairs(model, reference, without):
         raise InputError(
             f"calibrate_norms(model, reference, inputs): they are not the same network with other norms. Norms of the "
             f"reference: {_three(references)}. Of them the model lacks: {_three(lacking)}. Group norms of the model: "
-            f"{_three(norms)}" + ". Convert the model first (convert_norms)" * (not norms)
+            f"{_three(norms)}" + ". Convert the model first (convert_norms), or swap the two" * (not norms)
         )
     pairs = {name: _Pair(name, norm, references[name]) for name, norm in norms.items() if name in references}
     widths = {
@@ -121,20 +120,21 @@ def _pairs(model, reference, without):
         raise InputError(
             f"calibrate_norms: norms have other widths in the model than in the reference ({_three(wrong)})"
         )
+    for pair in pairs.values():
+        if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
+            raise pair.norm.unbound_error()
     if any(p.is_meta for network in (model, reference) for p in network.parameters()):
         raise InputError("calibrate_norms: a network is on the meta device. Load its weights first")
-    _check_sharing(pairs, set(reference.parameters()))
+    _check_affines(pairs, set(reference.parameters()))
     return pairs
 
 
-def _check_sharing(pairs, of_reference):
-    """See that each norm has its groups, and an affine of its own."""
+def _check_affines(pairs, of_reference):
+    """See that no two norms share a parameter."""
     owners: dict[nn.Parameter, str] = {}
     for name, pair in pairs.items():
-        if pair.norm is pair.reference or not of_reference.isdisjoint(pair.norm.parameters()):
+        if pair.norm is pair.reference or not of_reference.isdisjoint(pair.norm.parameters(recurse=False)):
             raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
-        if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
-            raise pair.norm.unbound_error()
         for parameter in pair.norm.parameters(recurse=False):
             if owners.setdefault(parameter, name) != name:
                 raise InputError(

@@ -79,14 +79,15 @@ def convert_norms(
         raise InputError(f"convert_norms(model, norm, example_inputs): norm is a name, not {type(norm).__name__}")
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
-    if calibrate is not None:  # a copy, because the calibration may fail
-        calibrated = copy.deepcopy(model)
-        if not _convert(calibrated, norm, example_inputs)[0]:
-            calibrate = None
-        else:
-            calibrate_norms(calibrated, model, calibrate)
-    logging.getLogger(__name__).log(*_convert(model, norm, example_inputs)[1:])
     if calibrate is not None:
+        calibrated = copy.deepcopy(model)  # because the calibration may fail
+        if _convert(calibrated, norm, example_inputs)[0]:
+            calibrate_norms(calibrated, model, calibrate)
+    number, level, said = _convert(model, norm, example_inputs)
+    logging.getLogger(__name__).log(level, said)
+    if calibrate is not None and number == 0:
+        logging.getLogger(__name__).warning("convert_norms: nothing is calibrated, because no norm was converted")
+    elif calibrate is not None:
         for made, its_copy in zip(model.modules(), calibrated.modules()):
             if isinstance(made, nn.GroupNorm):
                 made.calibration_error = its_copy.calibration_error

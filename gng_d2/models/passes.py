@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from threading import Semaphore, Thread
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +143,10 @@ def run_in_step(
 
 
 def _copied(network):
-    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    parameters = {id(parameter): parameter for parameter in network.parameters()}
     try:
-        return copy.deepcopy(network, tensors)
+        with patch.object(Tensor, "__deepcopy__", lambda tensor, _: tensor):  # also tensors that a forward has kept
+            return copy.deepcopy(network, parameters)
     except Exception as error:  # the user's classes may raise any error
         raise InputError(
             f"inputs: several batches need copies of {type(network).__name__}, and it cannot be copied: "

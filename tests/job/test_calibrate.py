@@ -235,12 +235,18 @@ def test_weights_without_batch_norms_are_refused(tmp_path, shapes):
             calibrate_backbone(made.model, made.cfg, 2)
 
 
-def test_too_few_images_are_named(weights, tmp_path):
+@pytest.mark.parametrize(
+    "number, training, message",
+    [
+        (0, "('gng_shapes_train_separated',)", "num_images is 0, and at least 1 is needed"),
+        (-3, "('gng_shapes_train_separated',)", "num_images is -3, and"),
+        (5, "()", r"DATASETS.TRAIN \(\) has no images"),
+    ],
+)
+def test_no_images_are_named(number, training, message, weights, tmp_path):
     made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
-    for number, training in ((0, made.cfg.DATASETS.TRAIN), (-3, made.cfg.DATASETS.TRAIN), (5, ())):
-        cfg = config(weights, "DATASETS.TRAIN", str(training))
-        with pytest.raises(InputError, match=rf"{number} of the \d+ images of DATASETS.TRAIN .* are too few"):
-            calibrate_backbone(made.model, cfg, number)
+    with pytest.raises(InputError, match=message):
+        calibrate_backbone(made.model, config(weights, "DATASETS.TRAIN", training), number)
 
 
 def test_the_warning_of_lost_weights_names_the_flag(weights, tmp_path, caplog):
@@ -249,10 +255,12 @@ def test_the_warning_of_lost_weights_names_the_flag(weights, tmp_path, caplog):
     assert "unless they are calibrated next: --calibrate-norms 64" in caplog.text
 
 
-def test_an_evaluation_does_not_calibrate(weights, tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_evaluation_does_not_calibrate(resume, weights, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model.pth")
     words = [CONFIG, ["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(tmp_path)]]
     with pytest.raises(InputError, match="--calibrate-norms fits norms before the first step, and --eval-only"):
-        setup_job(*words, eval_only=True, calibrate_norms=3)
+        setup_job(*words, resume=resume, eval_only=True, calibrate_norms=3)
 
 
 def test_what_is_no_config_is_named(tmp_path, shapes):

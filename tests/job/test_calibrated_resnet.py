@@ -10,7 +10,7 @@ import torch
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import functional as T
 
@@ -33,13 +33,17 @@ def resnet():
     return model.eval()
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # shown with the right side up, as phones write it
+
+
 @pytest.fixture
 def images(tmp_path):
     draw, paths = np.random.default_rng(0), []
     for i, (height, width) in enumerate([(90, 70), (64, 100)]):
         small = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         paths.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(small).resize((width, height)).save(paths[-1])
+        Image.fromarray(small).resize((width, height)).save(paths[-1], exif=TURNED)
     return paths
 
 
@@ -52,11 +56,13 @@ def test_detectron2_computes_what_the_calibrated_network_does(resnet, images, tm
     torch.save(resnet.state_dict(), tmp_path / "r18.pth")
     words = ["--size", 160, "--pixel-mean", 100, 110, 120, "--pixel-std", 50, 60, 70]
     run(monkeypatch, tmp_path / "r18.pth", tmp_path / "out.pth", "--norm", "GN1", *words, "--calibrate", *images)
-    assert "ResNet-18 with GN1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ResNet-18 with GN1" in said
+    assert "MODEL.PIXEL_MEAN [100.0,110.0,120.0] MODEL.PIXEL_STD [50.0,60.0,70.0]" in said
 
     batches = []
     for path in images:
-        image = T.pil_to_tensor(T.resize(Image.open(path), 160)).float()
+        image = T.pil_to_tensor(T.resize(ImageOps.exif_transpose(Image.open(path)), 160)).float()
         batches.append(T.normalize(image, [100, 110, 120], [50, 60, 70])[None])
     wanted = calibrate_norms(convert_norms(copy.deepcopy(resnet), "GN1"), resnet, batches).eval()
     config = ["MODEL.RESNETS.NORM", "GN1", "MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.BACKBONE.FREEZE_AT", "0"]
@@ -100,3 +106,10 @@ def test_the_flags_need_each_other(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "in.pth", "out.pth", "--norm", "GN1")
     assert "need each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--size", "0"], ["--pixel-std", "1", "0", "1"]])
+def test_sizes_and_deviations_are_above_0(flags, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "in.pth", "out.pth", "--norm", "GN1", *flags, "--calibrate", "a.jpg")
+    assert "--size and --pixel-std are above 0" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_images_of_several_sizes_count_by_their_positions():
 
 
 class Keeps(nn.Module):
-    """Keeps a tensor in a module from one layer to a later one: as an attribute, or as timm's feature hooks do."""
+    """Keeps a tensor in a module from one layer to a later one, and after that: as an attribute, or as timm's hooks."""
 
     def __init__(self, hooked):
         super().__init__()
@@ -132,7 +132,7 @@ class Keeps(nn.Module):
         x = self.first(x)
         if not self.hooked:
             self.kept = {"first": x}
-        return self.last(torch.cat([self.second(x), self.kept.pop("first")], 1))
+        return self.last(torch.cat([self.second(x), self.kept["first"]], 1))
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -140,7 +140,13 @@ def test_several_batches_count_as_one_where_modules_keep_tensors(hooked):
     reference, inputs = Keeps(hooked), images()
     for _ in range(5):
         reference(images())
-    one, several = (convert_norms(copy.deepcopy(reference), "GN1", inputs) for _ in range(2))
+    reference.eval()(inputs[:1])  # what it keeps has a graph
+    with torch.no_grad():
+        one, several = (Keeps(hooked) for _ in range(2))
+        for model in (one, several):
+            convert_norms(model, "GN1", inputs)
+            model.load_state_dict(reference.state_dict(), strict=False)
+            model.kept = reference.kept
     calibrate_norms(one, reference, inputs)
     calibrate_norms(several, reference, inputs.split([1, 5, 2]))
     assert_close(affines(one), affines(several), 1e-5)
@@ -466,33 +472,58 @@ def test_passes_share_few_threads(monkeypatch):
 # what cannot be calibrated
 
 
-def test_other_names_and_widths_list_three_of_each():
-    reference, model = trained(), convert_norms(trained(), "GN1")
-    with pytest.raises(InputError, match=r"lacks: 0\.1, 0\.4, 0\.7\. Group norms of the model: 1, 4, 7$"):
-        calibrate_norms(model, nn.Sequential(reference), images())
-    five = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(5)))
-    with pytest.raises(
-        InputError, match=r"lacks: 0\.0, 0\.1, 0\.2 and 2 more. Group norms of the model: 0, 1, 2 and 2"
-    ):
-        calibrate_norms(convert_norms(copy.deepcopy(five), "GN1"), nn.Sequential(five), images())
-    for swapped in (model, reference):
-        message = r"Of them the model lacks: none\. Group norms of the model: none\. Convert the model first"
-        with pytest.raises(InputError, match=message):
-            calibrate_norms(trained(), swapped, images())
-    other = copy.deepcopy(model)
-    other[3], other[4], other[6] = nn.Conv2d(8, 6, 3, stride=2), GroupNorm(2, 6), nn.Conv2d(6, 4, 1)
-    with pytest.raises(InputError, match=r"other widths in the model than in the reference \(4: 6, not 12\)"):
-        calibrate_norms(other, reference, images())
-    takes = copy.deepcopy(model)
-    takes[4].weight = reference[4].weight
-    for ours, theirs in ((model, model), (takes, reference)):
-        with pytest.raises(InputError, match="model and reference share the norm"):
-            calibrate_norms(ours, theirs, images())
-    with pytest.raises(InputError, match="meta device"):
-        calibrate_norms(copy.deepcopy(model).to("meta"), reference, images())
+def wider(model):
+    model = copy.deepcopy(model)
+    model[3], model[4], model[6] = nn.Conv2d(8, 6, 3, stride=2), GroupNorm(2, 6), nn.Conv2d(6, 4, 1)
+    return model
+
+
+def taking_a_weight_of(reference, model):
+    model[4].weight = reference[4].weight
+    return model
+
+
+def unbound(model):
     model._modules["1"] = PracticalGroupNorm(8)  # not registered, so it meets no layer
-    with pytest.raises(InputError, match="never met a weight layer"):
-        calibrate_norms(model, reference, images())
+    return model
+
+
+FIVE = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(5)))
+MISFITS = {
+    "other names": (
+        lambda model, reference: (model, nn.Sequential(reference)),
+        r"lacks: 0\.1, 0\.4, 0\.7\. Group norms of the model: 1, 4, 7$",
+    ),
+    "many other names": (
+        lambda model, reference: (convert_norms(copy.deepcopy(FIVE), "GN1"), nn.Sequential(FIVE)),
+        r"lacks: 0\.0, 0\.1, 0\.2 and 2 more. Group norms of the model: 0, 1, 2 and 2 more$",
+    ),
+    "not converted": (
+        lambda model, reference: (copy.deepcopy(reference), reference),
+        r"lacks: none\. Group norms of the model: none\. Convert the model first \(convert_norms\), or swap the two",
+    ),
+    "swapped": (lambda model, reference: (reference, model), "or swap the two"),
+    "other widths": (
+        lambda model, reference: (wider(model), reference),
+        r"other widths in the model than in the reference \(4: 6, not 12\)",
+    ),
+    "the same": (lambda model, reference: (model, model), "model and reference share the norm 1"),
+    "a shared weight": (
+        lambda model, reference: (taking_a_weight_of(reference, model), reference),
+        "model and reference share the norm 4",
+    ),
+    "on meta": (lambda model, reference: (copy.deepcopy(model).to("meta"), reference), "meta device"),
+    "without groups": (lambda model, reference: (unbound(model), reference), "never met a weight layer"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_networks_that_do_not_fit_are_refused(kind):
+    """Messages list up to three norms of each."""
+    misfit, message = MISFITS[kind]
+    reference = trained()
+    with pytest.raises(InputError, match=message):
+        calibrate_norms(*misfit(convert_norms(copy.deepcopy(reference), "GN1"), reference), images())
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -603,6 +634,7 @@ def test_a_model_without_batch_norms_is_left(caplog):
     with caplog.at_level(logging.INFO):
         convert_norms(model, "GN1", calibrate=images())
     assert "0 norms are GN1 now" in caplog.text and "calibrate_norms" not in caplog.text
+    assert "nothing is calibrated, because no norm was converted" in caplog.text
 
 
 # real networks
