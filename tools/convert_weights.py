@@ -3,7 +3,7 @@
 
     tools/convert_weights.py resnet50_gn_a1h2-8fe6c4d0.pth R-50-GN.pkl
     tools/convert_weights.py resnet50_gn_ws-15beedd8.pth R-50-GN-WS.pkl --depth 50
-    tools/convert_weights.py resnet50-11ad3fa6.pth R-50-GN1.pth --norm GN1 --calibrate images/*.jpg
+    tools/convert_weights.py resnet50-11ad3fa6.pth R-50-PGN.pth --norm PGN --calibrate images/*.jpg
 
 IN is a .pth, .pt, .pth.tar or .safetensors file. Its weights have torchvision's names (conv1, bn1 or gn1,
 layer1.0.downsample.0, ...), as those of timm's and mmdetection's ResNets do. They may be under state_dict or model, and
@@ -28,7 +28,7 @@ def parse_args():
         "output", metavar="OUT.pkl", help="the file to write, with --norm a .pth; it is replaced if it exists"
     )
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
-    parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm, for instance GN1")
+    parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm, for instance PGN")
     parser.add_argument("--calibrate", nargs="+", metavar="IMAGE", help="fit the norms of --norm on these images")
     parser.add_argument(
         "--size", type=int, default=224, metavar="PIXELS", help="shorter side of the images; default: 224"
