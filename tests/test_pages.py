@@ -313,6 +313,21 @@ def test_numbers_of_fused_norms():
     assert f"ReLU {to_three} times. That is {to_frozen} and {to_frozen_three} times what Detectron2's FrozenBN" in page
 
 
+def test_weight_standardization_does_not_decide():
+    def behind(name, ws):
+        values = {row["norm"]: row["values"][:3] for row in measured(name)}
+        return [few - many for few, many in zip(values[f"GN1{ws}"], values[f"GN/1{ws}"], strict=True)]
+
+    without, with_ws = behind("camvid_semantic_fpn", ""), behind("camvid_ws", "+WS")
+    results, choosing = map(prose, ("docs/results.md", "docs/choosing-g.md"))
+    assert f"weight standardization changes D by {difference(with_ws, without)[:4]} points" in results
+    assert difference(with_ws, without)[5:] in results
+    still = difference([-d for d in with_ws], [0, 0, 0]).replace("+", "")
+    assert f"GN1 is still behind GN/1, by {still.replace(' (', ' mIoU (')}." in results
+    number, low, _, high = still.replace("(", "").replace(")", "").split()
+    assert f"by {number} mIoU ({low} to {high}, three seeds)" in choosing and float(low) > 0
+
+
 def test_pretrained_weights_in_the_readme():
     """Its table: a classifier before and detectors after fine-tuning, as loaded and calibrated."""
     readme = Path("README.md").read_text()
