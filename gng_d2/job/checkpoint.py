@@ -90,7 +90,10 @@ class Checkpointer(DetectionCheckpointer):
             InputError: no checkpoint is whole; says what is wrong with the one that is named.
         """
         last = os.path.join(self.save_dir, "last_checkpoint")
-        named = self.get_checkpoint_file() or last
+        try:
+            named = self.get_checkpoint_file() or last
+        except UnicodeDecodeError:
+            named = last  # is no checkpoint
         try:
             return named, self.read(named, to_resume=True)
         except InputError as error:

@@ -10,7 +10,7 @@ from torch import nn
 from gng_d2.groups import ideal_num_groups, isometry_ratio
 from gng_d2.layers import GroupNorm, WSConv2d
 from gng_d2.layers.binding import named_norms
-from gng_d2.layers.kinds import NO_LAYER, layer_shape, num_groups
+from gng_d2.layers.kinds import NO_LAYER, layer_sizes, num_groups
 from gng_d2.layers.norm_names import norm_name
 
 __all__ = ["CalibratedNormRow", "NormRow", "NormTable", "norm_summary", "norm_table"]
@@ -69,7 +69,7 @@ def norm_table(model: nn.Module) -> NormTable:
 
 
 def _row(name, norm, layer_name, layer):
-    n_in, n_out = (None, None) if layer is None else layer_shape(layer)
+    n_in, n_out = (None, None) if layer is None else layer_sizes(layer)
     standardized = isinstance(layer, WSConv2d)
     if layer is None and isinstance(norm, GroupNorm) and norm.in_channels is not None:
         layer_name, n_in, n_out = norm.weight_layer, norm.in_channels, norm.num_channels

@@ -210,7 +210,7 @@ def test_a_flipped_byte_in_weights_from_elsewhere_is_recognized(tmp_path):
         Checkpointer(torch.nn.Linear(2, 2)).load(str(tmp_path / "theirs.pth"))
 
 
-@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", None])
+@pytest.mark.parametrize("names", ["", "model_0000007.pth", ".", "\0\0\0", b"\xff\xfe", None])
 def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp_path, caplog):
     checkpointer = Checkpointer(torch.nn.Linear(3, 1), str(tmp_path))
     for name, iteration in (("model_final", 2), ("model_0000005", 5)):  # MAX_ITER was raised after 2
@@ -218,7 +218,7 @@ def test_a_useless_last_checkpoint_stops_nothing_where_whole_ones_are(names, tmp
     last = tmp_path / "last_checkpoint"
     last.unlink()
     if names is not None:
-        last.write_text(names)
+        last.write_bytes(names if isinstance(names, bytes) else names.encode())
     assert checkpointer.has_checkpoint()
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 5
     assert str(last) in caplog.text
