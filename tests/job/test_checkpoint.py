@@ -107,6 +107,22 @@ def test_other_norms_are_an_error_when_evaluated_or_resumed(norm, here, trained)
         Checkpointer(other, str(trained.parent)).resume_or_load("", resume=True)
 
 
+def under_ddp(its_model, path):
+    """A checkpoint with the names that DistributedDataParallel gives."""
+    torch.save({"model": nn.ModuleDict({"module": its_model}).state_dict()}, path)
+    return str(path)
+
+
+def test_checkpoints_of_ddp_are_compared_too(tmp_path, caplog):
+    theirs = under_ddp(model(HEAD, "PGN+WS"), tmp_path / "theirs.pth")
+    with pytest.raises(InputError, match=r"7 differ:\n  sem_seg_head.p2.0.norm: 8 groups and WS in the checkpoint"):
+        Checkpointer(model(HEAD, "GN")).load(theirs)
+    Checkpointer(model(HEAD, "PGN+WS")).load(theirs)
+    batch_norms = under_ddp(model("MODEL.RESNETS.NORM", "BN"), tmp_path / "bn.pth")
+    (message,) = warnings_of_loading(model("MODEL.RESNETS.NORM", "PGN"), batch_norms, caplog)
+    assert message.startswith("20 GroupNorm layers")
+
+
 def test_other_norms_are_a_warning_when_fine_tuned(trained, caplog):
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         Checkpointer(model(HEAD, "GN1")).resume_or_load(str(trained), resume=False)
@@ -302,6 +318,14 @@ def test_weights_of_half_precision_are_taken(tmp_path):
     torch.save({"model": theirs.state_dict()}, tmp_path / "weights.pth")
     Checkpointer(ours).load(str(tmp_path / "weights.pth"))
     assert torch.equal(ours.weight, theirs.weight.float())
+
+
+def test_statistics_that_are_no_numbers_predict_nothing(tmp_path):
+    batch_norm = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    batch_norm[1].running_var[2] = torch.nan
+    torch.save({"model": batch_norm.state_dict()}, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match="1.running_var"):
+        load_model(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), str(tmp_path / "nan.pth"))
 
 
 def test_weights_that_are_no_numbers_predict_nothing(tmp_path):

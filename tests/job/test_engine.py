@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quick_models
@@ -18,9 +19,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from gng_d2.errors import InputError
+from gng_d2.job import engine
 from gng_d2.job.build import build_on_meta
+from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
-from gng_d2.job.engine import Trainer, setup_job, then_leave_group
+from gng_d2.job.engine import Trainer, setup_job, then_leave_group, train_or_evaluate
 from gng_d2.job.metrics import last_record
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary
@@ -469,6 +472,64 @@ def test_a_calibration_without_batch_norms_is_refused(shapes, tmp_path):
         words = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.RESNETS.NORM", "GN1", "MODEL.WEIGHTS", str(weights)]
         with pytest.raises(InputError, match=f"^--calibrate-norms fits .* and MODEL.WEIGHTS '{weights}' holds none"):
             setup_job(CONFIG, words, calibrate_norms=3)
+
+
+def test_norm_keys_are_checked_before_a_job(shapes, tmp_path, monkeypatch):
+    def refuse(cfg, model):
+        raise InputError(f"{cfg.OUTPUT_DIR} {type(model).__name__}")
+
+    monkeypatch.setattr(engine, "check_norm_keys", refuse)
+    with pytest.raises(InputError, match=f"{tmp_path} PanopticFPN"):
+        setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path)])
+
+
+def test_weights_that_have_to_be_fetched_are_not_looked_at_before_a_job(shapes, tmp_path):
+    weights = "catalog://ImageNetPretrained/FAIR/R-50-GN"
+    for flags in ({}, {"eval_only": True}, {"calibrate_norms": 3}):
+        assert (
+            weights == setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", weights], **flags).MODEL.WEIGHTS
+        )
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The weights that evaluations of this process have loaded. Their result is always the same."""
+    paths = []
+    monkeypatch.setattr(engine, "load_model", lambda model, path: paths.append(path))
+    monkeypatch.setattr(Trainer, "test", lambda cfg, model: {"bbox": {"AP": 30.0}})
+    return paths
+
+
+def job(tmp_path, *overrides, **flags):
+    args = SimpleNamespace(**{"eval_only": True, "resume": False, "config_file": CONFIG, **flags})
+    train_or_evaluate(
+        load_config(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "given.pth", *overrides]), args
+    )
+
+
+def test_an_evaluation_takes_the_checkpoint_of_the_run_if_it_is_resumed(evaluated, shapes, tmp_path):
+    Checkpointer(build_model(load_config(CONFIG, [])), str(tmp_path)).save("model_final", iteration=3)
+    job(tmp_path)
+    job(tmp_path, resume=True)
+    assert evaluated == ["given.pth", str(tmp_path / "model_final.pth")]
+
+
+def test_expected_results_are_compared(evaluated, shapes, tmp_path):
+    job(tmp_path, "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 30.5, 1.0]]")
+    with pytest.raises(SystemExit):
+        job(tmp_path, "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 40.0, 1.0]]")
+
+
+@pytest.mark.parametrize("flag", ["recompute_norms", "fuse_norms"])
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_flags_change_the_model_that_is_run(eval_only, flag, evaluated, shapes, tmp_path, monkeypatch):
+    changed = []
+    monkeypatch.setattr(engine, flag, changed.append)
+    monkeypatch.setattr(Trainer, "resume_or_load", lambda self, resume: None)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    job(tmp_path, eval_only=eval_only, **{flag: True})
+    job(tmp_path, eval_only=eval_only)
+    assert len(changed) == (0 if eval_only and flag == "recompute_norms" else 1)
 
 
 def test_an_evaluation_without_weights_is_refused(shapes, tmp_path):

@@ -165,3 +165,15 @@ def test_a_norm_that_cannot_follow_its_layer_has_its_path_in_the_message():
     cfg = load_config("configs/quick/pfpn_pgn.yaml", ["MODEL.RESNETS.NORM", "GN3"])
     with pytest.raises(InputError, match=r"^backbone.bottom_up.stem.conv1.norm and \d+ more: GN3 cannot follow Conv2d"):
         build_on_meta(cfg)
+
+
+def test_a_module_that_names_its_sizes_and_its_norm_before_its_layer():
+    class Separable(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.in_channels, self.out_channels, self.kernel_size = 24, 16, 3
+            self.norm, self.conv = norm, nn.Conv2d(24, 16, 3)
+
+    for norm in (nn.BatchNorm2d(16), nn.GroupNorm(4, 16)):
+        (row,) = norm_table(nn.Sequential(Separable(norm)))
+        assert (row.name, row.n_in, row.n_out) == ("0.norm", 24, 16)
