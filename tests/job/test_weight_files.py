@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_what_torch_saved_is_refused_by_name_and_not_run(suffix, tmp_path):
     with pytest.raises(InputError, match=r"holds more than data: it asks for (os|posix).mkdir.*--trust-files") as error:
         Checkpointer(torch.nn.Linear(2, 2)).load(str(path))
     assert "weights_only" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_changes_no_function_of_numpy(tmp_path):
+    """It sets the function's __defaults__, by the op that restores an object's state."""
+    function = np.zeros(1).__reduce_ex__(5)[0]
+    name = f"c{function.__module__}\n{function.__name__}\n".encode()
+    path = tmp_path / "sets.pkl"
+    path.write_bytes(b"\x80\x04" + name + b"(N}\x8c\x0c__defaults__(K\x01tstb.")
+    before = function.__defaults__
+    try:
+        with suppress(InputError):
+            read_weight_file(str(path))
+        assert function.__defaults__ == before
+    finally:
+        function.__defaults__ = before
 
 
 def test_the_format_of_before_2017_is_not_read(tmp_path):
