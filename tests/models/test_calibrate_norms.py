@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from detectron2.layers import CycleBatchNormList
+from needs import COMPILE
 from torch import nn
 from torch.nn import functional as F
 
@@ -220,6 +221,7 @@ def test_autocast_and_inference_mode_change_nothing(context):
     other(inputs).sum().backward()
 
 
+@COMPILE
 def test_a_compiled_network_is_what_it_compiles():
     reference, inputs = trained(), images()
     plain, compiled = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
