@@ -233,6 +233,13 @@ def prose(path):
     return " ".join(Path(path).read_text().split())
 
 
+def difference(ours, theirs):
+    """Of two lists by seed, as the pages write it: "0.7 (-4.8 to +6.2)"."""
+    values = [a - b for a, b in zip(ours, theirs, strict=True)]
+    middle, half = mean(values), half_interval(values)
+    return f"{middle:.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+
 def measured(name):
     return json.loads(Path(f"docs/results/{name}.json").read_text())
 
@@ -348,13 +355,6 @@ def test_pretrained_weights_in_the_readme():
         calibrated = [classifier(norm, "calibrated"), *(detector(bed, norm, "calibrated") for bed in beds)]
         cells = [f"{mean(a):.1f} → {mean_with_interval(b)}" for a, b in zip(loaded, calibrated, strict=True)]
         assert f"| `{norm}` | {' | '.join(cells)} |" in readme
-
-
-def difference(ours, theirs, digits=1):
-    """Of two lists by seed, as the pages write it: "0.7 (-4.8 to +6.2)"."""
-    values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    middle, half = mean(values), half_interval(values)
-    return f"{middle:.{digits}f} ({middle - half:+.{digits}f} to {middle + half:+.{digits}f})"
 
 
 def test_how_many_images_calibration_takes():

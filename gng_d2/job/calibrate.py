@@ -14,7 +14,7 @@ from torch import nn
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import named_norms
-from gng_d2.layers.producers import unchanged
+from gng_d2.layers.producers import unchanged, uncompiled
 from gng_d2.layers.ws_conv import WSConv2d, unstandardize
 from gng_d2.models.calibrate_norms import calibrate
 
@@ -51,8 +51,7 @@ def calibrate_backbone(model: nn.Module, cfg: CfgNode, num_images: int) -> None:
             f"calibrate_backbone(model, cfg, num_images): cfg is the config from which Detectron2 built the model, a "
             f"CfgNode, not {cfg!r}"
         )
-    model = getattr(model, "module", model)
-    model = getattr(model, "_orig_mod", model)  # the model that torch.compile wrapped
+    model = uncompiled(getattr(model, "module", model))
     norms = _group_norms(_bottom_up(model))
     if not norms:
         _log.info("the backbone is not calibrated: it has no group norms")

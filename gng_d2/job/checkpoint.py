@@ -92,11 +92,8 @@ class Checkpointer(DetectionCheckpointer):
         last = os.path.join(self.save_dir, "last_checkpoint")
         try:
             named = self.get_checkpoint_file() or last
-        except UnicodeDecodeError:
-            named = last  # is no checkpoint
-        try:
             return named, self.read(named, to_resume=True)
-        except InputError as error:
+        except (InputError, UnicodeDecodeError) as error:
             trouble = f"{last} names no whole checkpoint: {error}"
         newest = self._newest_whole()
         if newest is None:

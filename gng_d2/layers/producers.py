@@ -20,7 +20,7 @@ from gng_d2.errors import InputError
 from .kinds import Producer, layer_sizes
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
-__all__ = ["calls_with", "find_producers", "unchanged"]
+__all__ = ["calls_with", "find_producers", "unchanged", "uncompiled"]
 
 
 def find_producers(
@@ -40,7 +40,7 @@ def find_producers(
     Raises:
         InputError: the model cannot be run with them.
     """
-    model = model._modules.get("_orig_mod", model)  # the model that torch.compile wrapped
+    model = uncompiled(model)
     device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
     with torch.inference_mode(False):
         inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
@@ -73,6 +73,11 @@ def _eager():
     """A context in which the compiled parts of a model run uncompiled, so that their ops are seen."""
     set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)  # since PyTorch 2.6
     return set_stance("force_eager") if set_stance else nullcontext()
+
+
+def uncompiled(model):
+    """The model that torch.compile wrapped, or ``model``."""
+    return model._modules.get("_orig_mod", model)
 
 
 def calls_with(inputs):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels
-from gng_d2.layers.producers import unchanged
+from gng_d2.layers.producers import unchanged, uncompiled
 
 from .passes import Pass, run_in_step
 
@@ -76,7 +76,7 @@ def calibrate(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], without: Collection[str] = ()
 ) -> nn.Module:
     """:func:`calibrate_norms` on ``batches``, as if ``reference`` had no norms with the names ``without``."""
-    model, reference = (getattr(m, "_orig_mod", m) for m in (model, reference))  # the model that torch.compile wrapped
+    model, reference = uncompiled(model), uncompiled(reference)
     pairs = _pairs(model, reference, without)
     batches = list(batches)
     if not batches:

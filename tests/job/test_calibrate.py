@@ -72,6 +72,17 @@ def first_images(number, records=None):
     return [((mapper(record)["image"] - mean) / std)[None] for record in records[:number]]
 
 
+def saved(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def with_batch_norm(weights):
+    """The backbone that the checkpoint is of."""
+    model = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
+    model.load_state_dict(saved(weights))
+    return model.backbone.bottom_up
+
+
 def group_norms(model):
     return {name: m for name, m in model.backbone.bottom_up.named_modules() if isinstance(m, nn.GroupNorm)}
 
@@ -85,10 +96,8 @@ def test_the_backbone_is_calibrated_on_the_first_images(weights, tmp_path, caplo
         calibrate_backbone(made.model, made.cfg, 5)
     assert torch.equal(torch.get_rng_state(), state)
     assert [(p, p.requires_grad) for p in made.model.parameters()] == parameters and made.model.training
-    reference = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
-    reference.load_state_dict(torch.load(weights, weights_only=True)["model"])
     wanted = calibrate_norms(
-        copy.deepcopy(before.backbone.bottom_up), reference.backbone.bottom_up, first_images(5)
+        copy.deepcopy(before.backbone.bottom_up), with_batch_norm(weights), first_images(5)
     ).state_dict()
     for name, value in made.model.backbone.bottom_up.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-4)
@@ -113,10 +122,8 @@ def test_images_are_the_first_ones_by_their_numbers(weights, tmp_path, dataset):
     dataset(lambda: [{**record, "image_id": 11 - i} for i, record in enumerate(records)])
     mine, listed = (trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path).model for _ in range(2))
     calibrate_backbone(mine, config(weights, "DATASETS.TRAIN", "('own',)"), 3)
-    reference = build_model(config(weights, "MODEL.RESNETS.NORM", "BN")).eval()
-    reference.load_state_dict(torch.load(weights, weights_only=True)["model"])
     bottom_up = listed.backbone.bottom_up
-    calibrate_norms(bottom_up, reference.backbone.bottom_up, first_images(3, records[::-1]))
+    calibrate_norms(bottom_up, with_batch_norm(weights), first_images(3, records[::-1]))
     torch.testing.assert_close(mine.backbone.bottom_up.state_dict(), bottom_up.state_dict(), rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +143,7 @@ def test_what_a_dataset_draws_is_not_missing_in_the_training(weights, tmp_path, 
 
 
 def test_only_norms_that_the_file_has_are_calibrated(weights, tmp_path, caplog):
-    state = torch.load(weights, weights_only=True)["model"]
+    state = saved(weights)
     for name in [n for n in state if ".res5." in n and ("1.conv2" in n or n.endswith("0.conv1.weight"))]:
         del state[name]
     torch.save({"model": state}, tmp_path / "part.pth")
@@ -280,12 +287,10 @@ def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, 
         assert ("STRIDE_IN_1X1 True, and the config has False" in caplog.text) != stride
 
 
-def train_net(script, weights, output, flags=("--calibrate-norms", "3"), saved=("model_final.pth",)):
+def train_net(script, weights, output, *flags):
     words = ["--dist-url", "auto", "--config-file", CONFIG, *flags, *RATE_NEAR_0, "MODEL.WEIGHTS", str(weights)]
     done = ready_process.run(script, [*words, "MODEL.RESNETS.NORM", "GN1", "OUTPUT_DIR", str(output)])
     assert done.returncode == 0, done.stderr[-3000:]
-    models = [torch.load(output / name, weights_only=True)["model"] for name in saved]
-    return models if len(models) > 1 else models[0]
 
 
 OWN = """
@@ -321,10 +326,11 @@ def test_jobs_of_one_process_of_two_and_a_loop_without_a_trainer_agree(weights, 
     gets the affines of the first."""
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    two_processes = ("--num-gpus", "2")
-    one = train_net("tools/train_net.py", weights, tmp_path / "one")
-    two = train_net("tools/train_net.py", weights, tmp_path / "two", ("--calibrate-norms", "3", *two_processes))
-    first, second = train_net(own, weights, tmp_path / "own", two_processes, saved=("0.pth", "1.pth"))
+    train_net("tools/train_net.py", weights, tmp_path / "one", "--calibrate-norms", "3")
+    train_net("tools/train_net.py", weights, tmp_path / "two", "--calibrate-norms", "3", "--num-gpus", "2")
+    train_net(own, weights, tmp_path / "own", "--num-gpus", "2")
+    one, two = saved(tmp_path / "one" / "model_final.pth"), saved(tmp_path / "two" / "model_final.pth")
+    first, second = saved(tmp_path / "own" / "0.pth"), saved(tmp_path / "own" / "1.pth")
     made = trainer(weights, "MODEL.RESNETS.NORM", "GN1", output=tmp_path)
     calibrate_backbone(made.model, made.cfg, 3)
     names = [name for name in one if "bottom_up" in name and ".norm." in name]
