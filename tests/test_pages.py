@@ -92,9 +92,9 @@ def folder(tmp_path_factory, shapes):
 
 
 def run(root, command, check=True):
-    new = tempfile.mkdtemp(dir=root)
-    tool, *words = shortened([new if word == "DIR" else word for word in shlex.split(command)[1:]])
-    done = ready_process.run(root / tool, words, cwd=root)
+    with tempfile.TemporaryDirectory(dir=root) as new:
+        tool, *words = shortened([new if word == "DIR" else word for word in shlex.split(command)[1:]])
+        done = ready_process.run(root / tool, words, cwd=root)
     assert not check or done.returncode == 0, command + "\n" + done.stdout[-1500:] + done.stderr[-3000:]
     return done
 

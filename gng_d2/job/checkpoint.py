@@ -12,6 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers import GroupNorm
@@ -20,10 +21,11 @@ from gng_d2.layers.record import describe_record, fits, put_records, records_of
 from gng_d2.models.fold import fold_weight_standardization
 
 from .build import bind_remaining_norms
+from .config import check_weight_file
 from .files import atomic_open
 from .weight_files import read_weight_file, save_weight_file
 
-__all__ = ["Checkpointer", "batch_norms", "check_norms", "load_model"]
+__all__ = ["Checkpointer", "batch_norms", "check_norms", "check_resumed", "load_model"]
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -64,7 +66,10 @@ class Checkpointer(DetectionCheckpointer):
                 self.path_manager.get_local_path(path.split("?")[0])
             except Exception as error:  # each way of fetching raises its own
                 raise InputError(f"the weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it after an error, and takes no other file then
 
     def resume_or_load(self, path, *, resume=True):
         """Go on from :meth:`find_checkpoint`. Without ``resume`` or a checkpoint, load the weights ``path``."""
@@ -126,6 +131,9 @@ class Checkpointer(DetectionCheckpointer):
             # of Caffe2, by Detectron2's rule; its detectors have "blobs", its ImageNet models do not
             weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
             checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        elif by_name and filename.endswith(".pyth") and isinstance(checkpoint.get("model_state"), Mapping):
+            weights = {k: v for k, v in checkpoint["model_state"].items() if not k.endswith("num_batches_tracked")}
+            checkpoint = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         elif not by_name or "model" not in checkpoint:
             checkpoint = {"model": checkpoint}
         if query == "matching_heuristics=True":
@@ -216,11 +224,12 @@ def load_model(model: nn.Module, weights: str) -> nn.Module:
     standardization folded.
 
     Raises:
-        InputError: the file lacks a weight of the model or has it in another shape, it is of a model with more layers,
-            or a weight is not finite.
+        InputError: there is no such file, it lacks a weight of the model or has it in another shape, it is of a model
+            with more layers, or a weight is not finite.
     """
     if not weights:
         raise InputError("no file of weights is given: the model would predict with weights that nobody trained")
+    check_weight_file(weights, "weights")
     checkpointer = Checkpointer(bind_remaining_norms(model).eval())
     checkpointer._whole = True
     checkpointer.load(weights)
@@ -307,6 +316,33 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
             f"{', the first ten' * (len(differ) > 10)}:\n  {lines}\n"
             f"Use the NORM keys that {path} was trained with (the config.yaml beside it)"
         )
+
+
+def check_resumed(model: nn.Module, checkpoint: Mapping, path: str) -> None:
+    """See that a training of ``model`` can go on from the checkpoint at ``path``.
+
+    Raises:
+        InputError: a weight is missing there or has another shape, or the optimizer there trains more or fewer weights.
+    """
+    there = {name.removeprefix("module."): tuple(weight.shape) for name, weight in checkpoint["model"].items()}
+    here = {name: tuple(weight.shape) for name, weight in model.named_parameters() if not is_lazy(weight)}
+    differ = [
+        f"{name} ({there.get(name, 'not')} there, {ours} here)"
+        for name, ours in here.items()
+        if there.get(name) != ours
+    ]
+    groups = checkpoint.get("optimizer", {}).get("param_groups")
+    trained = sum(weight.requires_grad for weight in model.parameters())
+    if differ:
+        trouble = abbreviated(differ)
+    elif groups is not None and (before := sum(len(group["params"]) for group in groups)) != trained:
+        trouble = f"{before} of its weights were trained, and {trained} are here, maybe by MODEL.BACKBONE.FREEZE_AT"
+    else:
+        return
+    raise InputError(
+        f"--resume: {path} is of another model than this config's: {trouble}. Use the config that the run began with "
+        f"(the config.yaml beside it)"
+    )
 
 
 def batch_norms(checkpoint: Mapping) -> set[str]:

@@ -160,7 +160,7 @@ def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
-    return _lazy_norm_keys(OmegaConf.to_container(cfg.model), "model")
+    return _lazy_norm_keys(OmegaConf.to_container(cfg.model, resolve=True), "model")
 
 
 def _lazy_norm_keys(node, path):

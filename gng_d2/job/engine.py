@@ -29,7 +29,7 @@ from gng_d2.models.recompute_norms import recompute_norms
 
 from .build import bind_remaining_norms, build_on_meta
 from .calibrate import calibrate_backbone
-from .checkpoint import Checkpointer, batch_norms, check_norms, load_model
+from .checkpoint import Checkpointer, batch_norms, check_norms, check_resumed, load_model
 from .config import check_config, check_weights, find_config_file, load_config
 from .data.checks import map_values, naming_datasets, prepare_datasets
 from .data.images import NamingMapper
@@ -177,6 +177,8 @@ def setup_job(
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
         path, checkpoint = checkpointer.find_checkpoint()
+        if not eval_only:
+            check_resumed(model, checkpoint, path)
         check_norms(model, checkpoint, path)
     else:
         check_weights(cfg)

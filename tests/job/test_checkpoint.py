@@ -8,17 +8,21 @@ import ready_process
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 from torch import nn
 
 from gng_d2.errors import InputError
-from gng_d2.job.checkpoint import Checkpointer, load_model
+from gng_d2.job.build import build_on_meta
+from gng_d2.job.checkpoint import Checkpointer, check_resumed, load_model
 from gng_d2.job.config import load_config
 from gng_d2.job.weight_files import save_weight_file
 from gng_d2.layers.record import records_of
 
+CONFIG = "configs/quick/pfpn_pgn.yaml"
+
 
 def model(*overrides):
-    return build_model(load_config("configs/quick/pfpn_pgn.yaml", overrides))
+    return build_model(load_config(CONFIG, overrides))
 
 
 def messages(caplog, level=logging.WARNING):
@@ -107,6 +111,31 @@ def test_other_norms_are_an_error_when_evaluated_or_resumed(norm, here, trained)
         Checkpointer(other, str(trained.parent)).resume_or_load("", resume=True)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The checkpoint of a training of the quick model, and its path."""
+    folder = tmp_path_factory.mktemp("begun")
+    trained = model()
+    optimizer = build_optimizer(load_config(CONFIG), trained)
+    Checkpointer(trained, str(folder), optimizer=optimizer).save("model_0000007", iteration=7)
+    return torch.load(folder / "model_0000007.pth", weights_only=True), str(folder / "model_0000007.pth")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("MODEL.FPN.OUT_CHANNELS", 32, r"fpn_lateral2.weight \(\(64, 64, 1, 1\) there, \(32, 64, 1, 1\) here\)"),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", 3, r"mask_fcn3.weight \(not there, \(64, 64, 3, 3\) here\)"),
+        ("MODEL.BACKBONE.FREEZE_AT", 2, r"(\d+) of its weights were trained, and (?!\1)\d+ are here"),
+    ],
+)
+def test_another_model_does_not_go_on(key, value, message, begun):
+    check_resumed(model(), *begun)
+    other = build_on_meta(load_config(CONFIG, [key, str(value)]))
+    with pytest.raises(InputError, match=message):
+        check_resumed(other, *begun)
+
+
 def under_ddp(its_model, path):
     """A checkpoint with the names that DistributedDataParallel gives."""
     torch.save({"model": nn.ModuleDict({"module": its_model}).state_dict()}, path)
@@ -163,6 +192,34 @@ def test_a_checkpoint_of_another_kind_is_named(content, tmp_path):
 def test_weights_that_cannot_be_fetched_are_named():
     with pytest.raises(InputError, match="the weights catalog://nothing/x cannot be fetched"):
         Checkpointer(torch.nn.Linear(2, 2)).load("catalog://nothing/x")
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(InputError, match=f"weights: the file {tmp_path}/no.pth does not exist"):
+        load_model(torch.nn.Linear(2, 2), f"{tmp_path}/no.pth")
+
+
+def test_a_file_can_be_loaded_after_one_that_could_not(tmp_path):
+    (tmp_path / "text.pth").write_bytes(b"Not found")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "good.pth")
+    checkpointer = Checkpointer(torch.nn.Linear(2, 2))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"text.pth cannot be read"):
+            checkpointer.load(str(tmp_path / "text.pth"))
+    checkpointer.load(str(tmp_path / "good.pth"))
+    assert not checkpointer.missing_keys
+
+
+def test_weights_of_pycls_are_read_as_detectron2_reads_them(tmp_path):
+    def net():
+        return nn.ModuleDict({"stem": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))})
+
+    theirs, ours = net(), net()
+    weights = theirs["stem"].state_dict()
+    torch.save({"model_state": weights, "epoch": 3}, tmp_path / "net.pyth")
+    Checkpointer(ours).load(str(tmp_path / "net.pyth"))
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
 
 
 @pytest.mark.parametrize("name", ["text.pth", "text.pkl", "cut.pth", "empty.pth", "zeros.pth", "other.pkl"])

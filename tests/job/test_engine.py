@@ -537,6 +537,15 @@ def test_an_evaluation_without_weights_is_refused(shapes, tmp_path):
         setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", ""], eval_only=True)
 
 
+def test_a_resume_with_another_model_is_refused_before_anything_is_written(shapes, tmp_path):
+    Checkpointer(build_model(load_config(CONFIG, [])), str(tmp_path)).save("model_final", iteration=3)
+    before = sorted(tmp_path.iterdir())
+    words = ["OUTPUT_DIR", str(tmp_path), "MODEL.FPN.OUT_CHANNELS", "32"]
+    with pytest.raises(InputError, match="^--resume: .*/model_final.pth is of another model"):
+        setup_job(CONFIG, words, resume=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.slow
 def test_resuming_from_a_checkpoint_that_is_gone_is_named(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")

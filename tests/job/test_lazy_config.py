@@ -208,6 +208,9 @@ class Net(nn.Module):
 
 model = L(Net)(norm="PGN", head_norm="PGN", parts=[dict(norm="GN1")])
 """
+NAMED = """
+names = dict(head="PGN")
+"""
 
 
 def test_a_head_that_compares_names_is_refused(tmp_path):
@@ -219,6 +222,9 @@ def test_a_head_that_compares_names_is_refused(tmp_path):
         check_norm_keys(cfg, build(cfg, "cpu"))
     assert dict(norm_keys(cfg)) == keys, "left as it was"
     check_norm_keys(load_any_config(str(tmp_path / "mine.py"), ["model.head_norm=GN"]))
+    (tmp_path / "mine.py").write_text(NAMES.replace('head_norm="PGN"', 'head_norm="${names.head}"') + NAMED)
+    with pytest.raises(InputError, match="^model.head_norm: PGN makes no norm at head_norm"):
+        check_norm_keys(load_any_config(str(tmp_path / "mine.py")))
 
 
 def analyze(monkeypatch, *words):
