@@ -17,11 +17,11 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.models.norm_table import norm_table
 from study.goals import fused_goals
+from study.intervals import half_interval, mean_with_interval
 from study.norm_cost import NormCostRow
-from study.pretrained import mean_with_interval
 from study.report import ComparisonRow, difference_interval
 from study.retention import IMAGES, RetentionRow
-from study.rows import half_interval, read_rows
+from study.rows import read_rows
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 ROOT = Path.cwd()

@@ -8,7 +8,6 @@ from study.rows import (
     commit,
     differences,
     finish_run,
-    half_interval,
     machine,
     markdown,
     mean_and_std,
@@ -83,12 +82,6 @@ def test_mean_and_std():
     assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
     assert mean_and_std([4.0]) == (4.0, None)
     assert mean_and_std([]) == mean_and_std([1.0, None]) == (None, None)
-
-
-def test_an_interval_is_students():
-    # t is 4.3027 for 2 degrees of freedom, the standard error sqrt(7 / 3)
-    assert half_interval([1.0, 2.0, 6.0]) == pytest.approx(4.3027 * (7 / 3) ** 0.5, rel=1e-4)
-    assert half_interval([1.0]) is None
 
 
 def test_a_table_writes_numbers_as_asked_and_texts_as_they_are():

@@ -23,7 +23,8 @@ from command_line import add_outputs
 from gng_d2.errors import InputError
 from gng_d2.job.files import prepare_outputs
 
-from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, mean_with_interval, normalized, right, split
+from .intervals import mean_with_interval
+from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, normalized, right, split
 from .retention import IMAGES, replaced
 from .rows import add_norms, machine, markdown, rows_to_keep, write_rows
 

@@ -40,8 +40,8 @@ from . import (
     table2,
     ws_effect,
 )
+from .intervals import mean_with_interval, number_of_seeds
 from .paper import TABLE_5, TABLE_6
-from .pretrained import mean_with_interval
 from .rows import markdown, read_rows
 
 __all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page", "with_tables"]
@@ -301,7 +301,7 @@ def _detectors_from_weights(results):
 
 def _with_seeds(values):
     values = [value for value in values if value is not None]
-    return f"{mean_with_interval(values)} ({len(values)} seed{'s' * (len(values) != 1)})" if values else "-"
+    return f"{mean_with_interval(values)} ({number_of_seeds(len(values))})" if values else "-"
 
 
 # tables made from several files: functions of the folder that has the files

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
 from tqdm import tqdm
 
 from gng_d2.errors import InputError
@@ -18,6 +17,7 @@ from gng_d2.job.metrics import read_metrics
 from gng_d2.job.weight_files import save_weight_file
 
 from .comparison import Comparison, Run
+from .intervals import half_interval
 from .processes import Process
 from .rows import markdown
 
@@ -125,7 +125,7 @@ def compare_times(times: dict[str, list[float]]) -> dict[str, NormTimes]:
             continue
         logs = [math.log(here / there) for here, there in zip(seconds, first)]
         mean = statistics.fmean(logs)
-        half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+        half = half_interval(logs)
         compared[norm] = NormTimes(seconds, *map(math.exp, (mean, mean - half, mean + half)))
     return compared
 

@@ -1,6 +1,5 @@
 """A network that was trained with batch norm, MobileNetV2, and real images to test it on, Caltech-101."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from torchvision.transforms import functional as T
 from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
-from .rows import add_seeds, half_interval
+from .rows import add_seeds
 
 __all__ = [
     "IF_STOPPED",
@@ -24,7 +23,6 @@ __all__ = [
     "features",
     "linear_head",
     "load_mobilenet",
-    "mean_with_interval",
     "normalized",
     "right",
     "split",
@@ -140,14 +138,6 @@ def linear_head(inputs: Tensor, labels: Tensor) -> nn.Linear:
 def right(head: nn.Linear, inputs: Tensor, labels: Tensor) -> float:
     """The share of the inputs that ``head`` labels rightly, in %."""
     return 100 * (head(inputs.to(head.weight.dtype)).argmax(1) == labels).double().mean().item()
-
-
-def mean_with_interval(values: Sequence[float], sign: str = "") -> str:
-    """The mean over seeds with its 95 % interval, for instance "67.2 ± 1.3"; a dash if a value is missing."""
-    if not values or None in values:
-        return "-"
-    half, mean = half_interval(values), f"{np.mean(values):{sign}.1f}"
-    return mean if half is None else f"{mean} ± {half:.1f}"
 
 
 def add_data(parser) -> None:

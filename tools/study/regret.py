@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from .intervals import number_of_seeds
 from .report import ComparisonRow
 from .rows import markdown, read_rows
 
@@ -75,7 +76,7 @@ def table(sets: Mapping[str, Values]) -> str:
     lines = [
         [
             row.norm,
-            *(f"{row.shortfalls[name]:.2f}, {row.seeds[name]} seed{'s' * (row.seeds[name] > 1)}" for name in sets),
+            *(f"{row.shortfalls[name]:.2f}, {number_of_seeds(row.seeds[name])}" for name in sets),
             f"{row.regret:.2f} ({row.low:.2f} to {row.high:.2f})",
         ]
         for row in rows

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from gng_d2.errors import InputError
 from gng_d2.job.files import atomic_open, prepare_outputs, save_figure
@@ -18,6 +17,7 @@ from gng_d2.job.metrics import read_metrics
 from gng_d2.layers.ws_conv import WS
 
 from .comparison import Comparison, Run, RunState
+from .intervals import half_width, number_of_seeds
 from .rows import markdown, mean_and_std, read_rows, write_rows
 
 __all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "restore_runs", "run_results"]
@@ -185,7 +185,7 @@ def difference_interval(row: ComparisonRow) -> tuple[float, float] | None:
     """The 95 % interval of a row's difference, by Student's t. None if there is a single seed."""
     if row.difference_error is None:
         return None
-    half = float(stats.t.ppf(0.975, row.difference_seeds - 1)) * row.difference_error
+    half = half_width(row.difference_error, row.difference_seeds)
     return row.difference - half, row.difference + half
 
 
@@ -209,7 +209,7 @@ def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
             iterations, values = np.array(means[0])[:, 0], np.array(means)[:, :, 1]
             mean = values.mean(axis=0)
             marker = "o" if len(iterations) < 20 else ""
-            label = f"{norm}, {len(values)} seed{'s' * (len(values) > 1)}"
+            label = f"{norm}, {number_of_seeds(len(values))}"
             (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=label)
             if len(values) > 1:
                 deviation = values.std(axis=0, ddof=1)

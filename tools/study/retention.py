@@ -20,18 +20,18 @@ from command_line import add_outputs
 from gng_d2 import calibrate_norms, convert_norms
 from gng_d2.job.files import prepare_outputs, save_figure
 
+from .intervals import half_interval, mean_with_interval
 from .pretrained import (
     IF_STOPPED,
     add_data,
     features,
     linear_head,
     load_mobilenet,
-    mean_with_interval,
     normalized,
     right,
     split,
 )
-from .rows import add_norms, half_interval, machine, markdown, rows_to_keep, write_rows
+from .rows import add_norms, machine, markdown, rows_to_keep, write_rows
 
 __all__ = ["IF_STOPPED", "RetentionRow", "replaced", "table", "plot"]
 

@@ -34,7 +34,6 @@ __all__ = [
     "finish_run",
     "differences",
     "leaves",
-    "half_interval",
     "mean_and_std",
     "markdown",
 ]
@@ -174,15 +173,6 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean of ``values``, by Student's t. None for a single value."""
-    from scipy import stats  # not on every machine that measures norms alone
-
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:

@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Mapping
 
+from .intervals import half_interval
 from .report import WS
-from .rows import half_interval, markdown
+from .rows import markdown
 
 __all__ = ["table"]
 
