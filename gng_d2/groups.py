@@ -49,8 +49,7 @@ def practical_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> int:
         1
     """
     ideal = _ideal(n_in, n_out, gain_ratio)
-    n_out = int(n_out)
-    return nearest_divisor(n_out, min(max(ideal, 1), n_out))
+    return nearest_divisor(int(n_out), max(ideal, 1))
 
 
 def nearest_divisor(n: int, x: Rational) -> int:
@@ -63,11 +62,9 @@ def nearest_divisor(n: int, x: Rational) -> int:
         >>> nearest_divisor(256, 12), nearest_divisor(24, 16), nearest_divisor(8, 16)
         (16, 12, 8)
     """
-    divisors = _divisors(n)
-    below = max((d for d in divisors if d <= x), default=1)
-    above = min((d for d in divisors if d >= x), default=n)
-    # log2(x / below) < log2(above / x), without rounding
-    return below if x**2 < below * above else above
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    divisors = small + [n // d for d in small]
+    return min(divisors, key=lambda d: max(Fraction(d, x), Fraction(x, d)))  # |log2(d / x)|, without rounding
 
 
 def isometry_ratio(n_in: int, n_out: int, num_groups: float, gain_ratio: float = 1.0) -> float:
@@ -97,11 +94,6 @@ GROUP_CHOICES = {
 def _ideal(n_in, n_out, gain_ratio):
     n_in, n_out = checked_size("n_in", n_in), checked_size("n_out", n_out)
     return (_positive("gain_ratio", gain_ratio) * n_in - n_out) / 4
-
-
-def _divisors(n):
-    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in small]
 
 
 def checked_size(name: str, value: int) -> int:

@@ -171,6 +171,12 @@ class Checkpointer(DetectionCheckpointer):
                 given, found, wanted = incompatible.incorrect_shapes[0]
                 given, model_has = f"{given} of shape {found}", f"not {wanted}"
             raise InputError(f"{self._reading} holds no weight of this model: it has {given}, {model_has}")
+        trouble = _what_does_not_fit(self.model, incompatible) if self._whole else None
+        if trouble:
+            raise InputError(
+                f"{self._reading} {trouble}. Use the config that the weights were trained with (the config.yaml beside "
+                f"them)"
+            )
         self.from_batch_norms = [
             name
             for name, norm in self.model.named_modules()
@@ -180,15 +186,6 @@ class Checkpointer(DetectionCheckpointer):
         ]
         self._warn_of_batch_norms()
         return incompatible
-
-    def _log_incompatible_keys(self, incompatible):
-        trouble = _what_does_not_fit(self.model, incompatible) if self._whole else None
-        if trouble:
-            raise InputError(
-                f"{self._reading} {trouble}. Use the config that the weights were trained with (the config.yaml beside "
-                f"them)"
-            )
-        super()._log_incompatible_keys(incompatible)
 
     def _warn_of_batch_norms(self):
         taken = {name: self.model.get_submodule(name) for name in self.from_batch_norms}
@@ -277,8 +274,7 @@ def _belongs_to_another_layer(model, key):
 def _recorded_state_dict(model):
     """The state dict, in which norms that are not ours have a record too: that of a BatchNorm says "no groups"."""
     weights = model.state_dict()
-    norms = {name: norm for name, norm in model.named_modules() if num_channels(norm) is not None}
-    others = {name: norm for name, norm in norms.items() if not isinstance(norm, GroupNorm)}
+    others = {n: m for n, m in model.named_modules() if num_channels(m) is not None and not isinstance(m, GroupNorm)}
     put_records(weights, {n: {"num_groups": num_groups(m), "weight_standardized": False} for n, m in others.items()})
     return weights
 

@@ -147,10 +147,14 @@ def _message(error):
     return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
 
 
-def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of each value in a YAML config, such as ("MODEL.DEVICE", "cpu")."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of each value in a config or another tree of dicts and lists, such as ("MODEL.DEVICE", "cpu").
+
+    A list in a :class:`CfgNode` is a value.
+    """
+    nodes = CfgNode if isinstance(tree, CfgNode) else (dict, list)
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, nodes):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -160,15 +164,8 @@ def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
-    return _lazy_norm_keys(OmegaConf.to_container(cfg.model, resolve=True), "model")
-
-
-def _lazy_norm_keys(node, path):
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        if isinstance(value, (dict, list)):
-            yield from _lazy_norm_keys(value, f"{path}.{key}")
-        elif isinstance(value, str) and (key == "norm" or str(key).endswith("_norm")):
-            yield f"{path}.{key}", value
+    found = leaves(OmegaConf.to_container(cfg.model, resolve=True), "model.")
+    return ((key, value) for key, value in found if isinstance(value, str) and key.endswith((".norm", "_norm")))
 
 
 def with_value(cfg: Config, key: str, value: str) -> Config:

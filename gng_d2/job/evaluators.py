@@ -19,39 +19,20 @@ from .files import prepare_folder
 __all__ = ["build_evaluator", "check_evaluation"]
 
 
-def _semantic(cfg, name, folder):
-    # Detectron2's own reader asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
-    takes_reader = "sem_seg_loading_fn" in inspect.signature(evaluation.SemSegEvaluator).parameters
-    reader = {"sem_seg_loading_fn": read_labels} if takes_reader else {}
-    return evaluation.SemSegEvaluator(name, output_dir=folder, **reader)
-
-
-def _coco(cfg, name, folder):
-    return evaluation.COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
-
-
-def _by_name(evaluator):
-    return lambda cfg, name, folder: evaluator(name)
-
-
-def _with_folder(evaluator):
-    return lambda cfg, name, folder: evaluator(name, output_dir=folder)
-
-
-# by the `evaluator_type` of Detectron2's metadata: what makes the evaluators; the outputs of a model without which they
+# by the `evaluator_type` of Detectron2's metadata: the evaluators; the outputs of a model without which they
 # fail; the package in which they compute
 _EVALUATIONS = {
-    "coco": ([_coco], set(), "pycocotools"),
+    "coco": ([evaluation.COCOEvaluator], set(), "pycocotools"),
     "coco_panoptic_seg": (
-        [_semantic, _coco, _with_folder(evaluation.COCOPanopticEvaluator)],
+        [evaluation.SemSegEvaluator, evaluation.COCOEvaluator, evaluation.COCOPanopticEvaluator],
         {"sem_seg", "panoptic_seg"},
         "panopticapi",
     ),
-    "sem_seg": ([_semantic], {"sem_seg"}, "pycocotools"),
-    "lvis": ([_with_folder(evaluation.LVISEvaluator)], set(), "lvis"),
-    "pascal_voc": ([_by_name(evaluation.PascalVOCDetectionEvaluator)], {"instances"}, "pycocotools"),
-    "cityscapes_instance": ([_by_name(evaluation.CityscapesInstanceEvaluator)], {"instances"}, "cityscapesscripts"),
-    "cityscapes_sem_seg": ([_by_name(evaluation.CityscapesSemSegEvaluator)], {"sem_seg"}, "cityscapesscripts"),
+    "sem_seg": ([evaluation.SemSegEvaluator], {"sem_seg"}, "pycocotools"),
+    "lvis": ([evaluation.LVISEvaluator], set(), "lvis"),
+    "pascal_voc": ([evaluation.PascalVOCDetectionEvaluator], {"instances"}, "pycocotools"),
+    "cityscapes_instance": ([evaluation.CityscapesInstanceEvaluator], {"instances"}, "cityscapesscripts"),
+    "cityscapes_sem_seg": ([evaluation.CityscapesSemSegEvaluator], {"sem_seg"}, "cityscapesscripts"),
 }
 # the outputs of Detectron2's models. Models of other projects, subclasses of these too, are not compared
 _GIVEN = {
@@ -78,8 +59,16 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> evaluation.DatasetE
     if importlib.util.find_spec(package) is None:
         pip = {"panopticapi": "panopticapi-lite"}.get(package, package)
         raise InputError(f"DATASETS.TEST: to evaluate {name!r}, install {package}: pip install {pip}")
+    # Detectron2's own reader of maps asks for copy=False, which numpy 2 refuses; its version 0.6 does not take another
+    options = {"output_dir": folder, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS, "sem_seg_loading_fn": read_labels}
     with naming_datasets("DATASETS.TEST", [name]):
-        return evaluation.DatasetEvaluators([make(cfg, name, folder) for make in evaluators])
+        return evaluation.DatasetEvaluators([_make(evaluator, name, options) for evaluator in evaluators])
+
+
+def _make(evaluator, name, options):
+    """The evaluator of the dataset ``name``, with those of ``options`` that it takes."""
+    taken = inspect.signature(evaluator).parameters
+    return evaluator(name, **{key: value for key, value in options.items() if key in taken})
 
 
 def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Find our configs, wherever the package is installed."""
 
 import os
+from glob import glob
 
 from gng_d2.errors import InputError
 
@@ -24,12 +25,7 @@ def get_config_file(name: str) -> str:
         folder = os.path.join(os.path.dirname(package), "configs")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise InputError(f"gng_d2 has no config {name!r}. It has {', '.join(_configs(folder))}")
+        # a .py file in a subfolder registers datasets
+        configs = glob("*.py", root_dir=folder) + glob("**/*.yaml", root_dir=folder, recursive=True)
+        raise InputError(f"gng_d2 has no config {name!r}. It has {', '.join(sorted(configs))}")
     return path
-
-
-def _configs(folder):
-    files = (os.path.join(at, file) for at, _, files in os.walk(folder) for file in files)
-    names = (os.path.relpath(file, folder) for file in files)
-    # A .py file in a subfolder registers datasets.
-    return sorted(name for name in names if name.endswith(".yaml") or (name.endswith(".py") and os.sep not in name))

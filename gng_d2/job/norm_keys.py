@@ -39,7 +39,8 @@ def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
     """
     log, unused = logging.getLogger(__name__), []
     for key, value in norm_keys(cfg):
-        ours = _canonical(value)
+        make = norm_from_name(value) if isinstance(value, str) else None
+        ours = make and norm_name(make(32))  # as such norms call themselves: GN32 is GN
         if ours is None or value == "GN":
             continue
         try:
@@ -89,12 +90,6 @@ def norms_of_key(cfg: Config, key: str, model: nn.Module) -> tuple[str, dict[str
     if failure is not None:
         raise failure
     return "GN", {}
-
-
-def _canonical(value):
-    """The name that norms made by ``value`` give themselves (GN32 is GN), or None if the name is not ours."""
-    make = norm_from_name(value) if isinstance(value, str) else None
-    return make and norm_name(make(32))
 
 
 def _norms(model) -> dict[str, str]:

@@ -67,16 +67,10 @@ def named_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
         for name, child in parent.named_children():
             if num_channels(child) is not None:
                 layer = weight_layer(parent, name, child)
-                if isinstance(child, GroupNorm) and not _agrees(child, layer):
-                    layer = None
+                if isinstance(child, GroupNorm) and layer is not None:
+                    if child.weight_layer == NO_LAYER or child.in_channels not in (None, layer_sizes(layer)[0]):
+                        layer = None  # the norm was bound to another one
                 yield names[child], child, names.get(layer), layer
-
-
-def _agrees(norm, layer):
-    """Whether ``layer`` can be the layer that ``norm`` was bound to; any layer can if ``norm`` was not bound."""
-    if norm.weight_layer == NO_LAYER:
-        return False
-    return layer is None or norm.in_channels in (None, layer_sizes(layer)[0])
 
 
 def bind(norm: GroupNorm, layer: nn.Module) -> None:

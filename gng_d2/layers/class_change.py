@@ -16,20 +16,13 @@ __all__ = ["StandIn", "add", "has", "original_class", "remove", "ways_of"]
 class StandIn:
     """The mixin of ways that replace one method of the class that they wrap.
 
-    A way has an ``order``. Its ``wrap`` makes a class whose last base is the wrapped class and whose name ends in the
-    name of the wrapped class. Modules of the new class can be copied and pickled as before.
+    A way has an ``order``, a classmethod ``method_of(wrapped)``, which names the method of ``wrapped`` that runs in
+    another way, and ``run(method, args, kwargs)``, which runs that method in this way. Its ``wrap`` makes a class whose
+    last base is the wrapped class and whose name ends in the name of the wrapped class. Modules of the new class can be
+    copied and pickled as before.
     """
 
     order: int
-
-    @classmethod
-    def method_of(cls, wrapped: type) -> str:
-        """The name of the method of ``wrapped`` that runs in another way."""
-        raise NotImplementedError
-
-    def run(self, method, args, kwargs):
-        """Run ``method``, which is the method of the wrapped class, in this way."""
-        raise NotImplementedError
 
     @classmethod
     @cache

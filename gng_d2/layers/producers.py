@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -223,16 +223,12 @@ def _noting(model, norms, watch):
     def after(module, args, output):
         watch.running.pop()
 
-    hooks = []
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(module.register_forward_hook(after, **_ALWAYS))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after, **_ALWAYS).remove)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _tensors_of(model):

@@ -279,9 +279,8 @@ def _run_fpn(fpn, x):
         if above is not None:
             enlarged = F.interpolate(above, scale_factor=2.0, mode="nearest")
             steps.append(_Added(lambda _, enlarged=enlarged: enlarged))
-        average = above is not None and fpn._fuse_type == "avg"
         above = _run(_groups(steps, _is_hooked), features[name])
-        if average:
+        if results and fpn._fuse_type == "avg":
             above /= 2
         results.insert(0, output(above))
     if fpn.top_block is not None:

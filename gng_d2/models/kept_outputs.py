@@ -47,9 +47,8 @@ class CastsOfWeights(_python_dispatch.TorchDispatchMode):
     Autocast casts a weight once in a forward pass, in the first run that uses it, and again in the backward pass.
     """
 
-    @classmethod
-    def ignore_compile_internals(cls):  # as in PyTorch's modes for checkpoints: compiled parts stay compiled
-        return True
+    # as in PyTorch's modes for checkpoints: compiled parts stay compiled
+    ignore_compile_internals = classmethod(lambda cls: True)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         is_cast = op is _aten._to_copy.default and args[0].is_leaf and args[0].requires_grad
@@ -60,13 +59,11 @@ class CastsOfWeights(_python_dispatch.TorchDispatchMode):
 class Watch(_python_dispatch.TorchDispatchMode):
     """Notes, when a module first runs, which outputs that would be kept are later changed in place."""
 
+    ignore_compile_internals = classmethod(lambda cls: True)
+
     def __init__(self):
         super().__init__()
         self._outputs = []
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        return True
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         output = op(*args, **(kwargs or {}))

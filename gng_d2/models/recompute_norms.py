@@ -25,6 +25,8 @@ __all__ = ["recompute_norms", "recomputed_modules"]
 
 # The runs of a block whose output is compared with that of its recomputation: the first ones, and then one of so many.
 _CHECKED_AT_FIRST, _CHECKED_EVERY = 3, 1000
+# they run a model and do more: they prepare gradients, or compile
+_WRAPPERS = "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"
 
 
 def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
@@ -114,7 +116,7 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     if not norms or is_of_single_images(module):
         return
     has_convolutions = any(isinstance(m, _ConvNd) for m in module.modules())
-    runs_them = _has_forward(module) and not _is_wrapper(module) and _own_norms(module) == norms
+    runs_them = _has_forward(module) and type(module).__name__ not in _WRAPPERS and _own_norms(module) == norms
     if runs_them and has_convolutions and not _changes_itself(module):
         yield name, module
         return
@@ -144,12 +146,6 @@ def _own_norms(module):
 
 def _has_forward(module):
     return type(module).forward is not nn.Module.forward  # lists and dicts of modules have none
-
-
-def _is_wrapper(module):
-    """Whether it runs a model and does more: it prepares gradients, or compiles."""
-    names = "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"
-    return type(module).__name__ in names
 
 
 def _changes_itself(module):

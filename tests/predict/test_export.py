@@ -84,7 +84,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(ours, expected[name], atol=1e-3 * scale, rtol=0, check_dtype=False)
 
 
-NEWER = [pytest.param(f, marks=() if f == "torchscript" else EXPORT) for f in gng_d2.predict.export.FORMATS]
+NEWER = [pytest.param(f, marks=() if f == "torchscript" else EXPORT) for f in gng_d2.predict.export._EXPORT]
 
 
 @pytest.mark.slow

@@ -64,10 +64,7 @@ def write_split(root: Path, split: str, scenes: Iterable[Scene], things: Sequenc
         values = {segment["id"]: value_of[segment["category_id"]] for segment in segments_info}
         Image.fromarray(semantic_map(ids, values)).save(files["sem_seg_root"] / f"{stem}.png")
 
-    thing_categories = [c for c in categories if c["isthing"]]
-    for key, annotations, kept in (
-        ("instances_json", instances, thing_categories),
-        ("panoptic_json", panoptic, categories),
-    ):
-        content = {"info": {}, "images": images, "annotations": annotations, "categories": kept}
-        files[key].write_text(json.dumps(content))
+    shared = {"info": {}, "images": images}
+    of_things = {"annotations": instances, "categories": [c for c in categories if c["isthing"]]}
+    files["instances_json"].write_text(json.dumps({**shared, **of_things}))
+    files["panoptic_json"].write_text(json.dumps({**shared, "annotations": panoptic, "categories": categories}))

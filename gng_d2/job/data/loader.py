@@ -34,12 +34,8 @@ Place = tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # enter the seeds, so that augmentation and step draw different numbers
 
 
-def seed_everything(*seeds: int) -> None:
+def seed_everything(*seeds: int, seed_torch: Callable = torch.manual_seed) -> None:
     """Seed Python, NumPy and PyTorch by a few numbers together, for instance (seed, rank, iteration)."""
-    _seed(torch.manual_seed, seeds)
-
-
-def _seed(seed_torch, seeds):
     state = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
@@ -51,7 +47,7 @@ def _seeded(*seeds):
     """Seed what the CPU draws inside, and leave the random states outside as they were."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        _seed(torch.default_generator.manual_seed, seeds)
+        seed_everything(*seeds, seed_torch=torch.default_generator.manual_seed)
         try:
             yield
         finally:

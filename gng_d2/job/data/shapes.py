@@ -54,14 +54,9 @@ def draw_scene(rng: np.random.Generator, size: int = 128) -> Scene:
 
     light = 1 + 0.3 * _waves(rng, x, y, 2 * size)[..., None]
     image = 255 * image * light + rng.normal(0, 10, image.shape)
-    return _only_present(image.clip(0, 255).astype(np.uint8), segments, classes)
-
-
-def _only_present(image, segments, classes):
-    """The scene without segments that others cover whole."""
-    present, segments = np.unique(segments, return_inverse=True)
-    segments = segments.reshape(image.shape[:2]).astype(np.uint8)
-    return Scene(image, segments, [classes[i] for i in present])
+    present, segments = np.unique(segments, return_inverse=True)  # without segments that others cover whole
+    segments = segments.reshape(size, size).astype(np.uint8)
+    return Scene(image.clip(0, 255).astype(np.uint8), segments, [classes[i] for i in present])
 
 
 def _paint(colours, texture):
@@ -89,9 +84,7 @@ def _texture(rng, name, x, y):
         return 0.5 + 0.5 * np.sin(u)
     if name == "checks":
         return (np.sin(u) * np.sin(v) > 0).astype(np.float64)
-    if name == "clouds":
-        return 0.5 + 0.5 * _waves(rng, x, y, 40)
-    raise ValueError(name)
+    return 0.5 + 0.5 * _waves(rng, x, y, 40)  # clouds
 
 
 def _waves(rng, x, y, longest):
