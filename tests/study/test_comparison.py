@@ -188,19 +188,6 @@ def test_a_norm_with_which_no_run_could_start_is_refused_before_the_first(shapes
         comparison.check()
 
 
-@pytest.mark.slow
-def test_two_processes_train_a_run(shapes, tmp_path, monkeypatch):
-    """Without a GPU they are processes that use gloo."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    comparison = Comparison(CONFIG, ["PGN"], [0], str(tmp_path), overrides=[*TINY, "DATASETS.TEST", "()"], num_gpus=2)
-    (run,) = train_all(Local(comparison))
-    assert comparison.state(run).status == "finished" and comparison.state(run).machine.startswith("2 x ")
-    assert "World size: 2" in open(run.path("log.txt")).read()
-    write_report(comparison)
-    (row,) = read_rows(tmp_path / "results.json", ComparisonRow)
-    assert row.metric == "total_loss" and len(row.values) == 1 and row.mean > 0
-
-
 # one damaged folder
 
 

@@ -31,9 +31,16 @@ def test_the_five_setups():
     assert stem.num_groups == 32 and not standardized
 
 
+def one_round(calls, *_):
+    for call in calls:
+        call()
+    return [[1.0 + place] * 3 for place in range(len(calls))]
+
+
 @pytest.mark.slow
 def test_the_tool(reproduce, line_of, tmp_path, monkeypatch):
     monkeypatch.setattr(step_cost, "keep_freed_memory", lambda: None)  # for good, in this process
+    monkeypatch.setattr(step_cost, "rounds", one_round)
     path, fused = tmp_path / "rows.json", []
     monkeypatch.setattr(step_cost, "fuse_norms", lambda model: fused.append(fuse_norms(model)))
     command = [
