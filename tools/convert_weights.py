@@ -20,14 +20,12 @@ from command_line import run_tool, tool_parser
 
 
 def parse_args():
-    from gng_d2.job.resnet_weights import DEPTHS
-
     parser = tool_parser(__doc__)
     parser.add_argument("input", metavar="IN", help="a checkpoint of a ResNet with torchvision's names")
     parser.add_argument(
         "output", metavar="OUT.pkl", help="the file to write, with --norm a .pth; it is replaced if it exists"
     )
-    parser.add_argument("--depth", type=int, choices=DEPTHS, help="refuse a ResNet of another depth")
+    parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), help="refuse a ResNet of another depth")
     parser.add_argument("--norm", metavar="NORM", help="turn batch norms into this group norm, for instance PGN")
     parser.add_argument("--calibrate", nargs="+", metavar="IMAGE", help="fit the norms of --norm on these images")
     parser.add_argument(

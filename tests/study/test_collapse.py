@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pvariance
 
 import pytest
@@ -14,7 +15,7 @@ from gng_d2.job.build import build
 from gng_d2.job.checkpoint import Checkpointer
 from study import collapse
 from study.collapse import CollapseRow
-from study.comparison import RunState
+from study.comparison import Run, RunState
 from study.mixture_norm import MixtureNorm
 from study.rows import read_rows
 
@@ -102,8 +103,14 @@ def test_other_folders_are_refused(reproduce, tmp_path):
     with pytest.raises(InputError, match="is no folder of tools/compare.py"):
         collapse.finished_runs(str(tmp_path))
     (tmp_path / "comparison.yaml").write_text("config: {}")
+    run = Run("GN", 0, str(tmp_path / "GN" / "seed_0"))
+    os.makedirs(run.folder)
+    Path(run.path("model_final.pth")).write_bytes(b"")
+    run.record(RunState("failed"))
     with pytest.raises(InputError, match="no run in .* is finished"):
         collapse.finished_runs(str(tmp_path))
+    run.record(RunState("finished"))
+    assert collapse.finished_runs(str(tmp_path)) == [(run.path("config.yaml"), run.path("model_final.pth"), set())]
     with pytest.raises(SystemExit, match="two or more"):
         reproduce("collapse", "--runs", tmp_path, "--images", 1)
 

@@ -37,6 +37,7 @@ from gng_d2.job.files import prepare_outputs, save_figure
 from gng_d2.job.imports import import_modules
 from gng_d2.job.norm_keys import norms_of_key
 
+from .comparison import Run
 from .rows import leaves, machine, markdown, mean_and_std, write_rows
 
 __all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixture_table", "plot"]
@@ -123,9 +124,10 @@ def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"--runs: {folder} is no folder of tools/compare.py: {error}") from error
     keys = {key for key, value in leaves(config) if str(value).startswith("<norm>")}
-    runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), "*", "seed_*", "run.json"))]
-    runs = [(os.path.join(run, "config.yaml"), os.path.join(run, "model_final.pth")) for run in sorted(runs)]
-    runs = [(config, weights, keys) for config, weights in runs if os.path.isfile(weights)]
+    runs = (Run("", 0, path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "seed_*"))))
+    finished = [run for run in runs if run.recorded_state().status == "finished"]
+    runs = [(run.path("config.yaml"), run.path("model_final.pth"), keys) for run in finished]
+    runs = [run for run in runs if os.path.isfile(run[1])]
     if not runs:
         raise InputError(f"--runs: no run in {folder} is finished")
     return runs
