@@ -158,6 +158,19 @@ def test_gn_has_the_smallest_regret_and_the_numbers_are_those_of_choosing_g(line
     assert high > max(low for low, _ in others), "the interval of GN overlaps each of the others'"
 
 
+def test_channels_do_not_drift_where_groups_are_few():
+    """The reason that the hypothesis on weight standardization gives."""
+    shares = {}
+    for row in rows_of("camvid_collapse"):
+        if row.under_test:
+            shares.setdefault(row.run, {}).setdefault(row.seed, []).append(row.constant)
+    runs = ("GN1", "GN/1", "GN1+WS", "GN/1+WS")
+    few, many, few_ws, many_ws = ([mean(v) for _, v in sorted(shares[run].items())] for run in runs)
+    assert len(few) == len(many) == len(few_ws) == 3
+    assert all(ours < theirs for ours, theirs in zip(few, many)), "with each seed"
+    assert abs(mean(few) - mean(few_ws)) < stdev(few) / 2 and mean(few_ws) < mean(many_ws)
+
+
 def test_little_is_measured_in_convolutions_where_the_formula_sees_much():
     rows = [row for row in rows_of("theory_sweep") if row.equation == "B" and row.layer == "conv3x3"]
     assert max(row.paper for row in rows) == 5 and max(row.empirical for row in rows) < 1.5
