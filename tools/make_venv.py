@@ -57,9 +57,9 @@ def strip_compiled(source, target):
             new.writestr(item, content)
 
 
-def requirements(others, path=CONSTRAINTS):
+def requirements(others):
     """The lines of constraints.txt, with each of ``others`` (name==version) in the place of the line of its name."""
-    with open(path, encoding="utf-8") as file:
+    with open(CONSTRAINTS, encoding="utf-8") as file:
         text = file.read()
     for other in others:
         name, _, version = other.partition("==")
@@ -69,23 +69,10 @@ def requirements(others, path=CONSTRAINTS):
     return text
 
 
-def install_detectron2(python):
+def install_detectron2(pip):
     with tempfile.TemporaryDirectory() as folder:
-        run(
-            "downloading Detectron2",
-            python,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--dest",
-            folder,
-            "--only-binary=:all:",
-            "--python-version=3.10",
-            "--implementation=cp",
-            DETECTRON2,
-        )
+        kind = ["--only-binary=:all:", "--python-version=3.10", "--implementation=cp"]
+        run("downloading Detectron2", *pip, "download", "-q", "--no-deps", "--dest", folder, *kind, DETECTRON2)
         wheel = os.path.join(folder, DETECTRON2_WHEEL.format("cp310"))
         with open(wheel, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
@@ -98,17 +85,7 @@ def install_detectron2(python):
         portable = os.path.join(folder, DETECTRON2_WHEEL.format("py3"))
         strip_compiled(wheel, portable)
         # without their dependencies: both ask for numpy<2, which Python 3.13 has no wheel of
-        run(
-            "installing Detectron2 and panopticapi",
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            portable,
-            PANOPTICAPI,
-        )
+        run("installing Detectron2 and panopticapi", *pip, "install", "-q", "--no-deps", portable, PANOPTICAPI)
 
 
 def main():
@@ -146,21 +123,15 @@ def main():
                 "making " + folder,
                 f"  {error}\n  Debian and Ubuntu keep venv in a package of its own: apt install python3-venv",
             )
+    pip = [python, "-m", "pip"]
     # PyPI's torchvision needs the CUDA build of torch, on a CPU too: 5 GB on disk.
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(wanted)
         file.flush()
-        run(
-            "installing PyTorch and the libraries (minutes on the first run)",
-            python,
-            "-m",
-            "pip",
-            "install",  # not -q: its progress is shown
-            "-r",
-            file.name,
-        )
-    install_detectron2(python)
-    run("installing gng_d2", python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
+        # not -q: its progress is shown
+        run("installing PyTorch and the libraries (minutes on the first run)", *pip, "install", "-r", file.name)
+    install_detectron2(pip)
+    run("installing gng_d2", *pip, "install", "-q", "--no-deps", "--no-build-isolation", "-e", ".")
     run("importing it", python, "-c", "import detectron2, gng_d2")
 
 

@@ -114,7 +114,6 @@ def batch_of(cfg, height=96, width=128):
     return [{"image": image, "instances": instances, "sem_seg": semantic, "height": height, "width": width}]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config_file", sorted(glob.glob("configs/**/*pgn*.yaml", recursive=True)))
 def test_detectors_have_the_same_gradients(config_file):
     cfg = load_config(config_file, [*SCRATCH, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"])
@@ -132,7 +131,6 @@ def torchvision_fpn(norm_layer):
     return make(body, {"layer1": "0", "layer2": "1"}, [64, 128], 64, norm_layer=norm_layer)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, modules",
     [
@@ -151,13 +149,12 @@ def test_torchvision(make, modules):
         assert_same(gradients(model, inputs), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options, modules",
     [
-        pytest.param("resnet50_gn", {}, 16, marks=pytest.mark.slow),
+        pytest.param("resnet50_gn", {}, 16),
         ("seresnet50", {"norm_layer": lambda c, **_: nn.GroupNorm(4, c), "drop_path_rate": 0.3, "drop_rate": 0.3}, 16),
-        pytest.param("resnetv2_50x1_bit", {}, 16, marks=pytest.mark.slow),
+        pytest.param("resnetv2_50x1_bit", {}, 16),
         ("convnext_atto", {"drop_path_rate": 0.3}, 16),
     ],
 )
@@ -170,7 +167,6 @@ def test_timm(name, options, modules):
         assert_same(gradients(model, inputs), expected)
 
 
-@pytest.mark.slow
 def test_heads():
     norm = "GN16"
     box = torch.randn(3, 32, 8, 8)
@@ -207,7 +203,6 @@ def test_dropout_draws_the_same_again():
     assert_same(gradients(recompute_norms(model), inputs), expected)
 
 
-@pytest.mark.slow
 def test_a_convolution_without_norm_may_be_changed_in_place():
     """As in squeeze-excite blocks. It cannot be kept, and then is not; the random stream is the same, too."""
     layers = nn.Conv2d(3, 128, 3), nn.Dropout(0.5), nn.Conv2d(128, 128, 3), nn.SiLU(inplace=True), *chain()[1:]
@@ -577,7 +572,6 @@ def test_where_nothing_is_kept_nothing_is_added(case, monkeypatch):
         torch.jit.trace(model, inputs)
 
 
-@pytest.mark.slow
 def test_compiled_backbone_has_the_same_gradients():
     """What to compute again is then the compiler's own choice."""
     torch._dynamo.reset()
@@ -634,7 +628,6 @@ def test_mixed_precision_with_a_module_that_runs_on_five_levels():
         assert all(map(torch.equal, run(True), expected[1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"])
 def test_mixed_precision_of_torchvisions_heads(name):
     model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, min_size=64, max_size=64)
@@ -683,7 +676,6 @@ def test_frozen_layers(frozen):
     assert_same(gradients(recompute_norms(model), inputs), expected)
 
 
-@pytest.mark.slow
 def test_the_switch_stands_as_it_stood_when_the_module_first_ran():
     model, inputs = chain(nn.Conv2d(128, 8, 1), GroupNorm(1, 8)), torch.randn(1, 3, 192, 192)
     expected, loss = {}, {}
@@ -812,7 +804,6 @@ def ddp_gradients(path):
         torch.save(found, path)
 
 
-@pytest.mark.slow
 def test_distributed(tmp_path):
     launch(then_leave_group, 2, dist_url="auto", args=(ddp_gradients, str(tmp_path / "found.pth")))
     found = torch.load(tmp_path / "found.pth")

@@ -104,7 +104,6 @@ def test_half_of_the_affine(given):
     torch.testing.assert_close(y, F.group_norm(x, 2, **{given: parameter}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 6, 140, 60), (2, 4, 70, 71)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_result_does_not_depend_on_the_number_of_chunks(shape, channels_last, monkeypatch):

@@ -385,8 +385,7 @@ def main(args) -> None:
     model = build_model(cfg)
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     rows = measure(model, next(iter(build_train_loader(cfg))), args.seed, cfg.MODEL.DEVICE)
-    if args.json:
-        write_rows(args.json, rows)
+    write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)
     print(f"{block_table(rows)}\n\n{table(rows)}")

@@ -245,8 +245,7 @@ def main(args) -> None:
 
     def add(row):
         rows[row.key()] = row
-        if args.json:
-            write_rows(args.json, rows.values())
+        write_rows(args.json, rows.values())
 
     jobs = [(model, images) for images in args.images for model in args.models]
     with tqdm(total=len(jobs) * sum(_COUNTS.get(norm, 2) for norm in NORMS), unit="row") as bar:

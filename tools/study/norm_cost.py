@@ -352,6 +352,5 @@ def main(args) -> None:
                 rows += norm_rows(
                     shape, num_groups, *setting, args.device, bandwidth, args.seconds, args.implementations, after
                 )
-            if args.json:
-                write_rows(args.json, rows)
+            write_rows(args.json, rows)
     print(table(rows))

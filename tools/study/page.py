@@ -397,7 +397,8 @@ def main(args) -> None:
     for path in glob.glob(os.path.join(os.path.dirname(args.output) or ".", "*.md")):
         with open(path, encoding="utf-8") as file:
             before = file.read()
-        if with_tables(before) != before:
+        after = with_tables(before)
+        if after != before:
             with atomic_open(path) as file:
-                file.write(with_tables(before))
+                file.write(after)
     print(f"{args.output}: {text.count('Not measured. ')} of {len(SECTIONS)} sections are not measured")

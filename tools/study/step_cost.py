@@ -277,6 +277,5 @@ def main(args) -> None:
         except torch.cuda.OutOfMemoryError as error:
             tqdm.write(f"{job} is left out: {error}")
             torch.cuda.empty_cache()
-        if args.json:
-            write_rows(args.json, rows)
+        write_rows(args.json, rows)
     print(table(rows) if rows else "nothing was measured")
