@@ -108,9 +108,8 @@ def shortened(words):
             while at < len(words) and not words[at].startswith("--"):
                 words.pop(at)
     if tool.endswith(("train_net.py", "compare.py")) and ("quick" in text or "own_" in text):
-        words += SMALL
-    if {"--recompute-norms", "--fuse-norms", "--num-gpus"} & set(words):  # other commands are evaluated
-        words += ["DATASETS.TEST", "()"]
+        flags = {"--recompute-norms", "--fuse-norms", "--num-gpus"} & set(words)
+        words += [*SMALL, *["DATASETS.TEST", "()"] * bool(flags)]  # other commands are evaluated
     if tool.endswith(("predict.py", "export.py")) and not re.search(r"--config-file \S+\.py\b", text):
         words += SMALL if "own_" in text else [*SAME_MODEL, "MODEL.DEVICE", "cpu"]
     return [tool, *words]

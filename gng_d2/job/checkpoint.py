@@ -315,30 +315,23 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
 
 
 def check_resumed(model: nn.Module, checkpoint: Mapping, path: str) -> None:
-    """See that a training of ``model`` can go on from the checkpoint at ``path``.
+    """See that a training of ``model`` can go on from the weights in the checkpoint at ``path``.
 
     Raises:
-        InputError: a weight is missing there or has another shape, or the optimizer there trains more or fewer weights.
+        InputError: a weight has another shape there.
     """
-    there = {name.removeprefix("module."): tuple(weight.shape) for name, weight in checkpoint["model"].items()}
-    here = {name: tuple(weight.shape) for name, weight in model.named_parameters() if not is_lazy(weight)}
+    there = checkpoint["model"]
+    weights = [(n, w) for n, w in model.named_parameters() if n in there and not is_lazy(w)]
     differ = [
-        f"{name} ({there.get(name, 'not')} there, {ours} here)"
-        for name, ours in here.items()
-        if there.get(name) != ours
+        f"{name} ({tuple(there[name].shape)} there, {tuple(weight.shape)} here)"
+        for name, weight in weights
+        if there[name].shape != weight.shape
     ]
-    groups = checkpoint.get("optimizer", {}).get("param_groups")
-    trained = sum(weight.requires_grad for weight in model.parameters())
     if differ:
-        trouble = abbreviated(differ)
-    elif groups is not None and (before := sum(len(group["params"]) for group in groups)) != trained:
-        trouble = f"{before} of its weights were trained, and {trained} are here, maybe by MODEL.BACKBONE.FREEZE_AT"
-    else:
-        return
-    raise InputError(
-        f"--resume: {path} is of another model than this config's: {trouble}. Use the config that the run began with "
-        f"(the config.yaml beside it)"
-    )
+        raise InputError(
+            f"--resume: {path} is of another model than this config's: {abbreviated(differ)}. Use the config that the "
+            f"run began with (the config.yaml beside it)"
+        )
 
 
 def batch_norms(checkpoint: Mapping) -> set[str]:

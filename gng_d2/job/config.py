@@ -16,6 +16,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gng_d2.errors import InputError
 
@@ -164,7 +165,10 @@ def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
         return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
-    found = leaves(OmegaConf.to_container(cfg.model, resolve=True), "model.")
+    try:
+        found = leaves(OmegaConf.to_container(cfg.model, resolve=True), "model.")
+    except OmegaConfBaseException as error:  # of a ${...} that leads nowhere
+        raise InputError(f"the config's model: {_message(error)}") from error
     return ((key, value) for key, value in found if isinstance(value, str) and key.endswith((".norm", "_norm")))
 
 

@@ -56,7 +56,15 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
 
     def resume_or_load(self, resume=True):
-        super().resume_or_load(resume)
+        try:
+            super().resume_or_load(resume)
+        except ValueError as error:
+            if "parameter group" not in str(error):  # PyTorch's, of an optimizer with others
+                raise
+            raise InputError(
+                f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} has not the same weights to train as this config's "
+                f"model, for instance by another MODEL.BACKBONE.FREEZE_AT. Use the config that the run began with"
+            ) from error
         if self.start_iter > 0 and self.cfg.SEED >= 0:
             start_at(self._trainer.data_loader, self.start_iter)
             if not hasattr(self._trainer, "_data_loader_iter_obj"):  # Detectron2 0.6 has begun already

@@ -28,6 +28,7 @@ from gng_d2.job.engine import Trainer, setup_job, then_leave_group, train_or_eva
 from gng_d2.job.metrics import last_record
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary
+from gng_d2.models.recompute_norms import recomputed_modules
 from gng_d2.ops import group_norm_cpu
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
@@ -378,7 +379,7 @@ def test_recomputed_norms_train_and_resume_to_the_same_bits(train, monkeypatch):
     kept, whole = train("kept"), train("whole", "--recompute-norms")
     early = train("cut", "--recompute-norms", steps=7)
     cut = train("cut", "--recompute-norms", "--resume")
-    assert len(recomputed) == 3
+    assert len(recomputed) == 3 and all(map(recomputed_modules, recomputed))
     assert any(not torch.equal(tensor, kept[name]) for name, tensor in early.items())
     for name, tensor in kept.items():
         assert torch.equal(tensor, whole[name]) and torch.equal(tensor, cut[name]), name
@@ -543,6 +544,24 @@ def test_a_resume_with_another_model_is_refused_before_anything_is_written(shape
     with pytest.raises(InputError, match="^--resume: .*/model_final.pth is of another model"):
         setup_job(CONFIG, words, resume=True)
     assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(
+        InputError, match="other norms .*\n.*fpn_lateral2.norm: 32 groups in the checkpoint, no norm here"
+    ):
+        setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.FPN.NORM", ""], resume=True)
+
+
+def test_a_resume_that_trains_other_weights_is_named(tiny, tmp_path, monkeypatch):
+    cfg, build = tiny.config(tmp_path), Trainer.build_model
+    run(cfg)
+
+    def frozen(cls, cfg):
+        model = build(cfg)
+        model.layers[0].requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(Trainer, "build_model", classmethod(frozen))
+    with pytest.raises(InputError, match=f"^--resume: the checkpoint in {tmp_path} has not the same weights to train"):
+        run(cfg, resume=True)
 
 
 @pytest.mark.slow

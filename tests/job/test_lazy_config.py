@@ -225,6 +225,8 @@ def test_a_head_that_compares_names_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text(NAMES.replace('head_norm="PGN"', 'head_norm="${names.head}"') + NAMED)
     with pytest.raises(InputError, match="^model.head_norm: PGN makes no norm at head_norm"):
         check_norm_keys(load_any_config(str(tmp_path / "mine.py")))
+    with pytest.raises(InputError, match="^the config's model: Interpolation key 'nothing' not found"):
+        check_norm_keys(load_any_config(str(tmp_path / "mine.py"), ["model.norm=${nothing}"]))
 
 
 def analyze(monkeypatch, *words):

@@ -114,7 +114,10 @@ def batch_of(cfg, height=96, width=128):
     return [{"image": image, "instances": instances, "sem_seg": semantic, "height": height, "width": width}]
 
 
-@pytest.mark.parametrize("config_file", sorted(glob.glob("configs/**/*pgn*.yaml", recursive=True)))
+@pytest.mark.parametrize(
+    "config_file",
+    [*sorted(glob.glob("configs/**/*pgn*.yaml", recursive=True)), "configs/quick/faster_rcnn_gn1_ws.yaml"],
+)
 def test_detectors_have_the_same_gradients(config_file):
     cfg = load_config(config_file, [*SCRATCH, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"])
     model, batch = build_model(cfg).train(), batch_of(cfg)
