@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from math import log2
 from pathlib import Path
 from statistics import geometric_mean, mean
 
@@ -334,6 +335,37 @@ def test_weight_standardization_does_not_decide():
     assert f"GN1 is still behind GN/1, by {still.replace(' (', ' mIoU (')}." in results
     number, low, _, high = still.replace("(", "").replace(")", "").split()
     assert f"by {number} mIoU ({low} to {high}, three seeds)" in choosing and float(low) > 0
+
+
+def test_mean_and_variance_over_different_groups():
+    camvid = {row["norm"]: row["values"][:3] for row in measured("camvid_semantic_fpn")}
+    mixed = {row["norm"]: row["values"] for row in measured("camvid_mixtures")}
+    results, choosing = map(prose, ("docs/results.md", "docs/choosing-g.md"))
+    assert max(camvid, key=lambda norm: mean(camvid[norm])) == "GN/1", "the best fixed number of groups here"
+
+    def ahead(norm, of):
+        return difference(mixed[norm], of).replace(" (", " mIoU (")
+
+    assert f"is ahead of GN by {ahead('MIX-fixed', camvid['GN'])}" in results
+    over_instance_norm = difference(mixed["MIX-fixed"], camvid["GN/1"])
+    assert f"the best fixed number of groups here, by {over_instance_norm}." in results
+    assert f"instance norm by {over_instance_norm.replace(' (', ' mIoU (')[:-1]}, three seeds)" in choosing
+    assert f"ahead of instance norm by {difference(mixed['MIX-fixed-last'], camvid['GN/1'])}." in results
+    learned = [f"`{norm}` by {difference(mixed[norm], mixed['MIX-fixed'])}" for norm in ("MIX", "MIX-shared")]
+    assert ", ".join(learned) in results and all("(-" in text for text in learned), "within seed noise"
+    low, high = difference(mixed["MIX-uniform"], camvid["GN/1"]).split("(")[1].split(" to ")
+    assert mean(mixed["MIX-uniform"]) < mean(camvid["GN/1"]) and low[0] == "-" and high[0] == "+"
+    learned = {}
+    for row in measured("camvid_learned"):
+        if row["run"] == "MIX" and row["under_test"]:
+            learned.setdefault(row["name"], []).append(row["mixtures"])
+    for name, seeds in learned.items():
+        in_mean, in_variance = (
+            2 ** mean(sum(weights[place] * log2(weights[0]) for weights in mixtures) for mixtures in seeds)
+            for place in (1, 2)
+        )
+        last = name in {f"sem_seg_head.{of}.norm" for of in ("p2.0", "p3.0", "p4.2", "p5.4")}
+        assert (in_mean < 1.5 if last else in_mean > 12) and 5 < in_variance < 12.1
 
 
 def test_pretrained_weights_in_the_readme():

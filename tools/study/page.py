@@ -70,7 +70,8 @@ class Section:
         if self.beside:
             name_of_other, *norms = self.beside
             others = read_rows(os.path.join(results, f"{name_of_other}.json"), self.row_type)
-            rows = report.together([*(row for row in others if row.norm in norms), *rows])
+            seeds = {seed for row in rows for seed in row.seeds}
+            rows = report.together([*(row for row in others if row.norm in norms), *rows], seeds)
         made = f"`python tools/{command}`, on {machines} ([raw](results/{name}.json))."
         pictures = [f"![{title}](results/{picture.replace('NAME', name)})" for picture in self.pictures]
         return "\n\n".join([self.table(rows), made, *pictures])

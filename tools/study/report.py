@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import statistics
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -118,13 +119,15 @@ def summarize(
     return rows
 
 
-def together(rows: list[ComparisonRow]) -> list[ComparisonRow]:
-    """The rows of several comparisons as rows of a single one. Its baseline is the norm of the first row."""
+def together(rows: list[ComparisonRow], seeds: Set[int]) -> list[ComparisonRow]:
+    """The rows of several comparisons as rows of a single one, of ``seeds`` alone. Its baseline is the norm of the
+    first row."""
     values = {}
     for row in rows:
         of_norm = values.setdefault(row.norm, {})
         for seed, value in zip(row.seeds, row.values):
-            of_norm.setdefault(seed, {})[row.metric] = value
+            if seed in seeds:
+                of_norm.setdefault(seed, {})[row.metric] = value
     return summarize(values, {})
 
 
