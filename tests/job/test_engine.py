@@ -131,6 +131,11 @@ def test_train_resume_and_evaluate(shapes, tmp_path):
     for metric in ("PQ", "mIoU", "AP50"):
         assert metric in done.stdout
     assert (tmp_path / "inference" / "predictions.json").exists()
+    del first["model"][name]
+    torch.save(first, tmp_path / "half.pth")
+    words = ["--eval-only", *opts, "MODEL.WEIGHTS", str(tmp_path / "half.pth")]
+    done = train_net("--config-file", CONFIG, *words, check=False)
+    assert done.returncode == 1 and f"half.pth lacks 1 of the model's {len(first['model']) + 1} weights" in done.stderr
 
 
 @pytest.mark.slow
@@ -182,7 +187,10 @@ run_job(default_argument_parser().parse_args())
     "args, message",
     [
         (["--config-file", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", "nothing.pth"], "MODEL.WEIGHTS: the file nothing.pth"),
+        (["--config-file", CONFIG, "MODEL.FPN.NORM", "PNG"], "MODEL.FPN.NORM: unknown norm 'PNG'"),
         (["--config-file", CONFIG, "MODEL.ROI_HEADS.NUM_CLASSES", "4"], "MODEL.ROI_HEADS.NUM_CLASSES is 4, but"),
+        (["--config-file", CONFIG, "MODEL.WEIGHTS", CONFIG], f"MODEL.WEIGHTS: {CONFIG} cannot be read as weights"),
     ],
 )
 def test_bad_input_is_one_line(args, message, shapes, tmp_path):

@@ -3,7 +3,6 @@
 import os
 import pickle
 import runpy
-import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -21,16 +20,10 @@ from torch.nn import functional as F
 import gng_d2
 from gng_d2.errors import InputError
 from gng_d2.job.checkpoint import Checkpointer
-from gng_d2.job.resnet_weights import convert_file, convert_resnet
+from gng_d2.job.resnet_weights import _BLOCKS, convert_file, convert_resnet
 from gng_d2.job.weight_files import read_weight_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    yield tmp_path
-    shutil.rmtree(tmp_path)  # pytest would keep hundreds of megabytes
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -114,27 +107,27 @@ def check_features(model, folder, norm, **sizes):
 
 
 @pytest.mark.slow
-def test_timm_resnet50_gn(folder):
+def test_timm_resnet50_gn(tmp_path):
     torch.manual_seed(0)
-    conversion = check_features(randomized(timm_resnet50_gn()), folder, "GN")
+    conversion = check_features(randomized(timm_resnet50_gn()), tmp_path, "GN")
     assert (conversion.depth, conversion.norm, len(conversion.weights)) == (50, "GN", 3 * 53)
     assert conversion.dropped == {"the classifier": ["fc.weight", "fc.bias"]}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(gng_d2, "WSConv2d"), reason="needs WSConv2d")
-def test_gn_ws_resnet50(folder):
+def test_gn_ws_resnet50(tmp_path):
     torch.manual_seed(0)
-    check_features(randomized(torchvision_gn_ws()), folder, "GN+WS")
+    check_features(randomized(torchvision_gn_ws()), tmp_path, "GN+WS")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, sizes", [("resnet18", {}), ("resnet50", {}), ("resnext50_32x4d", {"num_groups": 32, "width": 4})]
 )
-def test_torchvision_bn(folder, name, sizes):
+def test_torchvision_bn(tmp_path, name, sizes):
     torch.manual_seed(0)
-    conversion = check_features(randomized(getattr(torchvision.models, name)()), folder, "FrozenBN", **sizes)
+    conversion = check_features(randomized(getattr(torchvision.models, name)()), tmp_path, "FrozenBN", **sizes)
     assert conversion.norm == "BN" and list(conversion.dropped) == ["the classifier", "counters of BatchNorm's steps"]
     assert (conversion.num_groups, conversion.width_per_group) == (sizes.get("num_groups", 1), sizes.get("width", 64))
 
@@ -173,9 +166,9 @@ def prefixed(state, prefix):
         lambda state: {name.replace("bn", "norm"): nn.Parameter(value.half()) for name, value in state.items()},
     ],
 )
-def test_wrappers_prefixes_and_norm_names(folder, resnet18, wrap, suffix):
+def test_wrappers_prefixes_and_norm_names(tmp_path, resnet18, wrap, suffix):
     resnet18 = {name: value.half().float() for name, value in resnet18.items()}
-    path = folder / f"in{suffix}"
+    path = tmp_path / f"in{suffix}"
     torch.save(wrap(resnet18), path, _use_new_zipfile_serialization=suffix != ".pth.tar")
     expected = convert_resnet(resnet18)
     conversion = convert_resnet(read_weight_file(str(path)))
@@ -192,26 +185,26 @@ def test_says_what_it_dropped(resnet18):
     assert dropped["outside the backbone"] == ["neck.conv.weight"]
 
 
-def test_safetensors(folder, resnet18):
+def test_safetensors(tmp_path, resnet18):
     save_file = pytest.importorskip("safetensors.torch").save_file
-    save_file({name: value.contiguous() for name, value in resnet18.items()}, folder / "in.safetensors")
-    conversion = convert_file(str(folder / "in.safetensors"), str(folder / "out.pkl"), depth=18)
+    save_file({name: value.contiguous() for name, value in resnet18.items()}, tmp_path / "in.safetensors")
+    conversion = convert_file(str(tmp_path / "in.safetensors"), str(tmp_path / "out.pkl"), depth=18)
     expected = convert_resnet(resnet18).weights
     assert all(np.array_equal(conversion.weights[name], expected[name]) for name in expected)
-    (folder / "cut.safetensors").write_bytes((folder / "in.safetensors").read_bytes()[:100_000])
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "in.safetensors").read_bytes()[:100_000])
     with pytest.raises(InputError, match=r"cut\.safetensors cannot be read as weights"):
-        read_weight_file(str(folder / "cut.safetensors"))
+        read_weight_file(str(tmp_path / "cut.safetensors"))
 
 
-def test_file_is_what_detectron2_loads(folder, resnet18):
-    torch.save(resnet18, folder / "in.pth")
-    convert_file(str(folder / "in.pth"), str(folder / "out.pkl"))
-    with open(folder / "out.pkl", "rb") as file:
+def test_file_is_what_detectron2_loads(tmp_path, resnet18):
+    torch.save(resnet18, tmp_path / "in.pth")
+    convert_file(str(tmp_path / "in.pth"), str(tmp_path / "out.pkl"))
+    with open(tmp_path / "out.pkl", "rb") as file:
         content = pickle.load(file)
     assert content["matching_heuristics"] is True and "in.pth" in content["__author__"]
     assert all(type(value) is np.ndarray for value in content["model"].values())
     assert np.array_equal(content["model"]["res3.0.shortcut.norm.bias"], resnet18["layer2.0.downsample.1.bias"])
-    assert sorted(os.listdir(folder)) == ["in.pth", "out.pkl"]
+    assert sorted(os.listdir(tmp_path)) == ["in.pth", "out.pkl"]
 
 
 @pytest.mark.parametrize(
@@ -294,12 +287,12 @@ class Executed:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))])
-def test_nothing_in_the_file_is_executed(folder, resnet18, save):
-    path, mark = folder / "in.pth", folder / "executed"
+def test_nothing_in_the_file_is_executed(tmp_path, resnet18, save):
+    path, mark = tmp_path / "in.pth", tmp_path / "executed"
     save({"state_dict": resnet18, "args": Executed(str(mark))}, path)
     with pytest.raises(InputError, match=r"in\.pth .*") as error:
-        convert_file(str(path), str(folder / "out.pkl"))
-    assert not mark.exists() and not (folder / "out.pkl").exists()
+        convert_file(str(path), str(tmp_path / "out.pkl"))
+    assert not mark.exists() and not (tmp_path / "out.pkl").exists()
     assert "weights_only" not in str(error.value)
     if save is torch.save:
         assert "mkdir" in str(error.value) and "Nothing of it was run" in str(error.value)
@@ -310,44 +303,44 @@ def test_nothing_in_the_file_is_executed(folder, resnet18, save):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000, 100_000])
-def test_truncated(folder, resnet18, zipped, kept):
-    path = folder / "in.pth"
+def test_truncated(tmp_path, resnet18, zipped, kept):
+    path = tmp_path / "in.pth"
     torch.save(resnet18, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: min(kept, path.stat().st_size - 1)])
     with pytest.raises(InputError, match=r"in\.pth (cannot be read as weights|is damaged)"):
-        convert_file(str(path), str(folder / "out.pkl"))
-    assert os.listdir(folder) == ["in.pth"]
+        convert_file(str(path), str(tmp_path / "out.pkl"))
+    assert os.listdir(tmp_path) == ["in.pth"]
 
 
-def test_bad_paths(folder, resnet18):
-    good = str(folder / "in.pth")
+def test_bad_paths(tmp_path, resnet18):
+    good = str(tmp_path / "in.pth")
     torch.save(resnet18, good)
     before = Path(good).read_bytes()
     for path in ("absent.pth", "absent.safetensors"):
         with pytest.raises(InputError, match=rf"{path}.*No such file"):
-            convert_file(str(folder / path), str(folder / "out.pkl"))
+            convert_file(str(tmp_path / path), str(tmp_path / "out.pkl"))
     with pytest.raises(InputError, match=r"cannot read .*Is a directory"):
-        convert_file(str(folder), str(folder / "out.pkl"))
+        convert_file(str(tmp_path), str(tmp_path / "out.pkl"))
     with pytest.raises(InputError, match=r"out\.pth must end in \.pkl"):
-        convert_file(good, str(folder / "out.pth"))
+        convert_file(good, str(tmp_path / "out.pth"))
     with pytest.raises(InputError, match=r"cannot write .*in\.pth/out\.pkl"):
-        convert_file(good, str(folder / "in.pth" / "out.pkl"))
-    convert_file(good, str(folder / "made" / "out.pkl"))
-    assert (folder / "made" / "out.pkl").stat().st_size > 40e6
-    (folder / "taken.pkl").mkdir()
+        convert_file(good, str(tmp_path / "in.pth" / "out.pkl"))
+    convert_file(good, str(tmp_path / "made" / "out.pkl"))
+    assert (tmp_path / "made" / "out.pkl").stat().st_size > 40e6
+    (tmp_path / "taken.pkl").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*taken\.pkl"):
-        convert_file(good, str(folder / "taken.pkl"))
-    with tarfile.open(folder / "real.pth.tar", "w") as tar:
+        convert_file(good, str(tmp_path / "taken.pkl"))
+    with tarfile.open(tmp_path / "real.pth.tar", "w") as tar:
         tar.add(good, "in.pth")
     with pytest.raises(InputError, match=r"real\.pth\.tar is a tar archive"):
-        convert_file(str(folder / "real.pth.tar"), str(folder / "out.pkl"))
+        convert_file(str(tmp_path / "real.pth.tar"), str(tmp_path / "out.pkl"))
     assert Path(good).read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["in.pth", "made", "real.pth.tar", "taken.pkl"]
+    assert sorted(os.listdir(tmp_path)) == ["in.pth", "made", "real.pth.tar", "taken.pkl"]
 
 
-def test_failed_write_leaves_what_was_there(folder, resnet18, monkeypatch):
-    torch.save(resnet18, folder / "in.pth")
-    (folder / "out.pkl").write_bytes(b"before")
+def test_failed_write_leaves_what_was_there(tmp_path, resnet18, monkeypatch):
+    torch.save(resnet18, tmp_path / "in.pth")
+    (tmp_path / "out.pkl").write_bytes(b"before")
 
     def full(content, file):
         file.write(b"half")
@@ -355,8 +348,8 @@ def test_failed_write_leaves_what_was_there(folder, resnet18, monkeypatch):
 
     monkeypatch.setattr("gng_d2.job.resnet_weights.pickle.dump", full)
     with pytest.raises(InputError, match=r"cannot write .*out\.pkl: No space left"):
-        convert_file(str(folder / "in.pth"), str(folder / "out.pkl"))
-    assert sorted(os.listdir(folder)) == ["in.pth", "out.pkl"] and (folder / "out.pkl").read_bytes() == b"before"
+        convert_file(str(tmp_path / "in.pth"), str(tmp_path / "out.pkl"))
+    assert sorted(os.listdir(tmp_path)) == ["in.pth", "out.pkl"] and (tmp_path / "out.pkl").read_bytes() == b"before"
 
 
 def run_tool(monkeypatch, *args):
@@ -364,9 +357,15 @@ def run_tool(monkeypatch, *args):
     runpy.run_path(str(TOOL), run_name="__main__")
 
 
-def test_tool(folder, monkeypatch, capsys):
-    torch.save(thin(torchvision.models.resnet18()), folder / "in.pth")
-    run_tool(monkeypatch, folder / "in.pth", folder / "out.pkl", "--depth", 18)
+def test_the_tool_takes_every_depth(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, "--help")
+    assert f"--depth {{{','.join(map(str, _BLOCKS))}}}" in capsys.readouterr().out
+
+
+def test_tool(tmp_path, monkeypatch, capsys):
+    torch.save(thin(torchvision.models.resnet18()), tmp_path / "in.pth")
+    run_tool(monkeypatch, tmp_path / "in.pth", tmp_path / "out.pkl", "--depth", 18)
     said = capsys.readouterr().out
     for text in (
         "ResNet-18 with BatchNorm, from 100 tensors",
@@ -380,5 +379,5 @@ def test_tool(folder, monkeypatch, capsys):
     ):
         assert text in said
     with pytest.raises(SystemExit, match=r"^error: .*in\.pth: it is a ResNet-18, not a ResNet-50$"):
-        run_tool(monkeypatch, folder / "in.pth", folder / "other.pkl", "--depth", 50)
-    assert not (folder / "other.pkl").exists()
+        run_tool(monkeypatch, tmp_path / "in.pth", tmp_path / "other.pkl", "--depth", 50)
+    assert not (tmp_path / "other.pkl").exists()

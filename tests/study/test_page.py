@@ -177,7 +177,7 @@ def test_what_the_trained_norms_receive():
     assert len(outer) == 4 and max(shares("GN1", outer)) < min(shares("GN/1", outer))
     for ws in ("", "+WS"):
         assert all(a > b for a, b in zip(shares(f"GN1{ws}", inner), shares(f"GN/1{ws}", inner)))
-    assert max(shares("GN1+WS", inner)) > min(shares("GN1", inner))
+    assert mean(shares("GN1+WS", inner)) > 0.9 * mean(shares("GN1", inner)), "not prevented"
 
 
 def test_little_is_measured_in_convolutions_where_the_formula_sees_much():

@@ -124,13 +124,15 @@ def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"--runs: {folder} is no folder of tools/compare.py: {error}") from error
     keys = {key for key, value in leaves(config) if str(value).startswith("<norm>")}
-    runs = (Run("", 0, path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "seed_*"))))
-    finished = [run for run in runs if run.recorded_state().status == "finished"]
-    runs = [(run.path("config.yaml"), run.path("model_final.pth"), keys) for run in finished]
-    runs = [run for run in runs if os.path.isfile(run[1])]
+    runs = [Run("", 0, path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "seed_*")))]
+    runs = [run for run in runs if run.recorded_state().status == "finished" and os.path.isfile(_weights(run))]
     if not runs:
         raise InputError(f"--runs: no run in {folder} is finished")
-    return runs
+    return [(run.path("config.yaml"), _weights(run), keys) for run in runs]
+
+
+def _weights(run):
+    return run.path("model_final.pth")
 
 
 def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[CollapseRow]:
