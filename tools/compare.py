@@ -33,7 +33,7 @@ def parse_args():
         "--norm-keys",
         nargs="+",
         metavar="KEY",
-        help="what to vary; default: each NORM key that is GN or a norm of ours",
+        help="what to vary; default: each NORM key that is GN or a norm of ours. A key that has +WS keeps it",
     )
     parser.add_argument(
         "--num-gpus", type=int, default=1, help="GPUs of each machine, or processes where there are no GPUs; default: 1"

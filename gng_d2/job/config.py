@@ -164,7 +164,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of each key for a norm's name, such as ("MODEL.FPN.NORM", "PGN"), ("model.backbone.norm", "PGN")."""
     if isinstance(cfg, CfgNode):
-        return ((key, value) for key, value in leaves(cfg) if key.endswith(".NORM"))
+        return ((key, value or "") for key, value in leaves(cfg) if key.endswith(".NORM"))
     try:
         found = leaves(OmegaConf.to_container(cfg.model, resolve=True), "model.")
     except OmegaConfBaseException as error:  # of a ${...} that leads nowhere

@@ -14,14 +14,15 @@ from gng_d2.groups import nearest_divisor
 from .group_norm import GroupNorm, PracticalGroupNorm
 from .ws_conv import WS
 
-__all__ = ["KNOWN_NORMS", "OURS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
+__all__ = ["KNOWN_NORMS", "OURS", "THEIRS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
 
 # <k>: any number of groups, <c>: of channels in each group
 _BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
 OURS = (*_BASES, *(name + WS for name in _BASES))
-KNOWN_NORMS = (*OURS, "LN", "BN", "FrozenBN", "SyncBN")
+THEIRS = ("LN", "BN", "FrozenBN", "SyncBN")  # Detectron2's
+KNOWN_NORMS = (*OURS, *THEIRS)
 
-_THEIRS = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
+_NAMES = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
 
 
 def norm_from_name(name: str) -> Callable | None:
@@ -76,7 +77,7 @@ def norm_name(norm: nn.Module) -> str:
         return norm.norm_name()
     if isinstance(norm, nn.GroupNorm):
         return "GN" if norm.num_groups == 32 else f"GN{norm.num_groups}"
-    return _THEIRS.get(type(norm).__name__, type(norm).__name__)
+    return _NAMES.get(type(norm).__name__, type(norm).__name__)
 
 
 def norm_in_path(name: str) -> str:

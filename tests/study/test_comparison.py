@@ -55,6 +55,23 @@ def test_a_norm_keeps_weight_standardization(tmp_path):
         assert model.SEM_SEG_HEAD.NORM == "GN"
 
 
+def test_a_norm_that_is_null_is_none_to_vary_until_it_is_named(tmp_path):
+    config = tmp_path / "null.yaml"
+    config.write_text(f"_BASE_: {Path(CONFIG).resolve()}\nMODEL: {{FPN: {{NORM: null}}}}\n")
+    assert "MODEL.FPN.NORM" not in Comparison(str(config), ["GN"], [0], "out").keys
+    assert Comparison(str(config), ["PGN"], [0], "out", ["MODEL.FPN.NORM"]).norm_cfg("PGN").MODEL.FPN.NORM == "PGN"
+
+
+def test_norms_of_detectron2_have_no_weight_standardization(tmp_path):
+    keys = ["MODEL.RESNETS.NORM"]
+    config = "configs/quick/faster_rcnn_gn_ws.yaml"
+    comparison = Comparison(config, ["FrozenBN", "PGN"], [0], str(tmp_path), keys)
+    assert [comparison.norm_cfg(norm).MODEL.RESNETS.NORM for norm in comparison.norms] == ["FrozenBN", "PGN+WS"]
+    with pytest.raises(InputError, match=r"^--norms PGN PGN\+WS: both are PGN\+WS here.*MODEL.RESNETS.NORM GN$"):
+        Comparison(config, ["PGN", "GN", "PGN+WS"], [0], str(tmp_path), keys)
+    Comparison(config, ["PGN", "PGN+WS"], [0], str(tmp_path), keys, ["MODEL.RESNETS.NORM", "GN"])
+
+
 @pytest.mark.slow
 def test_a_seed_has_the_same_weights_and_images_under_every_norm(shapes, tmp_path):
     def start(norm, seed):

@@ -30,7 +30,7 @@ from gng_d2.job.files import atomic_open, prepare_outputs
 from gng_d2.job.imports import import_modules
 from gng_d2.job.metrics import last_record
 from gng_d2.job.norm_keys import norms_of_key
-from gng_d2.layers.norm_names import norm_from_name, norm_in_path
+from gng_d2.layers.norm_names import THEIRS, norm_from_name, norm_in_path
 from gng_d2.layers.ws_conv import WS
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_table
@@ -111,7 +111,8 @@ class Comparison:
     """The runs of ``config_file``: one for each norm and seed.
 
     Args:
-        keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it.
+        keys: the ``NORM`` keys to vary, by default :func:`default_norm_keys`. A key that has "+WS" keeps it, except
+            under Detectron2's own norms, which cannot have it.
         overrides: ``KEY VALUE`` pairs for all runs.
         imports: modules and files that are run first, here and in each run
             (:func:`~gng_d2.job.imports.import_modules`).
@@ -158,6 +159,7 @@ class Comparison:
             if key not in known:
                 raise InputError(f"--norm-keys: the config has no NORM key {key}. It has {', '.join(known)}")
         self.standardized = {key for key in self.keys if known[key].endswith(WS)}
+        self._check_distinct()
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -169,8 +171,19 @@ class Comparison:
         ]
 
     def norm_overrides(self, norm: str) -> list[str]:
-        pairs = [(key, norm + WS if key in self.standardized and not norm.endswith(WS) else norm) for key in self.keys]
-        return [word for pair in pairs for word in pair]
+        standardized = set() if norm.endswith(WS) or norm in THEIRS else self.standardized
+        return [word for key in self.keys for word in (key, norm + WS if key in standardized else norm)]
+
+    def _check_distinct(self):
+        first = {}
+        for norm in self.norms:
+            same = first.setdefault(tuple(self.norm_overrides(norm)), norm)
+            if same != norm:
+                raise InputError(
+                    f"--norms {same} {norm}: both are {norm} here, because the config has +WS in "
+                    f"{', '.join(self.keys)}. To compare with and without, add the overrides "
+                    f"{' '.join(f'{key} GN' for key in self.keys)}"
+                )
 
     def run_overrides(self, run: Run) -> list[str]:
         return [*self.overrides, *self.norm_overrides(run.norm), "SEED", str(run.seed), "OUTPUT_DIR", run.folder]
