@@ -4,8 +4,8 @@ That is the outputs of its expensive layers, and the statistics of its norms, so
 """
 
 import math
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils import _python_dispatch, checkpoint
@@ -14,7 +14,7 @@ from gng_d2.ops.backends import HAS_OPS
 
 from .second_run import versions_of
 
-__all__ = ["CastsOfWeights", "Watch", "policy_without"]
+__all__ = ["CastsOfWeights", "KeptOutputs"]
 
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
 # first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
@@ -27,18 +27,43 @@ _APPLY = torch.ops.gng_d2.group_norm_apply.default if HAS_OPS else None
 _FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 
 
-def policy_without(changed_in_place: Collection[int]) -> Callable:
-    """The policy of a checkpoint that keeps what :func:`_is_kept` names, except the outputs at the given places."""
-    counts = {False: 0, True: 0}
+class KeptOutputs:
+    """Which expensive outputs of a module can be kept: those that no in-place op changes, as ReLU may a convolution's.
 
-    def policy(context, op, *args, **kwargs):
-        if _is_kept(op, args):
-            counts[context.is_recompute] += 1
-            if counts[context.is_recompute] - 1 not in changed_in_place:
+    Kinds of outputs are told apart and not single outputs, because their number and order may change with the size of
+    the images. A kind that no run has been watched with is computed again.
+    """
+
+    def __init__(self):
+        self._is_changed: dict[tuple, bool | None] = {}  # by kind; None: no run with it has been watched
+        self._is_new = True
+
+    def policy(self) -> Callable:
+        """The policy of a checkpoint of one run, and of its recomputation."""
+        kept = {kind for kind, is_changed in self._is_changed.items() if is_changed is False}
+
+        def policy(context, op, *args, **kwargs):
+            if op is _STATISTICS:
                 return checkpoint.CheckpointPolicy.MUST_SAVE
-        return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+            if _is_expensive(op, args):
+                if (kind := _kind(op, args)) in kept:
+                    return checkpoint.CheckpointPolicy.MUST_SAVE
+                self._is_changed.setdefault(kind)
+            return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+        return policy
+
+    @contextmanager
+    def watch(self):
+        """A context for a run: outputs of kinds that are not known yet are watched until its end."""
+        if not self._is_new and None not in self._is_changed.values():
+            yield
+            return
+        with _Watch() as watch:
+            yield
+        self._is_new = False
+        for kind, is_changed in watch.changes():
+            self._is_changed[kind] = is_changed or self._is_changed.get(kind) or False
 
 
 class CastsOfWeights(_python_dispatch.TorchDispatchMode):
@@ -56,8 +81,8 @@ class CastsOfWeights(_python_dispatch.TorchDispatchMode):
             return op(*args, **(kwargs or {}))
 
 
-class Watch(_python_dispatch.TorchDispatchMode):
-    """Notes, when a module first runs, which outputs that would be kept are later changed in place."""
+class _Watch(_python_dispatch.TorchDispatchMode):
+    """Notes the outputs that could be kept."""
 
     ignore_compile_internals = classmethod(lambda cls: True)
 
@@ -67,24 +92,26 @@ class Watch(_python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         output = op(*args, **(kwargs or {}))
-        if _is_kept(op, args):
-            outputs = output if isinstance(output, tuple) else (output,)
-            self._outputs.append((outputs, versions_of(outputs)))
+        if _is_expensive(op, args):
+            self._outputs.append((_kind(op, args), output, versions_of([output])))
         return output
 
-    def changed(self):
-        """The places of the changed outputs, for instance that of a convolution before an in-place ReLU."""
-        outputs, self._outputs = self._outputs, []
-        return frozenset(place for place, (output, versions) in enumerate(outputs) if versions_of(output) != versions)
+    def changes(self):
+        """The kind of each output, and whether the output was changed in place."""
+        return [(kind, versions_of([output]) != versions) for kind, output, versions in self._outputs]
 
 
-def _is_kept(op, args):
+def _kind(op, args):
+    return str(op), tuple(args[1].shape) if op is _aten.convolution.default else ()
+
+
+def _is_expensive(op, args):
     if op is _APPLY:
         # The output of norm, addition and relu is what a residual block returns. The next block keeps it anyway, as its
         # input, and relu's gradient needs it.
         activation, residual = (*args[6:], None, None)[:2]
         return activation == "relu" and residual is not None
-    return op is _STATISTICS or _cost(op, args) >= _MIN_KEPT_COST
+    return _cost(op, args) >= _MIN_KEPT_COST
 
 
 def _cost(op, args):

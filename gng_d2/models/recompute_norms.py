@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from gng_d2.layers.kinds import is_of_single_images
 from gng_d2.layers.module_path import module_path
 from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_enabled
 
-from .kept_outputs import CastsOfWeights, Watch, policy_without
+from .kept_outputs import CastsOfWeights, KeptOutputs
 from .second_run import State, differ, sums_of, versions_of
 
 __all__ = ["recompute_norms", "recomputed_modules"]
@@ -74,7 +75,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         for module in model.modules():
             if has(module, _Recomputed):
                 remove(module, _Recomputed)
-                for name in ("_changed_in_place", "_runs"):
+                for name in ("_kept", "_runs"):
                     module.__dict__.pop(name, None)
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
@@ -165,14 +166,14 @@ class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
 
     order = 2
-    # which of its expensive outputs, in their order, an in-place op changes: those cannot be kept. None: not known yet
-    _changed_in_place = None
+    _kept: KeptOutputs | None = None
     _runs = 0
 
     @classmethod
     def method_of(cls, wrapped):
         # Detectron2's heads compute losses and write logs in `forward`, and have their layers in `layers`
-        return "layers" if callable(getattr(wrapped, "layers", None)) else "forward"
+        layers = getattr(wrapped, "layers", None)
+        return "layers" if callable(layers) and len(signature(layers).parameters) > 1 else "forward"
 
     def run(self, method, args, kwargs):
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
@@ -182,28 +183,16 @@ class _Recomputed(StandIn):
             return method(*args, **kwargs)
         is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0
         self._runs += 1
-        if self._changed_in_place is None:
-            before, random_state = State(self, args, kwargs), torch.get_rng_state()
-            device_states = torch_checkpoint.get_device_states(*tensors)
-            watch = Watch()
-            output = _Run(self, method, is_checked, tensors, watch).start(args, kwargs)
-            changed = watch.changed()
-            if changed:
-                before.restore()
-                torch.set_rng_state(random_state)
-                torch_checkpoint.set_device_states(*device_states)
-            self._changed_in_place = changed
-            if not changed:
-                return output
+        if self._kept is None:
+            self._kept = KeptOutputs()
         return _Run(self, method, is_checked, tensors).start(args, kwargs)
 
 
 class _Run:
     """One run of a block: the checkpoint calls it with the leaves of its arguments, now and in the backward pass."""
 
-    def __init__(self, module, method, is_checked, inputs, watch=None):
-        self._module, self._method, self._is_checked = module, method, is_checked
-        self._inputs, self._watch = inputs, watch or nullcontext()
+    def __init__(self, module, method, is_checked, inputs):
+        self._module, self._method, self._is_checked, self._inputs = module, method, is_checked, inputs
         self._device_type = inputs[0].device.type
         self._kernels = enabled_kernels()  # when it runs again, the switch may stand otherwise
         self._before = State(module)
@@ -213,8 +202,7 @@ class _Run:
         # those themselves. When it runs again it has new ones, which hold what the caller's held at first.
         self._arguments = args, kwargs
         leaves, self._structure = tree_flatten((args, kwargs))
-        policy = policy_without(self._module._changed_in_place or ())
-        contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, policy)
+        contexts = partial(torch_checkpoint.create_selective_checkpoint_contexts, self._module._kept.policy())
         # a recomputation that stops early does not compute the output
         whole = torch_checkpoint.set_checkpoint_early_stop(False) if self._is_checked else nullcontext()
         with whole:
@@ -237,9 +225,8 @@ class _Run:
         self._arguments = self._inputs = None  # the checkpoint holds them, and may keep them elsewhere
         own = [tensor for tensor in self._before.tensors() if not isinstance(tensor, nn.Parameter)]
         versions = versions_of(inputs), versions_of(own)
-        with self._watch:
+        with self._module._kept.watch():
             output = self._method(*args, **kwargs)
-        self._watch = None
         if versions_of(inputs) != versions[0]:
             raise self._changes("input in place", "Have its first layer not do so (inplace=False), or leave it out")
         if versions_of(own) != versions[1]:

@@ -23,11 +23,11 @@ class State:
     """What a run of ``module`` may read and change now, other than the values in tensors.
 
     These are the attributes, parameters and buffers of ``module`` and its children, the entries of lists and dicts
-    among them and among ``arguments``, and the states of Python's and NumPy's random number generators.
+    among them, and the states of Python's and NumPy's random number generators.
     """
 
-    def __init__(self, module: nn.Module, *arguments: Any):
-        self._containers = [(container, copy(container)) for container in _containers(module, arguments)]
+    def __init__(self, module: nn.Module):
+        self._containers = [(container, copy(container)) for container in _containers(module)]
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def tensors(self) -> list[Tensor]:
@@ -47,8 +47,8 @@ class State:
         np.random.set_state(self._numpy)
 
 
-def _containers(module, arguments):
-    found, values, seen = [], list(arguments), set()
+def _containers(module):
+    found, values, seen = [], [], set()
     for m in module.modules():
         found += vars(m), m._parameters, m._buffers  # torch.func.functional_call replaces parameters
         values += [value for name, value in vars(m).items() if name not in _OF_EVERY_MODULE]
