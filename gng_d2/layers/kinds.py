@@ -59,7 +59,8 @@ def num_channels(module: nn.Module) -> int | None:
         weight = own(module, "weight")
         return weight.numel() if isinstance(weight, Tensor) else None
     if type(module).__name__ == "LayerNorm":
-        return (own(module, "normalized_shape") or (None,))[-1]
+        shape = own(module, "normalized_shape")  # PyTorch's is a tuple
+        return shape if isinstance(shape, int) else (shape or (None,))[-1]
     return None
 
 

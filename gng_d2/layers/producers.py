@@ -20,7 +20,7 @@ from gng_d2.errors import InputError
 from .kinds import Producer, layer_sizes
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
-__all__ = ["calls_with", "find_producers", "unchanged", "uncompiled"]
+__all__ = ["calls_with", "find_producers", "tensors_in", "unchanged", "uncompiled"]
 
 
 def find_producers(
@@ -60,7 +60,7 @@ def find_producers(
 
 def _find(model, norms, args, kwargs):
     watch = _Watch()
-    watch.take(_tensors_in((args, kwargs)), "the model's input")
+    watch.take(tensors_in((args, kwargs)), "the model's input")
     watch.take(model.buffers(), "a buffer")
     with unchanged(model), _eager(), torch.inference_mode(False), torch.no_grad():
         model.eval()  # not chained: a train() that the user wrote may return nothing
@@ -139,12 +139,12 @@ class _Watch(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         op, written = func._schema.name.rpartition("::")[2], _written(func, args, kwargs)
-        given = [t for t in _tensors_in(args) if t.is_floating_point() or t.is_complex()]
+        given = [t for t in tensors_in(args) if t.is_floating_point() or t.is_complex()]
         operands = [] if _MAKES_NUMBERS.search(op_kind(op)) else [self.origin(t) for t in given]
         out = func(*args, **kwargs)
         for tensor in written:
             self._write(tensor, self._origin(op, operands, given, tensor))
-        for tensor in _tensors_in(out):
+        for tensor in tensors_in(out):
             if not any(tensor is t for t in written):
                 self._note(tensor, self._origin(op, operands, given, tensor))
         return out
@@ -186,7 +186,7 @@ class _Watch(TorchDispatchMode):
             self._note(tensor, found)
 
 
-def _tensors_in(tree):
+def tensors_in(tree):
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
 
 
@@ -196,7 +196,7 @@ def _written(func, args, kwargs):
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            written += _tensors_in(value)
+            written += tensors_in(value)
     return written
 
 
@@ -217,8 +217,9 @@ def _noting(model, norms, watch):
 
     def before(module, args, kwargs):
         watch.running.append(module)
-        if module in norms:
-            found.setdefault(module, []).append(watch.origin(args[0] if args else kwargs["input"]).made)
+        tensors = tensors_in((args, kwargs))
+        if module in norms and tensors:
+            found.setdefault(module, []).append(watch.origin(tensors[0]).made)
 
     def after(module, args, output):
         watch.running.pop()
@@ -242,7 +243,7 @@ def unchanged(model):
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, buffer.is_inference() or buffer._version, buffer.clone())
         for module in modes
         for name, buffer in module._buffers.items()
         if buffer is not None and not nn.parameter.is_lazy(buffer)
@@ -257,7 +258,10 @@ def unchanged(model):
         for module, training in modes.items():
             module.training = training
         for parameter, trains in trained:
-            parameter.requires_grad_(trains)
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
+            for module, name, buffer, version, value in buffers:
+                module._buffers[name] = buffer
+                if buffer.is_inference() or buffer._version != version:  # expanded ones cannot be written
+                    buffer.copy_(value)

@@ -188,8 +188,10 @@ class _Pair:
         yield self.norm.register_forward_pre_hook(
             lambda _, args, kwargs: stop(*args, *kwargs.values()), with_kwargs=True
         )
-        if "drop" in self.reference._modules:
-            yield self.reference.drop.register_forward_pre_hook(lambda _, args: stop(*args))
+        inner = self.reference._modules
+        if "act" in inner:
+            first = inner.get("drop", inner["act"])  # timm has drop since 0.6
+            yield first.register_forward_pre_hook(lambda _, args: stop(*args))
         else:
             yield self.reference.register_forward_hook(lambda _, args, output: stop(output))
 

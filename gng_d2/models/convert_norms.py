@@ -118,6 +118,12 @@ def _convert(model, norm, example_inputs):
             changes.append(change)
     for change in changes:
         change.make()
+    made = {change.old for change in changes if change.is_fresh}
+    for module in model.modules():
+        if type(module).__name__ == "CycleBatchNormList" and made & set(
+            module
+        ):  # Detectron2's heads: one affine for all
+            _begin_anew(module.weight, module.bias)
     return len(changes), *_report(norm, already, changes, left, example_inputs is not None)
 
 
@@ -151,14 +157,21 @@ class _Change:
         self.name, self.old, self.place = name, old, place
         self.is_fresh = not isinstance(old, nn.GroupNorm)
         width = num_channels(old)
+        eps = getattr(old, "eps", 1e-5)  # DETR's FrozenBatchNorm2d has none
         options = {"gain_ratio": getattr(old, "gain_ratio", 1.0)} if norm.removesuffix(WS) == "PGN" else {}
         made = norm_from_name(norm if self._can_be_standardized() else norm.removesuffix(WS))
-        self.new = made(width, eps=old.eps, affine=False, **options)
+        self.new = made(width, eps=eps, affine=False, **options)
         self.groups = self.new.num_groups
         if self.groups and width % self.groups:
             raise InputError(
                 f"convert_norms: {norm} cannot replace {name}: its {width} channels do not divide into {self.groups} "
                 f"groups. Choose PGN, or GN/<c> (c channels in each group), which divide any width"
+            )
+        lost = getattr(old, "weight_standardization", False) and not self.new.weight_standardization
+        if lost and old.in_channels is not None and not any(producer.layer for producer in place.producers or ()):
+            raise InputError(
+                f"convert_norms: {name} has weight standardization, and {norm} has none. Which convolution has to lose "
+                f"it is seen only when the model runs: give example_inputs"
             )
         if self.groups is None and place.producers is not None:
             n_in = place.producers[0].n_in if place.producers else width
@@ -169,7 +182,7 @@ class _Change:
                 fewer = max(divisor for divisor in range(1, most + 1) if width % divisor == 0)
                 if fewer < self.groups:
                     ws = self.new.weight_standardization
-                    self.new = GroupNorm(fewer, width, old.eps, affine=False, weight_standardization=ws)
+                    self.new = GroupNorm(fewer, width, eps, affine=False, weight_standardization=ws)
             self.new.pooled_to = place.size
 
     def _can_be_standardized(self):
@@ -216,7 +229,8 @@ class _Change:
             if tensor is not None and not isinstance(tensor, nn.Parameter):
                 affine[key] = nn.Parameter(tensor, requires_grad=trains)
         cls = type(self.new)
-        if {"drop", "act"} <= norm._modules.keys():
+        if "act" in norm._modules:
+            state["_modules"].setdefault("drop", nn.Identity())  # timm has it since 0.6
             cls = PracticalGroupNormAct if cls is PracticalGroupNorm else GroupNormAct
         vars(norm).clear()
         vars(norm).update({**vars(self.new), **{key: state[key] for key in vars(nn.Module())}})

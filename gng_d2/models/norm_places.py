@@ -15,7 +15,7 @@ from gng_d2.errors import InputError
 from gng_d2.layers.binding import named_norms
 from gng_d2.layers.group_norm import GroupNorm
 from gng_d2.layers.kinds import NO_LAYER, Producer, layer_shape, num_channels
-from gng_d2.layers.producers import find_producers
+from gng_d2.layers.producers import find_producers, tensors_in
 
 from .bind_norms import runnable
 
@@ -98,7 +98,7 @@ def _noting(norms, shapes):
     """A context in which the shapes of the inputs of ``norms`` are added to ``shapes``."""
 
     def note(norm, args, kwargs):
-        shapes[norm].append(tuple((*args, *kwargs.values())[0].shape))
+        shapes[norm] += [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))[:1]]
 
     stack = ExitStack()
     for norm in norms:

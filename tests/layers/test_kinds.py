@@ -10,6 +10,15 @@ from torch import nn
 from gng_d2 import PracticalGroupNorm
 from gng_d2.layers.kinds import Producer, is_of_single_images, layer_shape, layer_sizes, num_channels, num_groups, own
 
+
+class LayerNorm(nn.Module):
+    """As projects write it, with an int."""
+
+    def __init__(self, normalized_shape):
+        super().__init__()
+        self.normalized_shape = normalized_shape
+
+
 # norm -> its channels, its groups, whether it normalizes each image separately
 NORMS = [
     (nn.GroupNorm(2, 8), 8, 2, True),
@@ -17,6 +26,7 @@ NORMS = [
     (nn.InstanceNorm2d(8), 8, None, True),
     (nn.LayerNorm((5, 8)), 8, 1, True),
     (detectron2.layers.batch_norm.LayerNorm(8), 8, 1, True),
+    (LayerNorm(8), 8, 1, True),
     (timm_layers.LayerNorm2d(8), None, None, True),
     (nn.BatchNorm1d(8), 8, None, False),
     (nn.SyncBatchNorm(8), 8, None, False),

@@ -3,8 +3,8 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
+from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
-from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from needs import needs_torch
 from survey_timm import brute_force_groups, check, fed_by, is_norm, randomize
@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import gng_d2
-from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms
+from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms, norm_table
 from gng_d2.errors import InputError
 
 # whole models
@@ -108,9 +108,18 @@ def test_norms_that_take_turns():
     shapes = [ShapeSpec(channels=128)] * 2
     head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
     features = [torch.rand(1, 128, 8, 8), torch.rand(1, 128, 4, 4)]
+    affines = [
+        parameter
+        for layer in head.modules()
+        if isinstance(layer, CycleBatchNormList)
+        for parameter in layer.parameters()
+    ]
+    for parameter in affines:
+        nn.init.uniform_(parameter)
     convert_norms(head, "PGN", (features,))
     assert [norm.num_groups for norm in head.cls_subnet[1]] == [16, 16] and not replaceable(head)
     assert head(features)[0][1].shape == (1, 3, 4, 4)
+    assert [parameter.unique().item() for parameter in affines] == [1, 0] * 2  # batch norm's says nothing to them
 
 
 # every kind of norm
@@ -132,6 +141,12 @@ def without_bias():
     return norm
 
 
+def without_eps():
+    norm = FrozenBatchNorm2d(16)
+    del norm.eps
+    return norm
+
+
 KINDS = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(16), 1),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(16), 2),
@@ -142,6 +157,7 @@ KINDS = {
     "NaiveSyncBatchNorm": (lambda: NaiveSyncBatchNorm(16), 2),
     "torchvision's FrozenBatchNorm2d": (lambda: FrozenBatchNorm2d(16), 2),
     "Detectron2's FrozenBatchNorm2d": (lambda: Detectron2FrozenBatchNorm2d(16), 2),
+    "DETR's FrozenBatchNorm2d": (without_eps, 2),
     "GroupNorm": (lambda: nn.GroupNorm(2, 16), 2),
     "timm's GroupNorm": (lambda: timm_layers.GroupNorm(16, 2), 2),
     "timm's GroupNorm1": (lambda: timm_layers.GroupNorm1(16), 2),
@@ -165,7 +181,7 @@ def test_every_kind_of_norm(kind, with_inputs):
     make, dims = KINDS[kind]
     model = nn.Sequential(conv(dims), make())
     old, children = model[1], dict(model[1].named_children())
-    eps, is_group_norm = old.eps, isinstance(old, nn.GroupNorm)
+    eps, is_group_norm = getattr(old, "eps", 1e-5), isinstance(old, nn.GroupNorm)
     for tensor in (old.weight, old.bias):
         if tensor is not None:
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -334,6 +350,93 @@ def test_from_ws_to_without():
     convert_norms(model, "PGN")
     x = torch.randn(1, 4, 5, 5)
     torch.testing.assert_close(model[0](x), F.conv2d(x, model[0].weight, model[0].bias))
+
+
+class OutOfOrder(nn.Module):
+    """Its norms are registered behind other layers than those that feed them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
+        self.relu, self.bn1, self.bn2 = nn.ReLU(), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+
+def test_from_ws_to_without_the_layer_that_has_it_has_to_be_known():
+    x = torch.randn(1, 4, 5, 5)
+    model = convert_norms(OutOfOrder(), "GN4+WS", x)
+    before = model(x)
+    with pytest.raises(InputError, match="bn[12] has weight standardization, and GN2 has none.*give example_inputs"):
+        convert_norms(model, "GN2")
+    assert torch.equal(model(x), before)
+    convert_norms(model, "GN2", x)
+    fresh = convert_norms(OutOfOrder(), "GN2", x)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), fresh(x))
+
+
+class WithOddNorms(nn.Module):
+    """Calls other projects' norms by keyword and with a list, and has a buffer that cannot be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.rms, self.level_norm = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), RMSNorm(), RMSNorm()
+        self.register_buffer("mean", torch.tensor([0.5]).expand(4)[:, None, None])
+
+    def forward(self, x):
+        y = self.rms(hidden_states=self.bn(self.conv(x - self.mean)))
+        return self.level_norm([y, y])[0]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+def test_how_other_norms_are_called_and_what_buffers_are(caplog):
+    model = convert_norms(WithOddNorms(), "PGN", torch.randn(1, 4, 5, 5))
+    assert model.bn.num_groups == 1 and model.bn.weight_layer.startswith("Conv2d")
+    assert "2 are left: RMSNorm (rms, level_norm)" in caplog.text
+
+
+def test_buffers_that_a_run_changes_are_restored():
+    class Counting(nn.Sequential):
+        def __init__(self, *layers):
+            super().__init__(*layers)
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    model = convert_norms(Counting(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)), "PGN", torch.randn(1, 4, 5, 5))
+    assert model.runs == 0
+
+
+@pytest.mark.parametrize("with_drop", [False, True])
+def test_an_activation_in_a_norm_runs_without_a_dropout_too(with_drop):
+    """Before 0.6 timm's BatchNormAct2d had no dropout."""
+    bn = timm_layers.BatchNormAct2d(8)
+    if not with_drop:
+        del bn.drop
+        bn.__class__ = type("BatchNormAct2d", (nn.BatchNorm2d,), {"__module__": "timm.models.layers", "forward": old})
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), bn)
+    nn.init.uniform_(bn.weight, 0.5, 1.5)
+    x = torch.randn(16, 3, 8, 8)
+    expected = model.eval()(x)
+    convert_norms(model, "GN2", x[:1], calibrate=x)
+    assert isinstance(model[1].act, nn.ReLU) and model(x).min() == 0
+    assert (model(x) - expected).std() < 0.5 * expected.std() and norm_table(model)[0].calibration_error < 0.5
+
+
+def old(self, x):
+    return self.act(nn.BatchNorm2d.forward(self, x))
 
 
 # what is left
