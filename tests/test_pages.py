@@ -348,7 +348,7 @@ def test_mean_and_variance_over_different_groups():
 
     assert f"is ahead of GN by {ahead('MIX-fixed', 'GN')}" in results
     assert f"the best fixed number of groups here, by {ahead('MIX-fixed', 'GN/1')}." in results
-    assert f"instance norm by {ahead('MIX-fixed', 'GN/1')[:-1]}, three seeds)" in choosing
+    assert f"of `GN` by {ahead('MIX-fixed', 'GN')[:-1]}, three seeds)" in choosing
     assert f"ahead of instance norm by {ahead('MIX-fixed-last', 'GN/1')}." in results
     learned = [f"`{norm}` by {difference(mixed[norm], mixed['MIX-fixed'])}" for norm in ("MIX", "MIX-shared")]
     assert ", ".join(learned) in results and all("(-" in text for text in learned), "within seed noise"
@@ -365,6 +365,20 @@ def test_mean_and_variance_over_different_groups():
         )
         last = name in {f"sem_seg_head.{of}.norm" for of in ("p2.0", "p3.0", "p4.2", "p5.4")}
         assert (in_mean < 1.5 if last else in_mean > 12) and 5 < in_variance < 12.1
+
+
+def test_the_mean_over_single_channels_on_bccd():
+    fixed = {row["norm"]: row["values"] for row in measured("bccd_faster_rcnn") if row["metric"] == "AP"}
+    mixed = next(row["values"] for row in measured("bccd_mixtures") if row["metric"] == "AP")
+    results, choosing = map(prose, ("docs/results.md", "docs/choosing-g.md"))
+    assert max(fixed, key=lambda norm: mean(fixed[norm])) == "GN1"
+    to_gn = difference(mixed, fixed["GN"])
+    assert (
+        f"with a difference of {to_gn}" in results
+        and f"a difference of {to_gn.replace('(', '').replace(' -', ', -')}" in choosing
+    )
+    assert f"the best fixed number of groups here, by {difference(fixed['GN1'], mixed)}." in results
+    assert f"has {difference(mixed, fixed['GN/1']).replace(' (', ' AP less (')}." in results
 
 
 def test_pretrained_weights_in_the_readme():
