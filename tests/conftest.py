@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import random
@@ -33,6 +34,17 @@ with suppress(ModuleNotFoundError):  # the tests that are marked gpu run without
     # The same examples in every run, and no limit to the time of one: the machine may be busy.
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that no process begins a long one when the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Collections of garbage, which measurements of memory make, need not look again at what is there now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

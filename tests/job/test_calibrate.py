@@ -289,7 +289,7 @@ def test_a_stride_that_the_weights_were_not_trained_with_is_a_warning(tmp_path, 
 
 def train_net(script, weights, output, *flags):
     words = ["--dist-url", "auto", "--config-file", CONFIG, *flags, *RATE_NEAR_0, "MODEL.WEIGHTS", str(weights)]
-    done = ready_process.run(script, [*words, "MODEL.RESNETS.NORM", "GN1", "OUTPUT_DIR", str(output)])
+    done = ready_process.run(script, [*words, "MODEL.RESNETS.NORM", "GN1", "OUTPUT_DIR", str(output)], forks=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import quick_models
 import ready_process
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.engine import launch
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -24,7 +22,7 @@ from gng_d2.job import engine
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
-from gng_d2.job.engine import Trainer, setup_job, then_leave_group, train_or_evaluate
+from gng_d2.job.engine import Trainer, setup_job, train_or_evaluate
 from gng_d2.job.metrics import last_record
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary
@@ -80,7 +78,7 @@ def one_image_each(path):
 @pytest.mark.slow
 def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     path = str(tmp_path / "gradients.pth")
-    launch(then_leave_group, 2, dist_url="auto", args=(one_image_each, path))
+    ready_process.launch(one_image_each, path)
     single, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     cfg, samples = two_images()
@@ -105,8 +103,8 @@ def test_two_processes_give_the_average_of_two_gradients(shapes, tmp_path):
     assert not torch.allclose(single[0][name], single[1][name], rtol=0.1)
 
 
-def train_net(*args, check=True):
-    done = ready_process.run("tools/train_net.py", args)
+def train_net(*args, check=True, **how):
+    done = ready_process.run("tools/train_net.py", args, **how)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -243,7 +241,7 @@ def test_an_error_in_one_of_two_processes_is_one_message_too(shapes, tmp_path):
     """A 32-pixel image leaves 1x1 maps, where PGN's 64 groups of 512 -> 64 would hold a single number."""
     opts = ["SOLVER.IMS_PER_BATCH", "2", "MODEL.FPN.NORM", "PGN", "INPUT.MIN_SIZE_TRAIN", "(32,)"]
     words = ["--dist-url", "auto", "--num-gpus", "2", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), *opts]
-    done = train_net(*words, "SOLVER.MAX_ITER", "1", check=False)
+    done = train_net(*words, "SOLVER.MAX_ITER", "1", check=False, forks=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "single number" in done.stderr.splitlines()[-1]
 
@@ -347,7 +345,9 @@ def test_a_higher_max_iter_does_not_put_the_only_checkpoint_at_risk(tiny, tmp_pa
     before = (tmp_path / "model_final.pth").read_bytes()
     images = tmp_path / "images"
     images.mkdir()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILL_IN_WRITE, str(images), str(tmp_path)])
+    script = tmp_path / "kill.py"
+    script.write_text(KILL_IN_WRITE)
+    done = ready_process.run(script, [str(images), str(tmp_path)])
     assert done.returncode == -9
     assert (tmp_path / "model_final.pth").read_bytes() == before
 

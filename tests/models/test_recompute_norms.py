@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import ready_process
 import torch
 import torchvision
-from detectron2.engine import launch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -47,7 +47,6 @@ from gng_d2 import (
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
-from gng_d2.job.engine import then_leave_group
 from gng_d2.layers.class_change import has, original_class
 from gng_d2.ops import group_norm_cpu, set_kernels_enabled
 from study.comparison import Comparison
@@ -870,7 +869,7 @@ def ddp_gradients(path):
 
 
 def test_distributed(tmp_path):
-    launch(then_leave_group, 2, dist_url="auto", args=(ddp_gradients, str(tmp_path / "found.pth")))
+    ready_process.launch(ddp_gradients, str(tmp_path / "found.pth"))
     found = torch.load(tmp_path / "found.pth")
     for static in (False, True):
         assert_same(found[static, True], found[static, False])

@@ -4,15 +4,18 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import quick_models
+import ready_process
 
+from gng_d2.errors import InputError
 from study.report import ComparisonRow
 from study.rows import read_rows
+from study.slurm import Slurm
+from study.watch import StatusTable
 
 sys.path.insert(0, os.path.dirname(__file__))
 from cluster import cluster, missing
@@ -30,7 +33,9 @@ TINY += ["DATALOADER.NUM_WORKERS", "0"]
 PREEMPT = """
 import os, subprocess, time
 from gng_d2.job.engine import Trainer
+from study.slurm import Slurm
 
+Slurm.pause = 0.5
 step = Trainer.run_step
 
 def run_step(self):
@@ -54,13 +59,12 @@ def slurm(shapes):
         yield {**environment, "OMP_NUM_THREADS": "1"}
 
 
-def command(output, norms, seeds, *options, overrides=TINY):
+def compare(environment, output, norms, seeds, *options, overrides=TINY, tool="tools/compare.py"):
     given = ["--config-file", CONFIG, "--norms", *norms, "--seeds", *seeds, "--output", str(output), *options]
-    return [sys.executable, "-W", "ignore", "tools/compare.py", *given, *overrides]
+    return ready_process.run(tool, [*given, *overrides], **environment)
 
 
-def compare(environment, *given, **more):
-    done = subprocess.run(command(*given, **more), env=environment, capture_output=True, text=True, timeout=500)
+def printed(done):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -72,49 +76,73 @@ def jobs(folder):
     return {str(path.parent): path.read_text() for path in Path(folder).glob("*/*/slurm_job")}
 
 
+# The watching process, killed when it has submitted
+KILLED = """
+import os, runpy, signal, sys
+sys.path.insert(0, "tools")
+from study.slurm import Slurm
+
+start = Slurm.start
+
+def start_and_die(self, runs):
+    start(self, runs)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Slurm.start = start_and_die
+runpy.run_path("tools/compare.py", run_name="__main__")
+"""
+
+
 def test_on_slurm_a_comparison_ends_with_the_table_of_this_machine(slurm, tmp_path):
     """With a run that is preempted while it trains, and a watching process that is killed and started again."""
-    preempt = tmp_path / "preempt.py"
+    preempt, killed = tmp_path / "preempt.py", tmp_path / "killed.py"
     preempt.write_text(PREEMPT)
-    given = ["GN", "PGN"], ["0", "1"], "--import", str(preempt), "--parallel", "2"
+    killed.write_text(KILLED)
+    given = ["GN", "PGN"], ["1"], "--import", str(preempt), "--parallel", "1"
     there, here = tmp_path / "slurm", tmp_path / "local"
 
-    with subprocess.Popen(command(there, *given, *ON_SLURM), env=slurm, stdout=subprocess.DEVNULL) as watching:
-        end = time.monotonic() + 120
-        while len(jobs(there)) < 4 and time.monotonic() < end and watching.poll() is None:
-            time.sleep(0.1)
-        watching.kill()
+    assert compare(slurm, there, *given, *ON_SLURM, tool=killed).returncode == -9
     submitted = jobs(there)
-    assert len(submitted) == 4
-    printed = compare(slurm, there, *given, *ON_SLURM)
+    assert len(submitted) == 2
+    said = printed(compare(slurm, there, *given, *ON_SLURM))
     assert jobs(there) == submitted
-    assert "PGN seed 1: queued" in printed and "PGN seed 1: finished" in printed
+    assert "PGN seed 1: queued" in said and "PGN seed 1: finished" in said
 
-    compare(slurm, here, *given)
+    printed(compare(slurm, here, *given))
     rows, expected = (
         [replace(row, machine="") for row in read_rows(folder / "results.json", ComparisonRow)]
         for folder in (there, here)
     )
-    assert rows == expected and all(row.seeds == [0, 1] for row in rows)
+    assert rows == expected and all(row.seeds == [1] for row in rows)
     assert (there / "PGN/seed_1/preempted").exists() and not (here / "PGN/seed_1/preempted").exists()
     assert all((there / "slurm" / f"{job}_0_log.err").exists() for job in submitted.values())
     assert "Starting training from iteration 2" in (there / "PGN/seed_1/log.txt").read_text()
 
 
 def test_a_run_takes_two_machines(slurm, tmp_path):
-    overrides = [*TINY, "DATASETS.TEST", "()"]
-    compare(slurm, tmp_path, ["PGN"], ["0"], "--num-machines", "2", *ON_SLURM, overrides=overrides)
+    overrides = [*TINY, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1"]
+    printed(compare(slurm, tmp_path, ["PGN"], ["0"], "--num-machines", "2", *ON_SLURM, overrides=overrides))
     assert "World size: 2" in (tmp_path / "PGN/seed_0/log.txt").read_text()
     assert re.search(r"Rank of current process: 1", (tmp_path / "PGN/seed_0/log.txt.rank1").read_text())
 
 
-def test_what_a_job_waits_for_is_said_and_a_cancelled_one_has_failed(slurm, tmp_path):
-    waits = [*ON_SLURM, "--slurm-option", "begin=now+1hour"]
-    with subprocess.Popen(
-        command(tmp_path, ["GN"], ["0"], *waits), env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as watching:
-        lines = [watching.stdout.readline() for _ in range(1)]
-        assert lines == ["GN seed 0: queued, Slurm says BeginTime\n"]
-        subprocess.run(["scancel", *jobs(tmp_path).values()], env=slurm, check=True)
-        out, err = watching.communicate(timeout=60)
-    assert re.search(r"GN seed 0: failed: job \d+ ended as CANCELLED", out) and "1 of 1 runs failed" in err
+def test_what_a_job_waits_for_is_said_and_a_cancelled_one_has_failed(slurm, tmp_path, monkeypatch, capsys):
+    """In this process: compare's main."""
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Slurm, "pause", 0.2)
+    words = ["--config-file", CONFIG, "--norms", "GN", "--seeds", "0", "--output", str(tmp_path), *ON_SLURM]
+    monkeypatch.setattr("sys.argv", ["compare.py", *words, "--slurm-option", "begin=now+1hour", *TINY])
+    said, show = [], StatusTable.show
+
+    def show_and_cancel(table, states):
+        show(table, states)
+        if not said:
+            said.append(capsys.readouterr().out)
+            subprocess.run(["scancel", *jobs(tmp_path).values()], check=True)
+
+    monkeypatch.setattr(StatusTable, "show", show_and_cancel)
+    with pytest.raises(InputError, match="1 of 1 runs failed"):
+        __import__("compare").main()
+    assert said == ["GN seed 0: queued, Slurm says BeginTime\n"]
+    assert re.search(r"GN seed 0: failed: job \d+ ended as CANCELLED", capsys.readouterr().out)

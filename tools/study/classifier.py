@@ -232,7 +232,8 @@ def train(
                 os.remove(path)
             raise _TimeIsOver
 
-    trainer = (AMPTrainer if run.amp else SimpleTrainer)(model, batches(), optimizer)
+    data = batches()
+    trainer = (AMPTrainer if run.amp else SimpleTrainer)(model, data, optimizer)
     checkpointer = Checkpointer(model, folder, trainer=trainer)
     trainer.register_hooks(
         [
@@ -252,6 +253,8 @@ def train(
         trainer.train(start, cfg.SOLVER.MAX_ITER)
     except _TimeIsOver:
         return None
+    finally:
+        data.close()
     test = _Transformed(images.test, test_transform)
     return _test_error(model, DataLoader(test, run.batch_size, num_workers=workers))
 

@@ -227,8 +227,10 @@ class _Job:
 
 
 def _allocated(cfg):
+    if cfg.MODEL.DEVICE != "cuda":
+        return 0
     gc.collect()
-    return torch.cuda.memory_allocated() if cfg.MODEL.DEVICE == "cuda" else 0
+    return torch.cuda.memory_allocated()
 
 
 def table(rows: list[StepCostRow]) -> str:
