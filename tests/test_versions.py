@@ -31,6 +31,11 @@ def test_a_skip_names_a_version_that_is_newer_or_what_the_machine_lacks(row):
         assert re.match(OF_THE_MACHINE, reason) or numbers(row["torch"]) < numbers(needed[1]), reason
 
 
+def test_how_many_need_a_gpu():
+    (number,) = {row.values[0]["skipped"]["there is no GPU"] for row in TRIED}
+    assert f"In each, {number} tests are skipped for lack of a GPU" in Path("docs/versions.md").read_text()
+
+
 def test_the_oldest_and_what_make_installs_are_among_them():
     tried = {row.values[0]["torch"]: row.values[0] for row in TRIED}
     pinned = dict(line.split("==") for line in Path("constraints.txt").read_text().split() if "==" in line)

@@ -93,9 +93,9 @@ class RecipeRow:
 
 
 def _recipe_table(rows):
-    keys = ("bed", "norm", "learning_rate", "iterations", "seed", "images", "metric")
-    lines = [[*(getattr(row, key) for key in keys), f"{row.value:.1f}"] for row in rows]
-    return markdown(lines, [key.replace("_", " ") for key in (*keys, "value")], "g")
+    keys = ("norm", "learning_rate", "iterations", "seed", "images", "metric")
+    lines = [[row.bed, *(getattr(row, key) for key in keys), f"{row.value:.1f}"] for row in rows]
+    return markdown(lines, [key.replace("_", " ") for key in ("data", *keys, "value")], "g")
 
 
 def _experiment(module, row_type, command):
@@ -129,6 +129,7 @@ def _steps_on_a_gpu(rows):
 _JSON = "--json docs/results/NAME.json"
 _PLOT = f"{_JSON} --plot docs/results/NAME.png"
 _THREE = "--norms GN GN1 PGN --seeds 0 1 2"
+_SHAPES = "--norms GN GN1 PGN GN/1 --seeds 0 1 2 --output DIR"
 _BEDS = "--import configs/study/bccd_camvid.py"
 _MIXTURES = f"{_BEDS} tools/study/mixture_norm.py"
 _CAMVID = "--config-file configs/study/semantic_fpn_camvid.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM"
@@ -180,7 +181,7 @@ SECTIONS = {
     "mobilenet_recipe": Section(
         RecipeRow,
         _recipe_table,
-        f"train_net.py {_DETECTORS} --config-file configs/study/BED.yaml SEED 100 MODEL.RESNETS.NORM FrozenBN "
+        f"train_net.py {_DETECTORS} --config-file configs/study/CONFIG.yaml SEED 100 MODEL.RESNETS.NORM FrozenBN "
         f"SOLVER.BASE_LR RATE DATASETS.TEST \"('IMAGES',)\" {_DETECTOR_WEIGHTS}",
     ),
     "camvid_pretrained": _from_weights("semantic_fpn_mobilenet_camvid.yaml", "FrozenBN GN1 GN/16 PGN"),
@@ -249,12 +250,13 @@ SECTIONS = {
     "bccd_camvid_recipe": Section(
         RecipeRow,
         _recipe_table,
-        f"train_net.py {_BEDS} --config-file configs/study/BED.yaml SEED 100 SOLVER.BASE_LR RATE "
+        f"train_net.py {_BEDS} --config-file configs/study/CONFIG.yaml SEED 100 SOLVER.BASE_LR RATE "
         "SOLVER.MAX_ITER ITERATIONS DATASETS.TEST \"('IMAGES',)\"",
     ),
-    "shapes_wide": _comparison(
-        "--norms GN GN1 PGN GN/1 --seeds 0 1 2 --output DIR --config-file configs/study/{pfpn,faster_rcnn}_shapes.yaml"
+    "pfpn_shapes": _comparison(
+        f"{_SHAPES} --config-file configs/study/pfpn_shapes.yaml --norm-keys MODEL.SEM_SEG_HEAD.NORM"
     ),
+    "faster_rcnn_shapes": _comparison(f"{_SHAPES} --config-file configs/study/faster_rcnn_shapes.yaml"),
     "benchmark_norm_cpu": _experiment(norm_cost, norm_cost.NormCostRow, f"norm-cost {_JSON}"),
     "fused_norm_cpu": Section(
         norm_cost.NormCostRow,
