@@ -19,7 +19,7 @@ __all__ = ["KNOWN_NORMS", "OURS", "THEIRS", "WS", "norm_from_name", "norm_name",
 # <k>: any number of groups, <c>: of channels in each group
 _BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
 OURS = (*_BASES, *(name + WS for name in _BASES))
-THEIRS = ("LN", "BN", "FrozenBN", "SyncBN")  # Detectron2's
+THEIRS = ("LN", "BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")  # Detectron2's
 KNOWN_NORMS = (*OURS, *THEIRS)
 
 _NAMES = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}

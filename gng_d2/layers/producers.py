@@ -243,7 +243,7 @@ def unchanged(model):
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
     buffers = [
-        (module, name, buffer, buffer.is_inference() or buffer._version, buffer.clone())
+        (module, name, buffer, buffer.clone())
         for module in modes
         for name, buffer in module._buffers.items()
         if buffer is not None and not nn.parameter.is_lazy(buffer)
@@ -261,7 +261,7 @@ def unchanged(model):
             if parameter.requires_grad != trains:
                 parameter.requires_grad_(trains)
         with torch.no_grad():
-            for module, name, buffer, version, value in buffers:
+            for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                if buffer.is_inference() or buffer._version != version:  # expanded ones cannot be written
+                if not buffer.is_meta and not torch.equal(buffer, value):  # an expanded one cannot be written
                     buffer.copy_(value)

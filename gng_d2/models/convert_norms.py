@@ -67,8 +67,9 @@ def convert_norms(
         ``model``; a second conversion to the same name changes nothing.
 
     Raises:
-        InputError: the name is none of ours, its number of groups does not divide a norm's width, or the model
-            cannot be calibrated. The model is then unchanged.
+        InputError: the name is none of ours, its number of groups does not divide a norm's width, a convolution that
+            has to lose its weight standardization is not known, or the model cannot be calibrated. The model is then
+            unchanged.
 
     Examples::
         >>> model = nn.Sequential(nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
@@ -120,9 +121,8 @@ def _convert(model, norm, example_inputs):
         change.make()
     made = {change.old for change in changes if change.is_fresh}
     for module in model.modules():
-        if type(module).__name__ == "CycleBatchNormList" and made & set(
-            module
-        ):  # Detectron2's heads: one affine for all
+        # norms of Detectron2's heads that take turns, and have one affine for all
+        if type(module).__name__ == "CycleBatchNormList" and made.issuperset(module):
             _begin_anew(module.weight, module.bias)
     return len(changes), *_report(norm, already, changes, left, example_inputs is not None)
 
@@ -168,10 +168,14 @@ class _Change:
                 f"groups. Choose PGN, or GN/<c> (c channels in each group), which divide any width"
             )
         lost = getattr(old, "weight_standardization", False) and not self.new.weight_standardization
-        if lost and old.in_channels is not None and not any(producer.layer for producer in place.producers or ()):
+        if (
+            lost
+            and old.weight_layer not in (None, NO_LAYER)
+            and not any(producer.layer for producer in place.producers or ())
+        ):
             raise InputError(
                 f"convert_norms: {name} has weight standardization, and {norm} has none. Which convolution has to lose "
-                f"it is seen only when the model runs: give example_inputs"
+                f"it is seen only when the model runs: give example_inputs that reach it"
             )
         if self.groups is None and place.producers is not None:
             n_in = place.producers[0].n_in if place.producers else width

@@ -5,10 +5,13 @@ That is the outputs of its expensive layers, and the statistics of its norms, so
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _python_dispatch, checkpoint
+from torch.utils._pytree import tree_flatten
 
 from gng_d2.ops.backends import HAS_OPS
 
@@ -53,17 +56,23 @@ class KeptOutputs:
 
         return policy
 
-    @contextmanager
-    def watch(self):
-        """A context for a run: outputs of kinds that are not known yet are watched until its end."""
+    def run(self, method: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run the module. If it may have kinds of outputs that are not known yet, they are watched.
+
+        An output that it returns counts as changed, because its caller may do that later.
+        """
         if not self._is_new and None not in self._is_changed.values():
-            yield
-            return
+            return method(*args, **kwargs)
         with _Watch() as watch:
-            yield
+            result = method(*args, **kwargs)
         self._is_new = False
-        for kind, is_changed in watch.changes():
+        returned = {t.untyped_storage()._cdata for t in tree_flatten(result)[0] if isinstance(t, Tensor)}
+        for kind, output, versions in watch.outputs:
+            # ReLU's gradient needs the output of _APPLY itself, so that no caller may change it
+            is_returned = kind[0] != str(_APPLY) and output.untyped_storage()._cdata in returned
+            is_changed = is_returned or versions_of([output]) != versions
             self._is_changed[kind] = is_changed or self._is_changed.get(kind) or False
+        return result
 
 
 class CastsOfWeights(_python_dispatch.TorchDispatchMode):
@@ -88,17 +97,13 @@ class _Watch(_python_dispatch.TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._outputs = []
+        self.outputs = []  # (kind, output, its versions)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         output = op(*args, **(kwargs or {}))
         if _is_expensive(op, args):
-            self._outputs.append((_kind(op, args), output, versions_of([output])))
+            self.outputs.append((_kind(op, args), output, versions_of([output])))
         return output
-
-    def changes(self):
-        """The kind of each output, and whether the output was changed in place."""
-        return [(kind, versions_of([output]) != versions) for kind, output, versions in self._outputs]
 
 
 def _kind(op, args):

@@ -52,7 +52,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     thousandth its output is compared with that of its first run. Hooks of modules inside it run twice.
 
     Gradients can be taken through a block once. A second backward after ``retain_graph=True``, double backward, and
-    losses that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time".
+    losses that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time", from the
+    second step on at the latest: in the first one a block keeps nothing that could be used up.
 
     Args:
         model: changed in place, before or after DistributedDataParallel wraps it.
@@ -92,6 +93,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         )
     for _, module in chains:
         add(module, _Recomputed)
+        module._kept = KeptOutputs()
     taken = sum(len(_norms_in(module)) for _, module in chains)
     logging.getLogger(__name__).info(
         f"computed again in the backward pass: {taken} of {len(_norms_in(model))} norms, in "
@@ -166,7 +168,7 @@ class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
 
     order = 2
-    _kept: KeptOutputs | None = None
+    _kept: KeptOutputs
     _runs = 0
 
     @classmethod
@@ -183,8 +185,6 @@ class _Recomputed(StandIn):
             return method(*args, **kwargs)
         is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0
         self._runs += 1
-        if self._kept is None:
-            self._kept = KeptOutputs()
         return _Run(self, method, is_checked, tensors).start(args, kwargs)
 
 
@@ -225,8 +225,7 @@ class _Run:
         self._arguments = self._inputs = None  # the checkpoint holds them, and may keep them elsewhere
         own = [tensor for tensor in self._before.tensors() if not isinstance(tensor, nn.Parameter)]
         versions = versions_of(inputs), versions_of(own)
-        with self._module._kept.watch():
-            output = self._method(*args, **kwargs)
+        output = self._module._kept.run(self._method, args, kwargs)
         if versions_of(inputs) != versions[0]:
             raise self._changes("input in place", "Have its first layer not do so (inplace=False), or leave it out")
         if versions_of(own) != versions[1]:
@@ -248,7 +247,16 @@ class _Run:
                 f"computed again with them. Call backward() before optimizer.step() and what else changes them, or "
                 f"leave it out: recompute_norms(that_module, enable=False)"
             )
-        output = self._method(*args, **kwargs)
+        try:
+            output = self._method(*args, **kwargs)
+        except RuntimeError as error:
+            if "has been mutated" not in str(error):  # PyTorch's, of an output that was kept
+                raise
+            raise InputError(
+                f"{module_path(self._module)}: the output of a convolution in it was changed in place, and was not in "
+                f"earlier runs. Have what follows it not do so (inplace=False), or leave it out: "
+                f"recompute_norms(that_module, enable=False)"
+            ) from error
         if self._is_checked and differ(self._sums, sums := sums_of(output)):
             raise InputError(
                 f"{module_path(self._module)}: its output is another one when it is computed again in the backward "

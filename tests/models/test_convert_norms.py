@@ -122,6 +122,15 @@ def test_norms_that_take_turns():
     assert [parameter.unique().item() for parameter in affines] == [1, 0] * 2  # batch norm's says nothing to them
 
 
+def test_an_affine_of_norms_that_take_turns_stays_where_one_of_them_stays():
+    shapes = [ShapeSpec(channels=128)] * 2
+    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+    nn.init.constant_(head.cls_subnet[1].weight, 2)
+    convert_norms(head, "GN/1", ([torch.rand(1, 128, 8, 8), torch.rand(1, 128, 1, 1)],))
+    assert [type(norm) for norm in head.cls_subnet[1]] == [GroupNorm, nn.BatchNorm2d]
+    assert (head.cls_subnet[1].weight == 2).all()
+
+
 # every kind of norm
 
 
@@ -403,6 +412,34 @@ def test_how_other_norms_are_called_and_what_buffers_are(caplog):
     model = convert_norms(WithOddNorms(), "PGN", torch.randn(1, 4, 5, 5))
     assert model.bn.num_groups == 1 and model.bn.weight_layer.startswith("Conv2d")
     assert "2 are left: RMSNorm (rms, level_norm)" in caplog.text
+
+
+class AfterConcatenation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(torch.cat([self.a(x), self.b(x)], 1))
+
+
+def test_from_ws_to_without_where_no_layer_has_it():
+    model, x = AfterConcatenation(), torch.randn(1, 4, 5, 5)
+    convert_norms(convert_norms(model, "GN2+WS", x), "GN4", x)
+    assert model.bn.num_groups == 4
+
+
+class InTraining(nn.BatchNorm2d):
+    """Trains whatever its mode is; PyTorch's op writes its statistics without a trace."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
+
+
+def test_statistics_that_a_run_changes_are_restored():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), InTraining(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    convert_norms(model, "PGN", torch.randn(2, 4, 5, 5))
+    assert (model[1].running_mean == 0).all() and (model[1].running_var == 1).all()
 
 
 def test_buffers_that_a_run_changes_are_restored():

@@ -243,6 +243,67 @@ def test_images_of_another_size_and_other_numbers_of_maps(runs, threads):
         torch.set_num_threads(before)
 
 
+class Growing(nn.Module):
+    """Its runs have one convolution more each, of another width; the output of every second one is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.runs = GroupNorm(2, 96), 0
+        self.convs = nn.ModuleList(nn.Conv2d(96, 96, (3, 3 + 2 * i), padding=(1, 1 + i)) for i in range(4))
+        self.last = nn.Conv2d(96, 8, 1)
+
+    def forward(self, x):
+        x, self.runs = self.norm(x), self.runs + 1
+        for i, conv in enumerate(self.convs[: self.runs]):
+            x = nn.functional.silu(conv(x), inplace=i % 2 == 1)
+        return self.last(x)
+
+
+def test_kinds_of_outputs_that_come_later():
+    """Of runs with 1, 2, 3, 4, 4, 4 expensive convolutions: the new one is computed again, and each second one."""
+    model = Growing()
+    plain, runs = copy.deepcopy(model), []
+    recompute_norms(model)
+    for _ in range(6):
+        x = torch.randn(1, 96, 9, 9)
+        with Recorder() as recorder:
+            model(x).square().sum().backward()
+        runs.append(recorder.ops.count("aten.convolution.default"))
+        plain(x).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()))
+    # in the forward pass; again the last and cheap one, as the first three runs are checked; again what is not kept
+    assert runs == [2 + 1 + 1, 3 + 1 + 1, 4 + 1 + 2, 5 + 2, 5 + 2, 5 + 2]
+
+
+@pytest.mark.parametrize("change", [torch.relu_, lambda y: y.mul_(0.5), lambda y: y[:, :4].zero_() is None or y])
+def test_what_a_block_returns_may_be_changed_by_its_caller(change):
+    block = nn.Sequential(*(nn.GroupNorm(2, 96), nn.ReLU(), nn.Conv2d(96, 96, 3)) * 2)
+    plain = copy.deepcopy(block)
+    recompute_norms(block)
+    for _ in range(5):
+        x = torch.randn(1, 96, 8, 8)
+        for model in (block, plain):
+            change(model(x)).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(block.parameters(), plain.parameters()))
+
+
+def test_a_convolution_that_is_changed_in_place_later_is_an_error_that_names_the_block():
+    class Block(nn.Sequential):
+        def forward(self, x):
+            y = self[1](self[0](x))
+            return self[2](y.relu_() if self.changes else y.relu())
+
+    model = nn.Sequential(nn.Identity(), Block(GroupNorm(2, 96), nn.Conv2d(96, 96, 3), GroupNorm(2, 96)))
+    recompute_norms(model)
+    for model[1].changes in (False, False):
+        model(torch.randn(1, 96, 8, 8)).sum().backward()
+    model[1].changes = True
+    with pytest.raises(
+        InputError, match=r"^1: the output of a convolution in it was changed in place, and.*enable=False"
+    ):
+        model(torch.randn(1, 96, 8, 8)).sum().backward()
+
+
 def test_an_expensive_convolution_is_kept_from_the_second_run_on():
     model = nn.Sequential(GroupNorm(2, 96), nn.Conv2d(96, 96, 3), nn.SiLU(), nn.Conv2d(96, 8, 1))
     recompute_norms(model)

@@ -65,10 +65,16 @@ def test_a_norm_that_is_null_is_none_to_vary_until_it_is_named(tmp_path):
 def test_norms_of_detectron2_have_no_weight_standardization(tmp_path):
     keys = ["MODEL.RESNETS.NORM"]
     config = "configs/quick/faster_rcnn_gn_ws.yaml"
-    comparison = Comparison(config, ["FrozenBN", "PGN"], [0], str(tmp_path), keys)
-    assert [comparison.norm_cfg(norm).MODEL.RESNETS.NORM for norm in comparison.norms] == ["FrozenBN", "PGN+WS"]
-    with pytest.raises(InputError, match=r"^--norms PGN PGN\+WS: both are PGN\+WS here.*MODEL.RESNETS.NORM GN$"):
-        Comparison(config, ["PGN", "GN", "PGN+WS"], [0], str(tmp_path), keys)
+    comparison = Comparison(config, ["FrozenBN", "", "nnSyncBN", "PGN"], [0], str(tmp_path), keys)
+    assert [comparison.norm_cfg(norm).MODEL.RESNETS.NORM for norm in comparison.norms] == [
+        "FrozenBN",
+        "",
+        "nnSyncBN",
+        "PGN+WS",
+    ]
+    for norms in (["PGN", "GN", "PGN+WS"], ["PGN+WS", "PGN"]):
+        with pytest.raises(InputError, match=r"^--norms PGN\S* PGN\S*: both are PGN\+WS here.*MODEL.RESNETS.NORM GN$"):
+            Comparison(config, norms, [0], str(tmp_path), keys)
     Comparison(config, ["PGN", "PGN+WS"], [0], str(tmp_path), keys, ["MODEL.RESNETS.NORM", "GN"])
 
 

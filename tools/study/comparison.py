@@ -171,7 +171,7 @@ class Comparison:
         ]
 
     def norm_overrides(self, norm: str) -> list[str]:
-        standardized = set() if norm.endswith(WS) or norm in THEIRS else self.standardized
+        standardized = set() if norm.endswith(WS) or norm in ("", *THEIRS) else self.standardized
         return [word for key in self.keys for word in (key, norm + WS if key in standardized else norm)]
 
     def _check_distinct(self):
@@ -180,7 +180,7 @@ class Comparison:
             same = first.setdefault(tuple(self.norm_overrides(norm)), norm)
             if same != norm:
                 raise InputError(
-                    f"--norms {same} {norm}: both are {norm} here, because the config has +WS in "
+                    f"--norms {same} {norm}: both are {norm.removesuffix(WS)}{WS} here, because the config has +WS in "
                     f"{', '.join(self.keys)}. To compare with and without, add the overrides "
                     f"{' '.join(f'{key} GN' for key in self.keys)}"
                 )
