@@ -1,4 +1,3 @@
-import gc
 import logging
 import os
 import random
@@ -39,12 +38,6 @@ with suppress(ModuleNotFoundError):  # the tests that are marked gpu run without
 def pytest_collection_modifyitems(items):
     """Slow tests first, so that no process begins a long one when the others have nothing left."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-def pytest_collection_finish():
-    """Collections of garbage, which measurements of memory make, need not look again at what is there now."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

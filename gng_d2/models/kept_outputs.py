@@ -30,6 +30,7 @@ _APPLY = torch.ops.gng_d2.group_norm_apply.default if HAS_OPS else None
 _FACTOR = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 
 
+@torch.jit.unused
 class KeptOutputs:
     """Which expensive outputs of a module can be kept: those that no in-place op changes, as ReLU may a convolution's.
 

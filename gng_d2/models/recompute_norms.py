@@ -168,7 +168,7 @@ class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
 
     order = 2
-    _kept: KeptOutputs
+    _kept = None  # KeptOutputs; torch.jit.script reads annotations
     _runs = 0
 
     @classmethod

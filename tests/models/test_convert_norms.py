@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -151,8 +153,12 @@ def without_bias():
 
 
 def without_eps():
-    norm = FrozenBatchNorm2d(16)
-    del norm.eps
+    def forward(self, x):
+        return FrozenBatchNorm2d.forward(SimpleNamespace(**self._buffers, eps=1e-5), x)
+
+    norm = type("FrozenBatchNorm2d", (nn.Module,), {"forward": forward})()
+    for name, tensor in FrozenBatchNorm2d(16).named_buffers():
+        norm.register_buffer(name, tensor)
     return norm
 
 

@@ -240,7 +240,6 @@ def add_arguments(parser) -> None:
 
 
 def main(args) -> None:
-    gc.freeze()  # each measurement collects garbage, which need not look at PyTorch's own objects
     prepare_outputs(args.json)
     rows = {row.key(): row for row in rows_to_keep(args, MemoryRow)}
 
