@@ -26,7 +26,7 @@ from command_line import run_tool, tool_parser
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # Detectron2's models made small, for --device cpu
-_SMALL = (
+SMALL = (
     "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 "
     "MODEL.ROI_MASK_HEAD.CONV_DIM 32 MODEL.ROI_HEADS.NUM_CLASSES 5 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 "
     "MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.SEM_SEG_HEAD.CONVS_DIM 32"
@@ -57,12 +57,12 @@ PARTS = (
     Part(
         "step-cost", "benchmark_train", ("detectron2",), 0.7,
         "--resume --images 2 1 --seconds 3",
-        f"--models pfpn --resume --images 1 --seconds 0.01 --size 64 96 {_SMALL}",
+        f"--models pfpn --resume --images 1 --seconds 0.01 --size 64 96 {SMALL}",
     ),
     Part(
         "memory", "memory", ("detectron2",), 1.0,
         "--resume --seconds 2",
-        f"--models pfpn --resume --size 64 96 {_SMALL}",
+        f"--models pfpn --resume --size 64 96 {SMALL}",
     ),
 )  # fmt: skip
 

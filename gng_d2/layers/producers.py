@@ -217,8 +217,7 @@ def _noting(model, norms, watch):
 
     def before(module, args, kwargs):
         watch.running.append(module)
-        tensors = tensors_in((args, kwargs))
-        if module in norms and tensors:
+        if module in norms and (tensors := tensors_in((args, kwargs))):
             found.setdefault(module, []).append(watch.origin(tensors[0]).made)
 
     def after(module, args, output):

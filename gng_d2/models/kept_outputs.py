@@ -9,10 +9,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _python_dispatch, checkpoint
-from torch.utils._pytree import tree_flatten
 
+from gng_d2.layers.producers import tensors_in
 from gng_d2.ops.backends import HAS_OPS
 
 from .second_run import versions_of
@@ -67,7 +66,7 @@ class KeptOutputs:
         with _Watch() as watch:
             result = method(*args, **kwargs)
         self._is_new = False
-        returned = {t.untyped_storage()._cdata for t in tree_flatten(result)[0] if isinstance(t, Tensor)}
+        returned = {t.untyped_storage()._cdata for t in tensors_in(result)}
         for kind, output, versions in watch.outputs:
             # ReLU's gradient needs the output of _APPLY itself, so that no caller may change it
             is_returned = kind[0] != str(_APPLY) and output.untyped_storage()._cdata in returned

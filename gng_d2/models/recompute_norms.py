@@ -7,7 +7,7 @@ from functools import partial
 from inspect import signature
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint as torch_checkpoint
@@ -17,6 +17,7 @@ from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, has, remove
 from gng_d2.layers.kinds import is_of_single_images
 from gng_d2.layers.module_path import module_path
+from gng_d2.layers.producers import tensors_in
 from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_enabled
 
 from .kept_outputs import CastsOfWeights, KeptOutputs
@@ -180,7 +181,7 @@ class _Recomputed(StandIn):
     def run(self, method, args, kwargs):
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or is_transformed():
             return method(*args, **kwargs)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         if not tensors or not any(t.requires_grad for ts in (tensors, self.parameters()) for t in ts):
             return method(*args, **kwargs)
         is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0

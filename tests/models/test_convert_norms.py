@@ -105,10 +105,14 @@ def test_activations_inside_timm_norms_stay():
     assert {name: m for name, m in model.named_modules() if isinstance(m, nn.SiLU)} == names
 
 
+def retinanet_head():
+    shapes = [ShapeSpec(channels=128)] * 2
+    return RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+
+
 def test_norms_that_take_turns():
     """Detectron2's RetinaNet has a batch norm for each level behind one convolution, and one affine for all."""
-    shapes = [ShapeSpec(channels=128)] * 2
-    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+    head = retinanet_head()
     features = [torch.rand(1, 128, 8, 8), torch.rand(1, 128, 4, 4)]
     affines = [
         parameter
@@ -125,8 +129,7 @@ def test_norms_that_take_turns():
 
 
 def test_an_affine_of_norms_that_take_turns_stays_where_one_of_them_stays():
-    shapes = [ShapeSpec(channels=128)] * 2
-    head = RetinaNetHead(input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[64], norm="BN")
+    head = retinanet_head()
     nn.init.constant_(head.cls_subnet[1].weight, 2)
     convert_norms(head, "GN/1", ([torch.rand(1, 128, 8, 8), torch.rand(1, 128, 1, 1)],))
     assert [type(norm) for norm in head.cls_subnet[1]] == [GroupNorm, nn.BatchNorm2d]

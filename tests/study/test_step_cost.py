@@ -3,6 +3,7 @@ from detectron2.modeling import build_model
 from needs import KERNELS
 from torch import nn
 
+import gpu
 from gng_d2.layers import WSConv2d
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.ops.backends import DEFAULT_KERNELS, enabled_kernels
@@ -10,11 +11,7 @@ from study import step_cost
 from study.rows import read_rows
 from study.step_cost import Setup
 
-SMALL = (
-    "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32 "
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.SEM_SEG_HEAD.CONVS_DIM 32 "
-    "MODEL.ROI_MASK_HEAD.CONV_DIM 32 MODEL.ROI_HEADS.NUM_CLASSES 5"
-).split()
+SMALL = gpu.SMALL.split()
 
 
 @pytest.mark.slow

@@ -179,10 +179,11 @@ class Comparison:
         for norm in self.norms:
             same = first.setdefault(tuple(self.norm_overrides(norm)), norm)
             if same != norm:
+                keys = sorted(self.standardized)
                 raise InputError(
                     f"--norms {same} {norm}: both are {norm.removesuffix(WS)}{WS} here, because the config has +WS in "
-                    f"{', '.join(self.keys)}. To compare with and without, add the overrides "
-                    f"{' '.join(f'{key} GN' for key in self.keys)}"
+                    f"{', '.join(keys)}. To compare with and without, add the overrides "
+                    f"{' '.join(f'{key} GN' for key in keys)}"
                 )
 
     def run_overrides(self, run: Run) -> list[str]:
