@@ -50,8 +50,7 @@ def is_faster(
     if fused:
         return x.numel() >= _MIN_GROUP
     thread_blocks = x.shape[0] * num_groups
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return thread_blocks < multiprocessors and x.numel() >= thread_blocks * _MIN_GROUP
+    return thread_blocks < _multiprocessors(x.device) and x.numel() >= thread_blocks * _MIN_GROUP
 
 
 def _keeps_dtype(x, weight, bias):

@@ -1,7 +1,6 @@
 """The op around the kernels: which it picks, and what PyTorch does with it. Numbers: test_group_norm_{cpu,triton}.py"""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,14 +262,14 @@ def fake(*shape, dtype=torch.float32, **kwargs):
     return torch.empty(shape, dtype=dtype, device="cuda", **kwargs)
 
 
-H100 = SimpleNamespace(multi_processor_count=132)
+H100 = 132  # multiprocessors
 
 
 @needs_torch(2, 13, "torch.compile on fake tensors of a GPU that is not there")
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch, activation):
     """On fake tensors, which need no GPU. The activation is left to the compiler."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(triton_kernels, "_multiprocessors", lambda device: H100)
     monkeypatch.setattr(triton_kernels, "works", lambda device: True)
     targets = []
 
@@ -292,7 +291,7 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch, activation):
 @needs_torch(2, 11, "fake tensors of a GPU that is not there")
 def test_choice_on_cuda(monkeypatch):
     """PyTorch's kernels where they fill the machine, ours where they do not or would copy the input."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(triton_kernels, "_multiprocessors", lambda device: H100)
 
     def ours(x, num_groups, parameters=torch.float32):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
