@@ -19,20 +19,20 @@ from .files import prepare_folder
 __all__ = ["build_evaluator", "check_evaluation"]
 
 
-# by the `evaluator_type` of Detectron2's metadata: the evaluators; the outputs of a model without which they
-# fail; the package in which they compute
+# by the `evaluator_type` of Detectron2's metadata: the evaluators; the outputs of a model that they evaluate, which are
+# any of these sets; the package in which they compute
 _EVALUATIONS = {
-    "coco": ([evaluation.COCOEvaluator], set(), "pycocotools"),
+    "coco": ([evaluation.COCOEvaluator], [{"instances"}, {"proposals"}], "pycocotools"),
     "coco_panoptic_seg": (
         [evaluation.SemSegEvaluator, evaluation.COCOEvaluator, evaluation.COCOPanopticEvaluator],
-        {"sem_seg", "panoptic_seg"},
+        [{"sem_seg", "panoptic_seg"}],
         "panopticapi",
     ),
-    "sem_seg": ([evaluation.SemSegEvaluator], {"sem_seg"}, "pycocotools"),
-    "lvis": ([evaluation.LVISEvaluator], set(), "lvis"),
-    "pascal_voc": ([evaluation.PascalVOCDetectionEvaluator], {"instances"}, "pycocotools"),
-    "cityscapes_instance": ([evaluation.CityscapesInstanceEvaluator], {"instances"}, "cityscapesscripts"),
-    "cityscapes_sem_seg": ([evaluation.CityscapesSemSegEvaluator], {"sem_seg"}, "cityscapesscripts"),
+    "sem_seg": ([evaluation.SemSegEvaluator], [{"sem_seg"}], "pycocotools"),
+    "lvis": ([evaluation.LVISEvaluator], [{"instances"}, {"proposals"}], "lvis"),
+    "pascal_voc": ([evaluation.PascalVOCDetectionEvaluator], [{"instances"}], "pycocotools"),
+    "cityscapes_instance": ([evaluation.CityscapesInstanceEvaluator], [{"instances"}], "cityscapesscripts"),
+    "cityscapes_sem_seg": ([evaluation.CityscapesSemSegEvaluator], [{"sem_seg"}], "cityscapesscripts"),
 }
 # the outputs of Detectron2's models. Models of other projects, subclasses of these too, are not compared
 _GIVEN = {
@@ -88,10 +88,11 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
         build_evaluator(cfg, name, folder)
-        needed = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
-        if given is not None and needed - given:
+        evaluated = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
+        if given is not None and not any(outputs <= given for outputs in evaluated):
+            needed = " or ".join(" and ".join(sorted(outputs)) for outputs in evaluated)
             raise InputError(
-                f"DATASETS.TEST: the evaluation of {name!r} needs the {' and '.join(sorted(needed))} of a model, and a "
+                f"DATASETS.TEST: the evaluation of {name!r} needs the {needed} of a model, and a "
                 f"{type(model).__name__} gives {' and '.join(sorted(given))}. Test on a dataset for such a model"
             )
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or _COCO_KEYPOINTS

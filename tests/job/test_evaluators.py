@@ -24,6 +24,7 @@ def check(folder, *overrides):
         [],
         DETECTOR,
         [*DETECTOR, "TEST.AUG.ENABLED", "True"],
+        ["MODEL.META_ARCHITECTURE", "ProposalNetwork", *DETECTOR[2:]],
         ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "DATASETS.TEST", "('gng_shapes_val_stuffonly',)"],
         ["TEST.AUG.ENABLED", "True", "DATASETS.TEST", "()"],
         [*KEYPOINTS, "17"],
@@ -58,6 +59,10 @@ def test_test_time_augmentation_of_a_model_that_has_none(overrides, shapes, tmp_
             "'gng_shapes_val_separated' needs the panoptic_seg and sem_seg .* GeneralizedRCNN gives instances",
         ),
         (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "SemanticSegmentor gives sem_seg"),
+        (
+            ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", *DETECTOR[2:]],
+            "'gng_shapes_val' needs the instances or proposals of a model, and a SemanticSegmentor gives sem_seg",
+        ),
         (["MODEL.PANOPTIC_FPN.COMBINE.ENABLED", "False"], "a PanopticFPN gives instances and sem_seg"),
         ([*KEYPOINTS, "2"], "TEST.KEYPOINT_OKS_SIGMAS stands for 17 keypoints, and .*NUM_KEYPOINTS is 2"),
     ],
