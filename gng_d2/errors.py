@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-__all__ = ["InputError", "abbreviated"]
-
 
 class InputError(ValueError):
     """A user's config, file, dataset or model cannot be used. Tools print it without a traceback."""

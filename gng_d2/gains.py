@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "activation_gains"]
-
 # the activations of Table 2
 ACTIVATIONS = {
     "relu": F.relu,

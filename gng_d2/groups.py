@@ -11,9 +11,6 @@ from numbers import Integral, Rational, Real
 
 from .errors import InputError
 
-__all__ = ["GROUP_CHOICES", "checked_size", "ideal_num_groups", "isometry_ratio", "nearest_divisor"]
-__all__ += ["practical_num_groups"]
-
 
 def ideal_num_groups(n_in: int, n_out: int, gain_ratio: float = 1.0) -> float:
     """Number of groups for which the unit block's gradients keep their variance (Eq. 32).

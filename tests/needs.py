@@ -5,8 +5,6 @@ import sys
 import pytest
 import torch
 
-__all__ = ["COMPILE", "EXPORT", "HALF", "KERNELS", "LOOK", "PARAMETRIZED_WEIGHT_NORM", "RECOMPUTE", "needs_torch"]
-
 
 def needs_torch(major, minor, what):
     """Skips a test, a parameter or, as ``pytestmark``, a file on an older PyTorch, which lacks ``what``.

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["launch", "run"]
-
 _READY = multiprocessing.get_context("forkserver")
 _READY.set_forkserver_preload(["detectron2.engine", "gng_d2.job.engine", "gng_d2.predict.pictures", "scipy.stats"])
 

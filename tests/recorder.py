@@ -2,8 +2,6 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Recorder"]
-
 
 class Recorder(TorchDispatchMode):
     """While entered, keeps the name of each op that runs, such as "aten.add.Tensor"."""

@@ -10,19 +10,6 @@ import os
 import sys
 import warnings
 
-__all__ = [
-    "ANEW",
-    "tool_parser",
-    "add_config_file",
-    "add_outputs",
-    "add_import",
-    "add_trust",
-    "add_overrides",
-    "add_norm_options",
-    "check_overrides",
-    "run_tool",
-]
-
 ANEW = "the same command starts anew"
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")

@@ -14,6 +14,8 @@ import sys
 
 from command_line import ANEW, run_tool, tool_parser
 
+RESUMES = "with --json and --resume the same command goes on with the rows that are missing"
+
 # name -> its module in study/, and what it measures
 EXPERIMENTS = {
     "table1": ("table1", "Equations A to D for the paper's four blocks"),
@@ -46,7 +48,8 @@ def main():
             command.description = experiment.__doc__
             experiment.add_arguments(command)
     args = parser.parse_args(words)
-    run_tool(lambda: experiment.main(args), getattr(experiment, "IF_STOPPED", ANEW))
+    if_stopped = getattr(experiment, "IF_STOPPED", RESUMES if hasattr(args, "resume") else ANEW)
+    run_tool(lambda: experiment.main(args), if_stopped)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from gng_d2.models.bind_norms import bind_norms
 
 from .config import Config, leaves, norm_keys, with_value
 
-__all__ = ["bind_remaining_norms", "build", "build_on_meta"]
-
 
 def build(cfg: Config, device: str | None = None, make: Callable = build_model) -> nn.Module:
     """The model of ``cfg`` with fresh weights.

@@ -21,8 +21,6 @@ from gng_d2.models.calibrate_norms import calibrate
 from .checkpoint import Checkpointer
 from .data.images import NamingMapper
 
-__all__ = ["calibrate_backbone"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from .data.images import read_image
 from .resnet_weights import Conversion, config_keys, read_resnet
 from .weight_files import save_weight_file
 
-__all__ = ["convert_and_calibrate", "read_images"]
-
 
 def convert_and_calibrate(
     path: str, out: str, norm: str, images: Sequence[Tensor], depth: int | None = None

@@ -25,8 +25,6 @@ from .config import check_weight_file
 from .files import atomic_open
 from .weight_files import read_weight_file, save_weight_file
 
-__all__ = ["Checkpointer", "batch_norms", "check_norms", "check_resumed", "load_model"]
-
 
 class Checkpointer(DetectionCheckpointer):
     """:class:`detectron2.checkpoint.DetectionCheckpointer` that refuses damaged weights and weights of other norms.

@@ -22,9 +22,6 @@ from gng_d2.errors import InputError
 
 from .weight_files import files_are_trusted
 
-__all__ = ["Config", "check_config", "check_weight_file", "check_weights", "find_config_file", "leaves"]
-__all__ += ["load_any_config", "load_config", "norm_keys", "with_value"]
-
 Config = CfgNode | DictConfig
 
 

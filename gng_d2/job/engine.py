@@ -39,8 +39,6 @@ from .files import prepare_folder
 from .imports import import_modules
 from .norm_keys import check_norm_keys
 
-__all__ = ["Trainer", "train_or_evaluate", "setup_job", "run_job"]
-
 
 class Trainer(DefaultTrainer):
     """:class:`detectron2.engine.DefaultTrainer` with an evaluator for each dataset, our checkpointer, and DDP on CPUs.

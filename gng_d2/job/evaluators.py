@@ -16,9 +16,6 @@ from .data.checks import naming_datasets
 from .data.images import read_labels
 from .files import prepare_folder
 
-__all__ = ["build_evaluator", "check_evaluation"]
-
-
 # by the `evaluator_type` of Detectron2's metadata: the evaluators; the outputs of a model that they evaluate, which are
 # any of these sets; the package in which they compute
 _EVALUATIONS = {

@@ -10,8 +10,6 @@ from typing import IO
 
 from gng_d2.errors import InputError
 
-__all__ = ["atomic_open", "prepare_folder", "prepare_outputs", "save_figure", "write_json"]
-
 
 @contextmanager
 def atomic_open(path: str, mode: str = "w") -> Iterator[IO]:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 from gng_d2.errors import InputError
 
-__all__ = ["import_modules"]
-
 
 def import_modules(names: Sequence[str]) -> None:
     """Import each of ``names``, a module or the path of a .py file. What is imported already is not run again.

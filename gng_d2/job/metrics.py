@@ -4,8 +4,6 @@ import json
 import os
 from contextlib import suppress
 
-__all__ = ["last_record", "read_metrics"]
-
 
 def read_metrics(path: str, most: int | None = None) -> list[dict]:
     """The records of a run, in the order of their iterations.

@@ -5,8 +5,6 @@ from glob import glob
 
 from gng_d2.errors import InputError
 
-__all__ = ["get_config_file"]
-
 
 def get_config_file(name: str) -> str:
     """The path of one of our configs, as :func:`detectron2.model_zoo.get_config_file` gives those of Detectron2.

@@ -11,8 +11,6 @@ from gng_d2.layers.norm_names import norm_from_name, norm_name
 from .build import build_on_meta
 from .config import Config, norm_keys, with_value
 
-__all__ = ["check_norm_keys", "norms_of_key"]
-
 
 def check_norm_keys(cfg: Config, model: nn.Module | None = None) -> None:
     """See that each ``NORM`` key of a Detectron2 ``cfg`` that holds a name of ours has made norms of that name.

@@ -17,8 +17,6 @@ from gng_d2.errors import InputError, abbreviated
 from .files import atomic_open, prepare_outputs
 from .weight_files import read_weight_file
 
-__all__ = ["Conversion", "config_keys", "convert_file", "convert_resnet", "read_resnet", "write_weights"]
-
 # how many blocks layer1 to layer4 have, by depth; they are basic blocks below 50, and bottlenecks from there on
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _A_BLOCK = "layer1.0.conv1.weight"  # every ResNet has it

@@ -18,8 +18,6 @@ from gng_d2.errors import InputError
 
 from .files import atomic_open
 
-__all__ = ["files_are_trusted", "read_weight_file", "save_weight_file"]
-
 
 def files_are_trusted() -> bool:
     """Whether files may run code of their own on reading, as the tools' flag ``--trust-files`` allows.

@@ -19,16 +19,6 @@ from .group_norm import GroupNorm
 from .kinds import NO_LAYER, Producer, layer_shape, layer_sizes, num_channels, own
 from .ws_conv import standardize
 
-__all__ = [
-    "bind",
-    "build_naming_norms",
-    "has_given_in_channels",
-    "install_binding_hook",
-    "named_norms",
-    "unbound_norms",
-    "weight_layer",
-]
-
 
 def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> nn.Module | None:
     """The weight layer that feeds ``norm``, where ``norm`` is or becomes the child ``name`` of ``parent``.

@@ -10,8 +10,6 @@ from types import FunctionType
 
 from torch import nn
 
-__all__ = ["StandIn", "add", "has", "original_class", "remove", "ways_of"]
-
 
 class StandIn:
     """The mixin of ways that replace one method of the class that they wrap.

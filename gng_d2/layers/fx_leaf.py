@@ -3,8 +3,6 @@
 from torch import nn
 from torch.fx import Proxy
 
-__all__ = ["call_as_leaf"]
-
 
 def call_as_leaf(module: nn.Module, input: Proxy) -> Proxy:
     """Have a ``torch.fx`` tracer record ``module`` as a whole: one node that calls it.

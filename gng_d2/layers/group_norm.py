@@ -19,8 +19,6 @@ from .module_path import module_path
 from .record import norm_record, put_records, take_record
 from .ws_conv import WS
 
-__all__ = ["GroupNorm", "PracticalGroupNorm"]
-
 # calls with gradients in which a norm looks which layer made its input
 LOOKS = 16
 

@@ -7,8 +7,6 @@ from torch.fx import Proxy
 from .fx_leaf import call_as_leaf
 from .group_norm import GroupNorm, PracticalGroupNorm
 
-__all__ = ["GroupNormAct", "PracticalGroupNormAct"]
-
 
 class _WithActivation:
     def forward(self, input: Tensor) -> Tensor:

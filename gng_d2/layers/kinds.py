@@ -6,9 +6,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["NO_LAYER", "Producer", "is_of_single_images", "layer_shape", "layer_sizes", "num_channels", "num_groups"]
-__all__ += ["own"]
-
 # the weight_layer of a norm that follows no weight layer, or several
 NO_LAYER = "no single weight layer"
 

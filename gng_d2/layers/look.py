@@ -17,8 +17,6 @@ from .kinds import NO_LAYER, Producer
 from .module_path import live_modules, module_path
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin, unseen
 
-__all__ = ["MEND", "look", "made_by"]
-
 MEND = (
     "Register it as `norm` of its layer or right after it in the same module, or call "
     "gng_d2.bind_norms(model, example_inputs) before an EMA or DDP is made (PGN without WS also takes in_channels=)"

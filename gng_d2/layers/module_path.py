@@ -7,8 +7,6 @@ from functools import cache
 import torch
 from torch import nn
 
-__all__ = ["live_modules", "module_path"]
-
 
 def module_path(module: nn.Module) -> str:
     """The dotted name of ``module`` in the outermost live module that holds it; its class name if none holds it."""

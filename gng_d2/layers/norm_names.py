@@ -14,8 +14,6 @@ from gng_d2.groups import nearest_divisor
 from .group_norm import GroupNorm, PracticalGroupNorm
 from .ws_conv import WS
 
-__all__ = ["KNOWN_NORMS", "OURS", "THEIRS", "WS", "norm_from_name", "norm_name", "norm_in_path", "extend_get_norm"]
-
 # <k>: any number of groups, <c>: of channels in each group
 _BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
 OURS = (*_BASES, *(name + WS for name in _BASES))

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 from .kinds import Producer
 
-__all__ = ["UNKNOWN", "Origin", "layer_output", "op_kind", "origin", "unseen"]
-
 
 class Origin(NamedTuple):
     """What is known of a tensor."""

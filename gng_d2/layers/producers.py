@@ -20,8 +20,6 @@ from gng_d2.errors import InputError
 from .kinds import Producer, layer_sizes
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
 
-__all__ = ["calls_with", "find_producers", "tensors_in", "unchanged", "uncompiled"]
-
 
 def find_producers(
     model: nn.Module, norms: Iterable[nn.Module], example_inputs: Any

@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["norm_record", "put_records", "records_of", "take_record", "fits", "describe_record"]
-
 _KEY = "gng_d2"
 
 Record = dict[str, object]

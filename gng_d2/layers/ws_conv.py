@@ -18,8 +18,6 @@ from .class_change import add, has, original_class, remove
 from .fx_leaf import call_as_leaf
 from .module_path import module_path
 
-__all__ = ["WS", "WSConv2d", "plain_class", "standardize", "unstandardize"]
-
 # the end of the name of a norm that standardizes its convolution
 WS = "+WS"
 

@@ -15,8 +15,6 @@ from gng_d2.layers.kinds import NO_LAYER, Producer
 from gng_d2.layers.producers import find_producers
 from gng_d2.layers.ws_conv import WSConv2d, standardize, unstandardize
 
-__all__ = ["bind_norms", "bind_to_producers", "runnable"]
-
 
 def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Bind each norm of ours in ``model`` to the layer that makes its input when the model runs, and return ``model``.

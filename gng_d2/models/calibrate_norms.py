@@ -17,8 +17,6 @@ from gng_d2.layers.producers import unchanged, uncompiled
 
 from .passes import Pass, run_in_step
 
-__all__ = ["calibrate", "calibrate_norms"]
-
 FEWEST_NUMBERS = 16  # a norm that saw fewer numbers of a channel keeps its affine
 SMALLEST_DEVIATION = 1e-3  # a normalized channel with a smaller deviation has no signal that a weight could restore
 LARGEST_WEIGHT = 10  # as a multiple of the largest weight of the reference's norm

@@ -23,8 +23,6 @@ from .bind_norms import bind_to_producers
 from .calibrate_norms import calibrate_norms
 from .norm_places import NUMBERS_IN_A_GROUP, find_places
 
-__all__ = ["convert_norms"]
-
 # Library and class of norms whose forward is a normalization with an affine, and at most their own drop and act.
 # FrozenBatchNorm2d is copied from project to project, always with the same formula.
 _REPLACED = {

@@ -9,8 +9,6 @@ from gng_d2.layers.class_change import has
 from gng_d2.layers.ws_conv import WSConv2d, plain_class, unstandardize
 from gng_d2.ops import standardize_weight
 
-__all__ = ["fold_weight_standardization"]
-
 
 def fold_weight_standardization(model: nn.Module) -> nn.Module:
     """Replace, in place, each :class:`WSConv2d` by a plain convolution with the standardized weight.

@@ -19,9 +19,6 @@ from gng_d2.layers.ws_conv import Conv2d, WSConv2d
 from gng_d2.ops import group_norm, standardize_weight
 from gng_d2.ops.backends import is_compiling, is_transformed
 
-__all__ = ["fuse_norms"]
-
-
 # What a forward does with its input, as names of children and functions. "+name": the output of that child for the
 # input of the whole, or that input itself where there is no such child, is added. "?name": the code has that name, and
 # goes another way where the module has a true attribute of that name. A forward of the same name whose code has other

@@ -16,8 +16,6 @@ from gng_d2.ops.backends import HAS_OPS
 
 from .second_run import versions_of
 
-__all__ = ["CastsOfWeights", "KeptOutputs"]
-
 # Multiply-adds for an element of an output that is kept. The 3x3 convolutions of a ResNet-50 cost 576 to 4608, the
 # first 1x1 ones of its blocks 64 to 2048, the last and widest ones 64 to 512. Backbone and FPN of PGN+WS then keep 1.10
 # of what those of FrozenBN keep (1100 multiply-adds: 1.05, 2200: 0.99).

@@ -19,8 +19,6 @@ from gng_d2.layers.producers import find_producers, tensors_in
 
 from .bind_norms import runnable
 
-__all__ = ["NUMBERS_IN_A_GROUP", "Place", "find_places"]
-
 # Fewer numbers lose their values when they are normalized: any two become +1 and -1.
 NUMBERS_IN_A_GROUP = 16
 

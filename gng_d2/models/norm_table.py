@@ -13,8 +13,6 @@ from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import NO_LAYER, layer_sizes, num_groups
 from gng_d2.layers.norm_names import norm_name
 
-__all__ = ["CalibratedNormRow", "NormRow", "NormTable", "norm_summary", "norm_table"]
-
 
 @dataclass(frozen=True)
 class NormRow:

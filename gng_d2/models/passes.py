@@ -13,8 +13,6 @@ from torch.utils._pytree import tree_map
 from gng_d2.errors import InputError
 from gng_d2.layers.producers import calls_with
 
-__all__ = ["Pass", "run_in_step"]
-
 # The most threads that all passes have together: PyTorch gives each pass threads of its own, and keeps them.
 MOST_THREADS = 256
 

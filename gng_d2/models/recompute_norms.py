@@ -23,8 +23,6 @@ from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_ena
 from .kept_outputs import CastsOfWeights, KeptOutputs
 from .second_run import State, differ, sums_of, versions_of
 
-__all__ = ["recompute_norms", "recomputed_modules"]
-
 # The runs of a block whose output is compared with that of its recomputation: the first ones, and then one of so many.
 _CHECKED_AT_FIRST, _CHECKED_EVERY = 3, 1000
 # they run a model and do more: they prepare gradients, or compile

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_flatten
 
-__all__ = ["State", "differ", "sums_of", "versions_of"]
-
 _CONTAINERS = list, dict, OrderedDict, defaultdict
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 

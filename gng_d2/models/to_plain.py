@@ -12,8 +12,6 @@ from .fold import fold_weight_standardization
 from .fuse_norms import fuse_norms
 from .recompute_norms import recompute_norms
 
-__all__ = ["to_plain"]
-
 
 def to_plain(model: nn.Module) -> nn.Module:
     """Give the modules of ``model`` that are ours the classes of PyTorch, in place; its outputs stay the same.

@@ -12,21 +12,6 @@ from torch.autograd import forward_ad
 
 from gng_d2.errors import InputError
 
-__all__ = [
-    "DEFAULT_KERNELS",
-    "HAS_DETECTRON2",
-    "HAS_OPS",
-    "HAS_TRITON",
-    "enabled_kernels",
-    "is_compiling",
-    "is_on",
-    "is_ordinary",
-    "is_plain",
-    "is_transformed",
-    "kernels_may_run",
-    "set_kernels_enabled",
-]
-
 _detectron2 = find_spec("detectron2")
 # Any folder of that name, such as a clone that is not installed, is a package too, but one without an origin.
 HAS_DETECTRON2 = _detectron2 is not None and _detectron2.origin is not None

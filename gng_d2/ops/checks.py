@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_memory", "fault_of", "memory_format", "refuse"]
-
 
 def fault_of(
     name: str,

@@ -11,8 +11,6 @@ from importlib.util import find_spec
 import torch  # before the library is loaded, which then takes PyTorch's OpenMP and its threads where both are GNU's
 from torch import Tensor
 
-__all__ = ["is_compiled", "call"]
-
 _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "group_norm_statistics": [_POINTER] * 4 + [_INTEGER] * 4 + [_NUMBER],

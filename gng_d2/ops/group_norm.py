@@ -20,8 +20,6 @@ if HAS_TRITON:
 
     _BACKENDS["cuda"] = group_norm_triton
 
-__all__ = ["group_norm"]
-
 _ACTIVATIONS = (None, "relu", "silu")
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from . import cpu_kernels
 from .backends import is_compiling
 
-__all__ = ["DTYPES", "READS_CHANNELS_LAST", "apply", "backward", "is_faster", "statistics", "works"]
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C file
 READS_CHANNELS_LAST = False
 

@@ -24,8 +24,6 @@ from .group_norm_triton_kernels import (
 )
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "READS_CHANNELS_LAST", "apply", "backward", "is_faster", "statistics", "works"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 READS_CHANNELS_LAST = True
 

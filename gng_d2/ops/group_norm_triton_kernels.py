@@ -7,15 +7,6 @@ It computes its offsets into large tensors in int64.
 import triton
 import triton.language as tl
 
-__all__ = [
-    "moments_kernel",
-    "merge_moments_kernel",
-    "normalize_kernel",
-    "gradient_sums_kernel",
-    "merge_gradient_sums_kernel",
-    "input_gradient_kernel",
-]
-
 
 @triton.jit
 def _tile(channels, positions, num_chunks, chunk, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):

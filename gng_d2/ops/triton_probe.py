@@ -15,9 +15,6 @@ if HAS_TRITON:
         pass
 
 
-__all__ = ["triton_works"]
-
-
 def triton_works(device_index: int) -> bool:
     """Whether Triton is installed and can launch a kernel on this CUDA device."""
     return HAS_TRITON and _try_triton(device_index)

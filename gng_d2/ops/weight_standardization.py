@@ -18,8 +18,6 @@ if HAS_TRITON:
 
     _BACKENDS["cuda"] = weight_standardization_triton
 
-__all__ = ["standardize_weight"]
-
 _EPS = 1e-5
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .triton_probe import triton_works
 
-__all__ = ["DTYPES", "backward", "forward", "works"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_BLOCK = 4096

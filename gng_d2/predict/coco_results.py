@@ -17,8 +17,6 @@ from gng_d2.job.files import atomic_open
 from .predictions import save_png
 from .settings import PredictionSettings
 
-__all__ = ["CocoResults", "class_metadata", "image_ids"]
-
 
 def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Metadata, list[dict]]:
     """The metadata of the dataset to test on, which names the classes, and the dataset's records.

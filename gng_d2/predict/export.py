@@ -22,10 +22,6 @@ from torch import Tensor, nn
 
 from gng_d2.errors import InputError
 
-__all__ = ["MIN_SIDE", "TOLERANCE", "backbone_input", "check_format", "export", "largest_difference"]
-__all__ += ["load_and_run", "output_names", "trace"]
-
-
 # The largest difference that is allowed, as a part of an output's largest value. Where float32 numbers are added in
 # another order, sums differ by 1e-6 to 1e-4.
 TOLERANCE = 1e-3

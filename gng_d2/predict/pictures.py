@@ -17,8 +17,6 @@ from gng_d2.job.files import save_figure
 from gng_d2.job.metrics import read_metrics
 from gng_d2.models.norm_table import NormRow
 
-__all__ = ["draw_output", "draw_validation", "plot_groups", "plot_losses"]
-
 
 def draw_output(
     image: np.ndarray, output: dict, metadata: Metadata, scale: float = 1.0, threshold: float = 0.5

@@ -18,8 +18,6 @@ from gng_d2.job.files import atomic_open
 
 from .settings import PredictionSettings
 
-__all__ = ["Prediction", "find_images", "model_input", "output_names", "predict", "save_png", "set_threshold"]
-
 
 class Prediction(NamedTuple):
     """What a model predicts for an image file; or the ``error`` that is why there is no image and no output."""

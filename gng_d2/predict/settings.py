@@ -12,8 +12,6 @@ from gng_d2.errors import InputError
 from gng_d2.job.config import Config
 from gng_d2.job.data import checks
 
-__all__ = ["PredictionSettings", "check_test_classes", "prediction_settings"]
-
 # the keys of Detectron2's lazy configs that have a model's number of classes
 _NUM_CLASSES = {
     "model.roi_heads.num_classes": "thing_classes",

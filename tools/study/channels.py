@@ -18,8 +18,6 @@ from gng_d2.models.norm_table import norm_table
 
 from .rows import add_norms, markdown, write_rows
 
-__all__ = ["ChannelsRow", "measure", "draw", "table"]
-
 CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 BOX_HEAD = ("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_CONV", "4")

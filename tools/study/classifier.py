@@ -47,8 +47,6 @@ from gng_d2.layers.norm_names import norm_in_path
 from .paper import TABLE_4
 from .rows import add_norms, add_seeds, finish_run, machine, markdown, mean_and_std, open_run, write_rows
 
-__all__ = ["PET", "ClassifierRun", "ClassifierRow", "ImageSet", "load_images", "Classifier", "train", "table"]
-
 IF_STOPPED = "the same command goes on where it was"
 
 PET = "oxford-iiit-pet"

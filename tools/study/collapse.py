@@ -40,8 +40,6 @@ from gng_d2.job.norm_keys import norms_of_key
 from .comparison import Run
 from .rows import leaves, machine, markdown, mean_and_std, write_rows
 
-__all__ = ["Collapse", "CollapseRow", "finished_runs", "measure", "table", "mixture_table", "plot"]
-
 
 @dataclass(frozen=True)
 class CollapseRow:

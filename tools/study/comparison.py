@@ -40,8 +40,6 @@ from . import ROOT
 from .paper import TABLE_5, TABLE_6
 from .rows import differences, machine
 
-__all__ = ["Comparison", "NormFacts", "Run", "RunState", "default_norm_keys", "paper_values"]
-
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 
 # keys that do not change what is trained

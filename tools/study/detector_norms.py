@@ -3,8 +3,6 @@
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 
-__all__ = ["NormInput", "detector_norms"]
-
 NormInput = tuple[tuple[int, ...], int]  # shape, num_groups
 
 # stride, inner and outer channels, number of blocks

@@ -24,11 +24,9 @@ from gng_d2.errors import InputError
 from gng_d2.job.files import prepare_outputs
 
 from .intervals import mean_with_interval
-from .pretrained import IF_STOPPED, add_data, features, load_mobilenet, normalized, right, split
+from .pretrained import add_data, features, load_mobilenet, normalized, right, split
 from .retention import IMAGES, replaced
 from .rows import add_norms, machine, markdown, rows_to_keep, write_rows
-
-__all__ = ["IF_STOPPED", "FinetuneRun", "FinetuneRow", "train", "table"]
 
 FROZEN, BATCH_NORM = "FrozenBN", "BN"
 RATES = (0.0001, 0.0003, 0.001, 0.003)

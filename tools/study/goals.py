@@ -10,8 +10,6 @@ import torch
 from .norm_cost import NormCostRow
 from .rows import markdown
 
-__all__ = ["Goal", "fused_goals", "norm_goals", "recomputed_step", "step_goals", "table", "what_bounds"]
-
 _LARGE = 64e6  # bytes
 
 

@@ -47,8 +47,6 @@ from gng_d2.models.norm_table import norm_table
 
 from .rows import machine, markdown, write_rows
 
-__all__ = ["BlockGradients", "GradientRow", "measure_blocks", "measure", "table", "plot"]
-
 # PyTorch's functions, without the underscore of those that work in place
 ACTIVATION_FUNCTIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "prelu", "relu",

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-__all__ = ["half_interval", "half_width", "mean_with_interval", "number_of_seeds"]
-
 
 def half_width(error: float, count: int) -> float:
     """Half the width of the interval of a mean over ``count`` values, 2 or more, with the standard error ``error``."""

@@ -18,8 +18,6 @@ from gng_d2.job.files import prepare_outputs
 from . import ROOT
 from .rows import machine, markdown, write_rows
 
-__all__ = ["KernelTestRow", "table"]
-
 
 @dataclass(frozen=True)
 class KernelTestRow:

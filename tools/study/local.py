@@ -14,8 +14,6 @@ from .comparison import Comparison, Run, RunState
 from .processes import start_training
 from .slurm import job_of
 
-__all__ = ["Local", "shares"]
-
 
 class Local:
     """Trains up to ``parallel`` runs at a time, each in a process that ends with this one.

@@ -22,10 +22,7 @@ from gng_d2.job.files import prepare_outputs
 
 from .rows import machine, markdown, rows_to_keep, write_rows
 from .step_cost import MODELS, NORMS, config_of, model_and_optimizer, random_batch
-from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds
-
-__all__ = ["IF_STOPPED", "MemoryRow", "Job", "memory_rows", "with_step_times", "table"]
-
+from .timing import add_timing, keep_freed_memory, milliseconds
 
 _WAYS = ((False, False), (True, False), (False, True), (True, True))  # recomputed, fused
 _COUNTS = {"FrozenBN": 1, "PGN": 4, "PGN+WS": 4}  # how many of them are measured; of other norms 2

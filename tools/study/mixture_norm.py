@@ -25,8 +25,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from gng_d2.layers.ws_conv import standardize
 
-__all__ = ["NORMS", "MixtureNorm"]
-
 WS = "+WS"
 
 

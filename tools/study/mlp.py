@@ -32,8 +32,6 @@ from gng_d2.job.files import prepare_outputs, save_figure
 from .paper import TABLE_3
 from .rows import add_seeds, finish_run, machine, markdown, mean_and_std, open_run, write_rows
 
-__all__ = ["PRACTICAL", "MLPRun", "MLPRow", "load_mnist", "mlp", "train", "train_all", "table", "plot"]
-
 IF_STOPPED = "the same command goes on with the runs that are not finished"
 
 IN, HIDDEN, CLASSES = 784, 512, 10

@@ -40,9 +40,7 @@ from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 
 from .detector_norms import detector_norms
 from .rows import machine, markdown, rows_to_keep, write_rows
-from .timing import IF_STOPPED, add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
-
-__all__ = ["AFTER", "IF_STOPPED", "NormCostRow", "implementations", "norm_rows", "table"]
+from .timing import add_timing, copy_bandwidth, keep_freed_memory, ratio_quartiles, rounds
 
 AFTER = ("nothing", "relu", "add_relu")
 

@@ -44,8 +44,6 @@ from .intervals import mean_with_interval, number_of_seeds
 from .paper import TABLE_5, TABLE_6
 from .rows import markdown, read_rows
 
-__all__ = ["SECTIONS", "COMPUTED", "NUMBERS", "Section", "page", "with_tables"]
-
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.md")
 DOCS = os.path.join(ROOT, "docs")
 

@@ -3,8 +3,6 @@
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
 
-__all__ = ["TABLE_1", "TABLE_2", "TABLE_3", "TABLE_4", "TABLE_5", "TABLE_6"]
-
 # (n_in, n_out, num_groups) -> equation -> empirical value, an average over 10^5 experiments
 TABLE_1 = {
     (1024, 512, 128): {"A": 511.236, "B": 1.979, "C": 0.500, "D": 0.995},

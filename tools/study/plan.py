@@ -21,8 +21,6 @@ from .intervals import half_interval
 from .processes import Process
 from .rows import markdown
 
-__all__ = ["plan", "time_iteration", "time_evaluation", "NormTimes", "compare_times"]
-
 TIMED = 25  # iterations in a round
 ROUNDS = 4
 WATCHED = 20  # seconds after which an evaluation is stopped

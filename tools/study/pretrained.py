@@ -16,20 +16,6 @@ from gng_d2.job.weight_files import read_weight_file
 
 from .rows import add_seeds
 
-__all__ = [
-    "IF_STOPPED",
-    "Split",
-    "add_data",
-    "features",
-    "linear_head",
-    "load_mobilenet",
-    "normalized",
-    "right",
-    "split",
-]
-
-IF_STOPPED = "with --json and --resume the same command goes on with the rows that are missing"
-
 TRAIN, TEST = 20, 10  # images of each class
 DECAY = 1e-3  # of the weights of a linear head
 

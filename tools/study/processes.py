@@ -11,8 +11,6 @@ from contextlib import suppress
 from .comparison import Comparison, Run, RunState
 from .rows import commit
 
-__all__ = ["Process", "start_training"]
-
 DIE_WITH_PARENT = os.path.join(os.path.dirname(__file__), "die_with_parent.py")
 
 

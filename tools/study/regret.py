@@ -12,8 +12,6 @@ from .intervals import number_of_seeds
 from .report import ComparisonRow
 from .rows import markdown, read_rows
 
-__all__ = ["FIXED", "Regret", "read_values", "regret", "table"]
-
 FIXED = ("GN", "GN1", "GN/16", "GN/1")  # what "the best fixed number of groups" is the best of
 Values = Mapping[str, Mapping[int, float]]  # by norm and seed
 

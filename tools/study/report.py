@@ -21,9 +21,6 @@ from .comparison import Comparison, Run, RunState
 from .intervals import half_width, number_of_seeds
 from .rows import markdown, mean_and_std, read_rows, write_rows
 
-__all__ = ["METRICS", "ComparisonRow", "RunResults", "difference_interval", "restore_runs", "run_results"]
-__all__ += ["summarize", "table", "together", "write_report"]
-
 # our names of the metrics and Detectron2's; all are in percent
 METRICS = {
     "PQ": "panoptic_seg/PQ",

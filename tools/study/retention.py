@@ -22,7 +22,6 @@ from gng_d2.job.files import prepare_outputs, save_figure
 
 from .intervals import half_interval, mean_with_interval
 from .pretrained import (
-    IF_STOPPED,
     add_data,
     features,
     linear_head,
@@ -32,8 +31,6 @@ from .pretrained import (
     split,
 )
 from .rows import add_norms, machine, markdown, rows_to_keep, write_rows
-
-__all__ = ["IF_STOPPED", "RetentionRow", "replaced", "table", "plot"]
 
 BATCH_NORM = "BN"
 AFFINES = ("fresh", "kept", "calibrated")

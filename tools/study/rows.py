@@ -22,22 +22,6 @@ from gng_d2.job.files import atomic_open, prepare_outputs
 
 from . import ROOT
 
-__all__ = [
-    "add_norms",
-    "add_seeds",
-    "commit",
-    "machine",
-    "read_rows",
-    "rows_to_keep",
-    "write_rows",
-    "open_run",
-    "finish_run",
-    "differences",
-    "leaves",
-    "mean_and_std",
-    "markdown",
-]
-
 Row = TypeVar("Row")
 
 

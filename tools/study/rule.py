@@ -7,9 +7,6 @@ from statistics import geometric_mean
 from .norm_cost import NormCostRow
 from .rows import markdown
 
-__all__ = ["Choice", "choices", "best_thresholds", "table"]
-
-
 _ANY = 2**31  # more thread blocks than there can be
 
 

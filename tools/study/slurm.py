@@ -26,8 +26,6 @@ from . import ROOT
 from .comparison import Comparison, Run, RunState
 from .processes import start_training
 
-__all__ = ["Slurm", "TrainingJob", "job_of"]
-
 # Slurm's states of jobs that have ended. In every other state a job goes on, also where Slurm requeues it.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}

@@ -35,10 +35,7 @@ from gng_d2.ops import set_kernels_enabled
 from gng_d2.ops.weight_standardization import standardize_weight
 
 from .rows import machine, markdown, rows_to_keep, write_rows
-from .timing import IF_STOPPED, add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
-
-__all__ = ["IF_STOPPED", "MODELS", "NORMS", "SETUPS", "Setup", "StepCostRow", "config_of", "model_and_optimizer"]
-__all__ += ["random_batch", "step_rows", "table"]
+from .timing import add_timing, keep_freed_memory, milliseconds, ratio_quartiles, rounds
 
 MODELS = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",

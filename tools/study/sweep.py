@@ -27,8 +27,6 @@ from .unit_block import (
     standard_error,
 )
 
-__all__ = ["SweepRow", "measure", "table", "plot"]
-
 # layer -> kernel size, number of inputs in an experiment, map sizes, features in the smallest group
 LAYERS = {"linear": (1, 512, (1,), 4), "conv3x3": (3, 8, (4, 8, 16), 1)}
 

@@ -27,8 +27,6 @@ from .unit_block import (
     paper_ratios,
 )
 
-__all__ = ["Table1Row", "measure", "table"]
-
 
 @dataclass(frozen=True)
 class Table1Row:

@@ -12,8 +12,6 @@ from gng_d2.job.files import prepare_outputs
 from .paper import TABLE_2
 from .rows import machine, markdown, write_rows
 
-__all__ = ["Table2Row", "measure", "table"]
-
 
 @dataclass(frozen=True)
 class Table2Row:

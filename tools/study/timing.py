@@ -8,10 +8,6 @@ from statistics import median, quantiles
 
 import torch
 
-__all__ = ["add_timing", "rounds", "milliseconds", "ratio_quartiles", "copy_bandwidth", "keep_freed_memory"]
-
-IF_STOPPED = "with --resume the same command goes on from the file of --json"
-
 
 def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None:
     """Give ``parser`` the flags that the measurements of costs have; ``each``: what is timed for ``--seconds``."""

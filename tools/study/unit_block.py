@@ -29,18 +29,6 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError
 from gng_d2.groups import isometry_ratio
 
-__all__ = [
-    "REPEATS",
-    "UnitBlock",
-    "add_experiments",
-    "estimate",
-    "exact_ratios",
-    "has_finite_variance",
-    "measure_ratios",
-    "paper_ratios",
-    "standard_error",
-]
-
 REPEATS = 20
 
 

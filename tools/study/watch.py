@@ -15,8 +15,6 @@ from .comparison import Comparison, Run, RunState
 from .local import Local
 from .slurm import Slurm
 
-__all__ = ["train_all", "StatusTable"]
-
 
 def train_all(cluster: Local | Slurm) -> Iterator[Run]:
     """Train the runs that are not finished on ``cluster``, and yield each one when it ends. A run that fails does not

@@ -7,8 +7,6 @@ from .intervals import half_interval
 from .report import WS
 from .rows import markdown
 
-__all__ = ["table"]
-
 
 def table(sets: Mapping[str, tuple[Mapping, Mapping]]) -> str:
     """A line for each set of data.

@@ -18,16 +18,6 @@ from gng_d2.job.weight_files import read_weight_file
 from . import embedded
 from .images import FILES, NamingMapper
 
-__all__ = [
-    "prepare_datasets",
-    "check_classes",
-    "check_records",
-    "compare",
-    "learned_classes",
-    "map_values",
-    "naming_datasets",
-]
-
 # under these names the metadata of Detectron2's registrations have the files and folders that they read
 _PATHS = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir", "dirname")
 

@@ -11,8 +11,6 @@ from PIL import Image
 from .semantic import semantic_map, semantic_values
 from .shapes import Scene
 
-__all__ = ["split_files", "write_split"]
-
 
 def split_files(root: Path, split: str) -> dict[str, Path]:
     """Where a split's files are, under the names of ``register_coco_panoptic_separated``'s arguments."""

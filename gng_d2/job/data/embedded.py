@@ -23,8 +23,6 @@ from gng_d2.errors import InputError
 from .coco_format import split_files, write_split
 from .shapes import STUFF, THINGS, draw_scene
 
-__all__ = ["SPLITS", "datasets_root", "draw", "draw_if_missing", "register_embedded"]
-
 NAME = "gng_shapes"
 SPLITS = {"train": 800, "val": 100}  # images
 SEED = 2024

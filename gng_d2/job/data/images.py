@@ -15,8 +15,6 @@ from PIL import Image, ImageOps
 
 from gng_d2.errors import InputError
 
-__all__ = ["FILES", "NamingMapper", "read_image", "read_labels"]
-
 FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # keys of a Detectron2 record
 
 

@@ -28,8 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 from .checks import check_records, map_values, naming_datasets
 from .images import NamingMapper, read_image
 
-__all__ = ["seed_everything", "seed_step", "SeededDataset", "PlaceSampler", "build_train_loader", "start_at"]
-
 Place = tuple[int, int]  # in the stream, in the dataset
 AUGMENTATION, STEP = 0, 1  # enter the seeds, so that augmentation and step draw different numbers
 

@@ -18,8 +18,6 @@ from tqdm import tqdm
 from gng_d2.errors import InputError
 from gng_d2.job.files import atomic_open, prepare_outputs
 
-__all__ = ["VOID", "semantic_values", "semantic_map", "make_semantic_maps"]
-
 VOID = 255
 
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["THINGS", "STUFF", "Scene", "draw_scene"]
-
 THINGS = ("disc", "ring", "square", "triangle", "star")
 STUFF = ("stripes", "checks", "clouds")
 
