@@ -2,9 +2,9 @@
 
 import logging
 import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,17 @@ HAS_OPS = hasattr(torch.library, "register_fake")
 # PyTorch 2.0 has no torch.compiler
 is_compiling = getattr(torch, "compiler", torch._utils).is_compiling
 try:
-    import triton  # noqa: F401
+    import triton
 
     HAS_TRITON = HAS_OPS
 except ImportError:  # Triton is not made for every platform
     HAS_TRITON = False
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _nothing_kernel(ptr):
+        pass
 
 
 # Which kernels run unless the user says otherwise. Those for CUDA do once docs/results holds what a GPU measured.
@@ -98,8 +104,8 @@ def kernels_may_run() -> bool:
     return _enabled_kernels != "off" and HAS_OPS and not is_transformed()
 
 
-def is_on(backend: ModuleType, device: torch.device) -> bool:
-    """Whether the kernels of ``backend`` are on and work.
+def is_on(device: torch.device) -> bool:
+    """Whether the kernels for ``device`` are on and work.
 
     Ask this last, for tensors that they would take: the log says once that the kernels for CUDA are off.
     """
@@ -107,7 +113,7 @@ def is_on(backend: ModuleType, device: torch.device) -> bool:
         if not is_compiling():  # a compiler cannot trace a logger
             _log_that_cuda_is_off()
         return False
-    return backend.works(device)
+    return device.type == "cpu" or triton_works(device.index)
 
 
 @cache
@@ -116,6 +122,31 @@ def _log_that_cuda_is_off():
         "PyTorch's own ops compute group norm and weight standardization on CUDA: no GPU has measured the kernels of "
         "gng_d2 yet, so they are off. GNG_D2_KERNELS=cuda turns them on, `make gpu` tests and measures them"
     )
+
+
+def triton_works(device_index: int) -> bool:
+    """Whether Triton is installed and can launch a kernel on this CUDA device."""
+    return HAS_TRITON and _try_triton(device_index)
+
+
+# torch.compiler.assume_constant_result sets this too, but first imports torch._dynamo, which takes a second.
+triton_works._dynamo_marked_constant = True
+
+
+@cache
+def _try_triton(device_index):
+    """Triton needs a C compiler when it first launches, which a slim container may not have."""
+    try:
+        _launch(device_index)
+    except Exception as error:  # of any kind: it runs a compiler
+        warnings.warn(f"Triton does not work here, so PyTorch's own ops are used: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _launch(device_index):
+    with torch.cuda.device(device_index):
+        _nothing_kernel[(1,)](torch.zeros(1, device=f"cuda:{device_index}"))
 
 
 def is_transformed() -> bool:

@@ -14,7 +14,9 @@ from . import cpu_kernels, group_norm_cpu
 from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, is_plain, is_transformed, kernels_may_run
 from .checks import check_memory, fault_of, memory_format, refuse
 
-_BACKENDS = {"cpu": group_norm_cpu}
+# by the type of a device: a module with the functions statistics, apply and backward for contiguous tensors, or for
+# channels-last ones too (READS_CHANNELS_LAST), of one of its DTYPES; and is_faster, whether they are
+_BACKENDS = {"cpu": group_norm_cpu} if cpu_kernels.is_compiled() else {}
 if HAS_TRITON:
     from . import group_norm_triton
 
@@ -122,7 +124,7 @@ def _backend(input, num_groups, weight, bias, eps, activation=None, residual=Non
             return None
         backend = _BACKENDS.get(input.device.type)
         if backend is not None and backend.is_faster(input, num_groups, weight, bias, fused):
-            if _fits(backend, input, num_groups, weight, bias, activation, residual) and is_on(backend, input.device):
+            if _fits(backend, input, num_groups, weight, bias, activation, residual) and is_on(input.device):
                 return backend
     return None
 
@@ -262,10 +264,8 @@ if HAS_OPS:
     }
     for _name, (_function, _schema) in _OPS.items():
         torch.library.define(f"gng_d2::{_name}", _schema)
-        if cpu_kernels.is_compiled():
-            torch.library.impl(f"gng_d2::{_name}", "cpu")(partial(_function, group_norm_cpu))
-        if HAS_TRITON:
-            torch.library.impl(f"gng_d2::{_name}", "cuda")(partial(_function, group_norm_triton))
+        for _device, _backend_of_it in _BACKENDS.items():
+            torch.library.impl(f"gng_d2::{_name}", _device)(partial(_function, _backend_of_it))
 
     @torch.library.register_fake("gng_d2::group_norm_statistics")
     def _(x, num_groups, eps):

@@ -45,11 +45,6 @@ def is_faster(
     return a_thread_idles or (elements >= _MIN_FUSED if fused else threads * _MIN_SHARE <= elements <= _MAX_CACHED)
 
 
-def works(device: torch.device) -> bool:
-    """Whether the library was compiled."""
-    return cpu_kernels.is_compiled()
-
-
 def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """The mean and 1 / std of each group, in float32.
 

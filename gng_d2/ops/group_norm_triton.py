@@ -22,7 +22,6 @@ from .group_norm_triton_kernels import (
     moments_kernel,
     normalize_kernel,
 )
-from .triton_probe import triton_works
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 READS_CHANNELS_LAST = True
@@ -57,11 +56,6 @@ def _keeps_dtype(x, weight, bias):
         return False
     wide = any(isinstance(p, Tensor) and p.dtype != x.dtype for p in (weight, bias))
     return wide or torch.is_autocast_enabled("cuda")
-
-
-def works(device: torch.device) -> bool:
-    """Whether Triton can launch a kernel on this device."""
-    return triton_works(device.index)
 
 
 def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

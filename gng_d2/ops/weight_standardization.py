@@ -12,7 +12,7 @@ from . import cpu_kernels, weight_standardization_cpu
 from .backends import HAS_OPS, HAS_TRITON, is_compiling, is_on, is_ordinary, kernels_may_run
 from .checks import check_memory, fault_of, refuse
 
-_BACKENDS = {"cpu": weight_standardization_cpu}
+_BACKENDS = {"cpu": weight_standardization_cpu} if cpu_kernels.is_compiled() else {}
 if HAS_TRITON:
     from . import weight_standardization_triton
 
@@ -47,7 +47,7 @@ def _backend(weight):
     backend = _BACKENDS.get(weight.device.type) if kernels_may_run() and not is_compiling() else None
     if backend is None or not is_ordinary(weight) or _fault(weight, backend.DTYPES):
         return None
-    return backend if is_on(backend, weight.device) else None
+    return backend if is_on(weight.device) else None
 
 
 def _standardize(weight: Tensor, eps: float = _EPS) -> Tensor:  # an argument, as TorchScript reads no global number
@@ -100,12 +100,9 @@ def _backward(backend, gradient, weight, eps):
 if HAS_OPS:
     torch.library.define("gng_d2::standardize", "(Tensor weight, float eps) -> Tensor")
     torch.library.define("gng_d2::standardize_backward", "(Tensor gradient, Tensor weight, float eps) -> Tensor")
-    if cpu_kernels.is_compiled():
-        torch.library.impl("gng_d2::standardize", "cpu")(partial(_forward, weight_standardization_cpu))
-        torch.library.impl("gng_d2::standardize_backward", "cpu")(partial(_backward, weight_standardization_cpu))
-    if HAS_TRITON:
-        torch.library.impl("gng_d2::standardize", "cuda")(partial(_forward, weight_standardization_triton))
-        torch.library.impl("gng_d2::standardize_backward", "cuda")(partial(_backward, weight_standardization_triton))
+    for _device, _kernels in _BACKENDS.items():
+        torch.library.impl("gng_d2::standardize", _device)(partial(_forward, _kernels))
+        torch.library.impl("gng_d2::standardize_backward", _device)(partial(_backward, _kernels))
 
     @torch.library.register_fake("gng_d2::standardize")
     def _(weight, eps):

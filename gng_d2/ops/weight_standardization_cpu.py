@@ -8,11 +8,6 @@ from . import cpu_kernels
 DTYPES = (torch.float32,)
 
 
-def works(device: torch.device) -> bool:
-    """Whether the library was compiled."""
-    return cpu_kernels.is_compiled()
-
-
 def forward(weight: Tensor, eps: float) -> Tensor:
     """The standardized weight.
 

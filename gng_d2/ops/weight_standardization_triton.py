@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_probe import triton_works
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_BLOCK = 4096
@@ -67,11 +65,6 @@ def _gradient_kernel(dy_ptr, x_ptr, dx_ptr, eps, size, BLOCK: tl.constexpr):
         _, _, x = _load(x_ptr + row, first, size, BLOCK)
         dx = (dy - mean_dy - (x - mean) * x_factor) * scale
         tl.store(dx_ptr + row + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-def works(device: torch.device) -> bool:
-    """Whether Triton can launch a kernel on this device."""
-    return triton_works(device.index)
 
 
 def forward(weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from recorder import Recorder
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
-from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu, triton_probe
+from gng_d2.ops import backends, cpu_kernels, group_norm, group_norm_cpu
 
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
 op_module = importlib.import_module("gng_d2.ops.group_norm")  # `gng_d2.ops.group_norm` is the function
@@ -270,7 +270,7 @@ H100 = 132  # multiprocessors
 def test_compiles_on_cuda_without_a_graph_break(monkeypatch, activation):
     """On fake tensors, which need no GPU. The activation is left to the compiler."""
     monkeypatch.setattr(triton_kernels, "_multiprocessors", lambda device: H100)
-    monkeypatch.setattr(triton_kernels, "works", lambda device: True)
+    monkeypatch.setattr(backends, "triton_works", lambda device_index: True)
     targets = []
 
     def keep(module, inputs):
@@ -297,7 +297,7 @@ def test_choice_on_cuda(monkeypatch):
         weight, bias = (fake(x.shape[1], dtype=parameters) for _ in range(2))
         return op_module._backend(x, num_groups, weight, bias, 1e-5) is triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "works", lambda device: True)
+    monkeypatch.setattr(backends, "triton_works", lambda device_index: True)
     monkeypatch.setattr(backends, "_ordinary_types", (*backends._ordinary_types, FakeTensor))
     with FakeTensorMode():
         assert ours(fake(2, 256, 200, 304), 1)
@@ -331,6 +331,6 @@ def test_without_a_c_compiler_pytorchs_op_is_used(monkeypatch):
     def fail(*args):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_probe, "_launch", fail)
+    monkeypatch.setattr(backends, "_launch", fail)
     with pytest.warns(UserWarning, match="C compiler"):
-        assert not triton_probe._try_triton.__wrapped__(0)
+        assert not backends._try_triton.__wrapped__(0)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gng_d2
-from gng_d2.ops import group_norm, triton_probe
+from gng_d2.ops import backends, group_norm
 from study.detector_norms import detector_norms
 
 triton_kernels = pytest.importorskip("gng_d2.ops.group_norm_triton")
@@ -26,7 +26,7 @@ def relative_error(one, other):
 
 def test_triton_compiles_here():
     assert not os.environ.get("TRITON_INTERPRET")
-    assert triton_probe.triton_works(torch.cuda.current_device())
+    assert backends.triton_works(torch.cuda.current_device())
 
 
 @pytest.mark.slow
