@@ -27,6 +27,7 @@ from study.retention import IMAGES, RetentionRow
 from study.rows import read_rows
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+TUTORIAL = Path("docs/own-data.md")
 ROOT = Path.cwd()
 QUICK = str(ROOT / "configs/quick/pfpn_pgn.yaml")
 
@@ -56,10 +57,10 @@ def commands(text):
     return [re.sub(r"\\\n\s*", "", command).split("    #")[0].strip() for command in (*indented, *below)]
 
 
-def of_pages(find):
+def of_pages(find, pages=PAGES):
     return [
         pytest.param(found, id=f"{path.stem}-{number}")
-        for path in PAGES
+        for path in pages
         for number, found in enumerate(find(path.read_text()), 1)
     ]
 
@@ -145,8 +146,19 @@ MEASUREMENTS += ("norm-cost", "step-cost", "memory")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", each_once(of_pages(commands)))
+@pytest.mark.parametrize("command", each_once(of_pages(commands, [page for page in PAGES if page != TUTORIAL])))
 def test_command(command, folder, monkeypatch):
+    check(command, folder, monkeypatch)
+
+
+@pytest.mark.slow
+def test_commands_of_the_tutorial(folder, monkeypatch):
+    """In their order, because they use what those before them made."""
+    for command in commands(TUTORIAL.read_text()):
+        check(command, folder, monkeypatch)
+
+
+def check(command, folder, monkeypatch):
     if "reproduce.py" in command:
         words = shlex.split(command)
         assert words[2] in MEASUREMENTS

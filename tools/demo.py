@@ -43,7 +43,8 @@ def main():
     from gng_d2.job.engine import Trainer, setup_job
     from gng_d2.job.files import write_json
     from gng_d2.models.norm_table import norm_table
-    from gng_d2.predict.pictures import draw_validation, plot_groups, plot_losses
+    from gng_d2.predict.pictures import draw_validation, plot_groups
+    from study.metrics import plot_losses
 
     cfg = setup_job(args.config_file, args.opts)
     default_setup(cfg, args)

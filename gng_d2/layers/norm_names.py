@@ -78,11 +78,6 @@ def norm_name(norm: nn.Module) -> str:
     return _NAMES.get(type(norm).__name__, type(norm).__name__)
 
 
-def norm_in_path(name: str) -> str:
-    """``name`` for use in file names: ``GN/16`` becomes "GN_16", because a ``/`` would begin a folder."""
-    return name.replace("/", "_")
-
-
 def unknown_norm(name: str, known_norms: Sequence[str] = KNOWN_NORMS) -> InputError:
     examples = (known.replace("<k>", "1").replace("<c>", "1") for known in known_norms)
     names = {example.upper(): example for example in examples}

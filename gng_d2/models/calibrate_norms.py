@@ -109,15 +109,6 @@ def _pairs(model, reference, without):
             f"{_three(norms)}" + ". Convert the model first (convert_norms), or swap the two" * (not norms)
         )
     pairs = {name: _Pair(name, norm, references[name]) for name, norm in norms.items() if name in references}
-    widths = {
-        name: (p.norm.num_channels, num_channels(p.reference) or num_channels(p.reference[0]))
-        for name, p in pairs.items()
-    }
-    wrong = [f"{name}: {ours}, not {theirs}" for name, (ours, theirs) in widths.items() if ours != theirs]
-    if wrong:
-        raise InputError(
-            f"calibrate_norms: norms have other widths in the model than in the reference ({_three(wrong)})"
-        )
     for pair in pairs.values():
         if isinstance(pair.norm, GroupNorm) and not pair.norm.is_bound():
             raise pair.norm.unbound_error()

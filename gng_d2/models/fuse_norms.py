@@ -103,11 +103,11 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     for name in fused:
         add(modules[name], _Fused)
     done = {norm for norms in fused.values() for norm in norms}
-    left = {
-        f"{name or 'the model'} ({original_class(module).__name__})": None
+    left = [
+        f"{name or 'the model'} ({original_class(module).__name__})"
         for name, module in modules.items()
         if any(isinstance(child, nn.GroupNorm) and child not in done for child in module.children())
-    }
+    ]
     total = sum(isinstance(module, nn.GroupNorm) for module in modules.values())
     logging.getLogger(__name__).info(
         f"fused: {len(done)} of {total} group norms, in "

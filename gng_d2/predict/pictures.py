@@ -1,4 +1,4 @@
-"""Pictures of what a model predicts, of its groups along the depth, and of its losses."""
+"""Pictures of what a model predicts, and of its groups along the depth."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,6 @@ from torch import nn
 from gng_d2.groups import GROUP_CHOICES, isometry_ratio
 from gng_d2.job.data.images import NamingMapper, read_image
 from gng_d2.job.files import save_figure
-from gng_d2.job.metrics import read_metrics
 from gng_d2.models.norm_table import NormRow
 
 
@@ -109,17 +108,4 @@ def plot_groups(rows: Sequence[NormRow], path: str) -> None:
     for axes in (groups, ratio):
         axes.yaxis.set_major_formatter("{x:g}")
     ratio.set_xticks(depth, [row.name.removesuffix(".norm") for row in rows], rotation=90, fontsize=6)
-    save_figure(figure, path, dpi=120)
-
-
-def plot_losses(metrics_json: str, path: str) -> None:
-    """Draw the loss curves of a run from its metrics.json, which Detectron2 writes."""
-    records = [record for record in read_metrics(metrics_json) if "total_loss" in record]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for key in sorted({k for r in records for k in r if k.startswith("loss_")}, key=lambda k: -records[0].get(k, 0)):
-        axes.plot([r["iteration"] for r in records if key in r], [r[key] for r in records if key in r], lw=1, label=key)
-    axes.plot([r["iteration"] for r in records], [r["total_loss"] for r in records], "k", lw=1.6, label="total_loss")
-    axes.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
-    axes.legend(fontsize=8)
     save_figure(figure, path, dpi=120)

@@ -23,11 +23,11 @@ from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.config import load_config
 from gng_d2.job.engine import Trainer, setup_job, train_or_evaluate
-from gng_d2.job.metrics import last_record
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_summary
 from gng_d2.models.recompute_norms import recomputed_modules
 from gng_d2.ops import group_norm_cpu
+from study.metrics import last_record
 
 CONFIG = "configs/quick/pfpn_pgn.yaml"
 SMALL = [

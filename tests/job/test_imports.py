@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog
 from gng_d2.errors import InputError
 from gng_d2.job.config import load_config
 from gng_d2.job.imports import import_modules
-from gng_d2.job.metrics import last_record
 from study.comparison import Comparison
 from study.local import Local
+from study.metrics import last_record
 from study.watch import train_all
 
 CONFIG = "configs/quick/pfpn_gn.yaml"

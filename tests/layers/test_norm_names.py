@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gng_d2
-from gng_d2.layers.norm_names import extend_get_norm, norm_in_path, norm_name
+from gng_d2.layers.norm_names import extend_get_norm, norm_name
 from gng_d2.models.norm_table import norm_table
 
 
@@ -46,12 +46,6 @@ def test_channels_per_group_keep_their_name():
         assert f"num_groups=32 ({name})" in repr(model)
         assert isinstance(conv, gng_d2.WSConv2d) == name.endswith("+WS")
         assert copy.deepcopy(conv).norm.norm_name() == name
-
-
-def test_a_name_is_one_part_of_a_path():
-    names = ["GN", "GN16", "GN/16", "GN/16+WS", "PGN+WS", "GN1", "GN/1"]
-    parts = [norm_in_path(name) for name in names]
-    assert len(set(parts)) == len(names) and not any("/" in part for part in parts)
 
 
 def test_names_of_norms_that_no_config_made():

@@ -507,7 +507,7 @@ MISFITS = {
     "swapped": (lambda model, reference: (reference, model), "or swap the two"),
     "other widths": (
         lambda model, reference: (wider(model), reference),
-        r"other widths in the model than in the reference \(4: 6, not 12\)",
+        r"4 gives \(.*, 12, .* in the reference and takes \(.*, 6, .* in the model",
     ),
     "the same": (lambda model, reference: (model, model), "model and reference share the norm 1"),
     "a shared weight": (

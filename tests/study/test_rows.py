@@ -11,6 +11,7 @@ from study.rows import (
     machine,
     markdown,
     mean_and_std,
+    norm_in_path,
     open_run,
     read_rows,
     write_rows,
@@ -97,3 +98,9 @@ def test_a_table_writes_numbers_as_asked_and_texts_as_they_are():
 def test_machine_names_threads_and_pytorch():
     assert f"{torch.get_num_threads()} thread" in machine()
     assert torch.__version__.partition("+")[0] in machine()
+
+
+def test_a_name_is_one_part_of_a_path():
+    names = ["GN", "GN16", "GN/16", "GN/16+WS", "PGN+WS", "GN1", "GN/1"]
+    parts = [norm_in_path(name) for name in names]
+    assert len(set(parts)) == len(names) and not any("/" in part for part in parts)

@@ -42,10 +42,19 @@ from gng_d2.errors import InputError
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.data.loader import PlaceSampler, SeededDataset, seed_everything
 from gng_d2.job.files import prepare_outputs
-from gng_d2.layers.norm_names import norm_in_path
 
 from .paper import TABLE_4
-from .rows import add_norms, add_seeds, finish_run, machine, markdown, mean_and_std, open_run, write_rows
+from .rows import (
+    add_norms,
+    add_seeds,
+    finish_run,
+    machine,
+    markdown,
+    mean_and_std,
+    norm_in_path,
+    open_run,
+    write_rows,
+)
 
 IF_STOPPED = "the same command goes on where it was"
 

@@ -28,17 +28,17 @@ from gng_d2.job.config import load_config, norm_keys
 from gng_d2.job.engine import setup_job
 from gng_d2.job.files import atomic_open, prepare_outputs
 from gng_d2.job.imports import import_modules
-from gng_d2.job.metrics import last_record
 from gng_d2.job.norm_keys import norms_of_key
-from gng_d2.layers.norm_names import THEIRS, norm_from_name, norm_in_path
+from gng_d2.layers.norm_names import THEIRS, norm_from_name
 from gng_d2.layers.ws_conv import WS
 from gng_d2.models.fuse_norms import fuse_norms
 from gng_d2.models.norm_table import norm_table
 from gng_d2.models.recompute_norms import recompute_norms
 
 from . import ROOT
+from .metrics import last_record
 from .paper import TABLE_5, TABLE_6
-from .rows import differences, machine
+from .rows import differences, machine, norm_in_path
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from gng_d2.errors import InputError
 from gng_d2.job.build import bind_remaining_norms, build
-from gng_d2.job.metrics import read_metrics
 from gng_d2.job.weight_files import save_weight_file
 
 from .comparison import Comparison, Run
 from .intervals import half_interval
+from .metrics import read_metrics
 from .processes import Process
 from .rows import markdown
 

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from gng_d2.errors import InputError
 from gng_d2.job.files import atomic_open, prepare_outputs, save_figure
-from gng_d2.job.metrics import read_metrics
 from gng_d2.layers.ws_conv import WS
 
 from .comparison import Comparison, Run, RunState
 from .intervals import half_width, number_of_seeds
+from .metrics import read_metrics
 from .rows import markdown, mean_and_std, read_rows, write_rows
 
 # our names of the metrics and Detectron2's; all are in percent

@@ -25,6 +25,11 @@ from . import ROOT
 Row = TypeVar("Row")
 
 
+def norm_in_path(name: str) -> str:
+    """``name`` for use in file names: ``GN/16`` becomes "GN_16", because a ``/`` would begin a folder."""
+    return name.replace("/", "_")
+
+
 def machine(device: str = "cpu") -> str:
     """The hardware and the PyTorch of a measurement, such as "2 threads of AMD EPYC (AVX512), PyTorch 2.14.1"."""
     pytorch = f"PyTorch {torch.__version__.partition('+')[0]}"

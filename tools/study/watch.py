@@ -9,10 +9,9 @@ from typing import IO
 
 from tabulate import tabulate
 
-from gng_d2.job.metrics import last_record
-
 from .comparison import Comparison, Run, RunState
 from .local import Local
+from .metrics import last_record
 from .slurm import Slurm
 
 

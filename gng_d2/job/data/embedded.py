@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
 from tqdm import tqdm
 
@@ -74,16 +73,13 @@ def metadata() -> dict:
     }
 
 
-def register_embedded(root: Path) -> None:
-    """Register the splits under ``root`` with Detectron2. Does nothing the second time."""
+def _register():
     for split in SPLITS:
         name = f"{NAME}_{split}"
-        if name in DatasetCatalog:
-            continue
-        files = {key: str(path) for key, path in split_files(root / NAME, split).items()}
+        files = {key: str(path) for key, path in split_files(datasets_root() / NAME, split).items()}
         register_coco_panoptic_separated(name, metadata(), **files)
         things = {key: metadata()[key] for key in ("thing_classes", "thing_colors")}
         register_coco_instances(name, things, files["instances_json"], files["image_root"])
 
 
-register_embedded(datasets_root())
+_register()

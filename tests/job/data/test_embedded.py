@@ -123,7 +123,7 @@ def test_same_seed_same_files(tmp_path):
 def test_an_interrupted_preparation_is_not_trusted(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", "from gng_d2.job import data; data.draw_if_missing()"],
+        [sys.executable, "-W", "ignore", "-c", "from gng_d2.job.data import embedded; embedded.draw_if_missing()"],
         env=environment,
         stderr=subprocess.DEVNULL,
     )
