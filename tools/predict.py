@@ -147,10 +147,10 @@ def write_predictions(args, settings, model, metadata, names, ids, results):
             continue
         if args.threshold is not None and "instances" in output:
             output["instances"] = output["instances"][output["instances"].scores >= args.threshold]
-        if results:
-            results.add(ids[path], *names[path], output)
         threshold = 0.5 if args.threshold is None else args.threshold
         picture = draw_output(image, output, metadata, threshold=threshold)
+        if results:
+            results.add(ids[path], *names[path], output)
         save_png(picture, os.path.join(args.output, names[path][1]))
     return skipped
 

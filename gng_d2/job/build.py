@@ -35,7 +35,8 @@ def build(cfg: Config, device: str | None = None, make: Callable = build_model) 
             return build_naming_norms(make, with_value(cfg, "MODEL.DEVICE", device) if device else cfg)
         return build_naming_norms(instantiate, cfg.model).to(device or _device(cfg))
     except Exception as error:  # of any kind, as any constructor may run that the config names
-        raise InputError(_why_not(cfg, error) + (_key_at_fault(cfg, make) if device != "meta" else "")) from error
+        key_at_fault = "" if device == "meta" else _key_at_fault(cfg, make)
+        raise InputError(_why_not(cfg, error).rstrip(".") + key_at_fault) from error
 
 
 def _why_not(cfg, error):
@@ -62,6 +63,9 @@ def _key_at_fault(cfg, make):
     """A sentence on the first key with whose default value the model can be built. Numbers are tried before names."""
     if not isinstance(cfg, CfgNode):
         return ""
+    with suppress(InputError), _parameters_on_meta():
+        build(cfg, "meta", make)
+        return ""  # the device is at fault, or the memory
     defaults = dict(leaves(get_cfg()))
     differing = [(k, v) for k, v in leaves(cfg) if k.startswith("MODEL.") and defaults.get(k, v) != v]
     for key, value in sorted(differing, key=lambda pair: isinstance(pair[1], str)):

@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from fvcore.common.checkpoint import _filter_reused_missing_keys
+from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_if_present
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -125,8 +125,8 @@ class Checkpointer(DetectionCheckpointer):
         self._reading = filename
         checkpoint = read_weight_file(filename)
         by_name = isinstance(checkpoint, Mapping)
-        if by_name and filename.endswith(".pkl") and not {"model", "__author__"} <= checkpoint.keys():
-            # of Caffe2, by Detectron2's rule; its detectors have "blobs", its ImageNet models do not
+        if by_name and filename.endswith(".pkl") and not any(k == "model" or "." in str(k) for k in checkpoint):
+            # of Caffe2, in whose names is no dot; its detectors have "blobs", its ImageNet models do not
             weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
             checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         elif by_name and filename.endswith(".pyth") and isinstance(checkpoint.get("model_state"), Mapping):
@@ -139,11 +139,14 @@ class Checkpointer(DetectionCheckpointer):
         elif query:
             raise InputError(f"{filename}: its address ends in ?{query}; only ?matching_heuristics=True is known")
         weights = checkpoint["model"]
-        if not isinstance(weights, Mapping) or not all(isinstance(v, (Tensor, np.ndarray)) for v in weights.values()):
+        if not isinstance(weights, dict) or not all(
+            isinstance(k, str) and isinstance(v, (Tensor, np.ndarray)) for k, v in weights.items()
+        ):
             raise InputError(
                 f"{filename} holds no weights by name under 'model', as Detectron2's checkpoints do. "
                 f"tools/convert_weights.py converts ResNets of torchvision, timm and mmdetection"
             )
+        _strip_prefix_if_present(weights, "_orig_mod.")  # of a model that torch.compile wrapped
         if to_resume:  # from a file that no trainer saved Detectron2 would go on at iteration 1
             parts = (checkpoint.get(key) for key in self.checkpointables)
             if type(checkpoint.get("iteration")) is not int or not all(isinstance(part, Mapping) for part in parts):

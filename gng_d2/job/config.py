@@ -7,6 +7,7 @@ says how to mend it.
 import copy
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from gng_d2.errors import InputError
 
@@ -114,6 +117,12 @@ class _JudgedConfig(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename, allow_unsafe=False):
+        with PathManager.open(filename) as file:
+            if re.search("^ *_target_:", file.read(), re.MULTILINE):
+                raise InputError(
+                    f"config file {filename} is a lazy (Python) config that was saved as YAML. Give the .py file from "
+                    f"which it was made"
+                )
         zoo = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
         inside = os.path.realpath(filename).startswith(os.path.realpath(zoo) + os.sep)
         try:
@@ -201,6 +210,26 @@ def check_config(cfg: CfgNode, world_size: int = 1) -> None:
             + (f"SOLVER.REFERENCE_WORLD_SIZE {reference}" if reference else f"{world_size} processes")
             + ". Set it to a multiple; SOLVER.REFERENCE_WORLD_SIZE scales a schedule to fewer or more processes"
         )
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """See that Detectron2 can make the optimizer and the schedule of a training, and train in mixed precision if asked.
+
+    Raises:
+        InputError: names the key or section.
+    """
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise InputError(
+            f"SOLVER.AMP.ENABLED: Detectron2 trains in mixed precision on CUDA alone, and MODEL.DEVICE is "
+            f"{cfg.MODEL.DEVICE}. Set it to False"
+        )
+    try:
+        build_lr_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the optimizer and its schedule cannot be made from the section SOLVER: {type(error).__name__}: "
+            f"{_message(error)}"
+        ) from error
 
 
 def check_weights(cfg: CfgNode) -> None:

@@ -30,7 +30,7 @@ from gng_d2.models.recompute_norms import recompute_norms
 from .build import bind_remaining_norms, build_on_meta
 from .calibrate import calibrate_backbone
 from .checkpoint import Checkpointer, batch_norms, check_norms, check_resumed, load_model
-from .config import check_config, check_weights, find_config_file, load_config
+from .config import check_config, check_solver, check_weights, find_config_file, load_config
 from .data.checks import map_values, naming_datasets, prepare_datasets
 from .data.images import NamingMapper
 from .data.loader import build_train_loader, seed_step, start_at
@@ -60,8 +60,9 @@ class Trainer(DefaultTrainer):
             if "parameter group" not in str(error):  # PyTorch's, of an optimizer with others
                 raise
             raise InputError(
-                f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR} has not the same weights to train as this config's "
-                f"model, for instance by another MODEL.BACKBONE.FREEZE_AT. Use the config that the run began with"
+                f"--resume: the optimizer of the checkpoint in {self.cfg.OUTPUT_DIR} has other groups of weights than "
+                f"this config's, for instance by another MODEL.BACKBONE.FREEZE_AT, or by SOLVER.WEIGHT_DECAY_NORM, "
+                f"WEIGHT_DECAY_BIAS or BIAS_LR_FACTOR. Use the config that the run began with"
             ) from error
         if self.start_iter > 0 and self.cfg.SEED >= 0:
             start_at(self._trainer.data_loader, self.start_iter)
@@ -178,6 +179,8 @@ def setup_job(
         raise InputError("--calibrate-norms fits norms before the first step, and --eval-only makes none")
     cfg = load_config(config_file, overrides)
     check_config(cfg, world_size)
+    if not eval_only:
+        check_solver(cfg)
     model = build_on_meta(cfg)
     check_norm_keys(cfg, model)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 import os
 
 from detectron2 import evaluation
@@ -84,7 +85,9 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
         given = given - {"panoptic_seg"}
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
-        build_evaluator(cfg, name, folder)
+        for evaluator in build_evaluator(cfg, name, folder)._evaluators:
+            if isinstance(evaluator, evaluation.COCOEvaluator) and evaluator._do_evaluation:
+                _check_annotations(cfg, name, evaluator._coco_api.dataset["annotations"])
         evaluated = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
         if given is not None and not any(outputs <= given for outputs in evaluated):
             needed = " or ".join(" and ".join(sorted(outputs)) for outputs in evaluated)
@@ -106,4 +109,28 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
             raise InputError(
                 f"TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this {type(model).__name__}. It "
                 f"takes a GeneralizedRCNN without keypoints that computes its own proposals"
+            )
+
+
+def _check_annotations(cfg, name, annotations):
+    """See that pycocotools can evaluate with these, of which it reads more than Detectron2's loader does."""
+    needed = ["bbox", "area", "iscrowd"]
+    needed += ["segmentation"] * cfg.MODEL.MASK_ON + ["keypoints", "num_keypoints"] * cfg.MODEL.KEYPOINT_ON
+    for annotation in annotations:
+        where = f"DATASETS.TEST: in {name!r} the annotation with the id {annotation['id']}"
+        missing = [field for field in needed if field not in annotation]
+        if missing:
+            raise InputError(
+                f"{where} has no {' and no '.join(missing)}, without which pycocotools cannot evaluate. In a COCO JSON "
+                f"area is that of the mask, or the width times the height of the box, and iscrowd is 0 or 1"
+            )
+        polygons = annotation["segmentation"] if cfg.MODEL.MASK_ON else None
+        if isinstance(polygons, list) and not (polygons and len(polygons[0]) > 4):
+            raise InputError(
+                f"{where} has the segmentation {polygons}, with which pycocotools cannot evaluate. A mask has one "
+                f"polygon or more, each of six numbers or more"
+            )
+        if annotation["id"] == 0:
+            logging.getLogger(__name__).warning(
+                f"{where} always counts as missed, because pycocotools takes 0 for no annotation. Count from 1"
             )

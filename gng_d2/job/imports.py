@@ -43,6 +43,8 @@ def _import_file(path):
         raise InputError(f"--import: the file {path} does not exist")
     folder, file_name = os.path.split(path)
     name = file_name.removesuffix(".py")
+    if "." in name:
+        raise InputError(f"--import: Python cannot import {path}, because its name has a dot. Rename the file")
     if folder not in sys.path:
         sys.path.append(folder)
     importlib.invalidate_caches()  # the file may be new

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from gng_d2.errors import InputError
+from gng_d2.job.data.checks import naming_datasets
 from gng_d2.job.files import atomic_open
 
 from .predictions import save_png
@@ -48,8 +49,9 @@ def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Me
     if named and not with_records:
         return metadata, []
     try:
-        return metadata, DatasetCatalog.get(name)
-    except (OSError, AssertionError) as error:
+        with naming_datasets(key, [name]):
+            return metadata, DatasetCatalog.get(name)
+    except (OSError, InputError) as error:
         if not named:
             raise InputError(
                 f"{key}: the files of {name!r}, which name the classes, cannot be read: {error}. {mend}"
@@ -105,11 +107,9 @@ class CocoResults:
             height, width = output["instances"].image_size
             for result in instances_to_coco_json(output["instances"], image_id):
                 self.results.append({**result, "category_id": self._category(self._things, result["category_id"])})
-        elif "sem_seg" in output:
+        else:
             height, width = output["sem_seg"].shape[-2:]
             self.results += self._regions(image_id, output["sem_seg"].argmax(dim=0).numpy())
-        else:
-            raise InputError(f"--json: the model's output is neither instances nor a segmentation: {', '.join(output)}")
         self.images.append({"id": image_id, "file_name": name, "height": int(height), "width": int(width)})
 
     def _category(self, dataset_ids, number):

@@ -19,12 +19,15 @@ import torch
 from detectron2.export import TracingAdapter
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
 
 from gng_d2.errors import InputError
 
 # The largest difference that is allowed, as a part of an output's largest value. Where float32 numbers are added in
 # another order, sums differ by 1e-6 to 1e-4.
 TOLERANCE = 1e-3
+
+_OPSET = 17  # of ONNX, for whole models
 
 # The smallest side of the images with which a backbone is exported. With smaller ones the last map of a pyramid has one
 # pixel, and torch.export would take that size as fixed.
@@ -111,8 +114,8 @@ def export(adapter: TracingAdapter, format: str) -> bytes:
     except Exception as error:  # exporters run the model's code on objects in place of tensors, so any error may come
         line = next(iter(str(error).splitlines()), "")
         raise InputError(
-            f"--format {format} cannot take this model: {type(error).__name__}: {line}. Whole models can "
-            f"be exported as torchscript and onnx; --backbone exports the backbone alone, in each format"
+            f"--format {format} cannot take this model: {type(error).__name__}: {line}. Whole models can be exported "
+            f"as torchscript and, without keypoints, onnx; --backbone exports the backbone alone, in each format"
         ) from error
 
 
@@ -150,9 +153,37 @@ def _onnx(adapter, inputs):
     axes = {name: {1: "height", 2: "width"} if name == "sem_seg" else {0: "detections"} for name in names}
     axes["image"] = {1: "height", 2: "width"}
     # torch.export, on which dynamo=True relies, cannot take a number of detections that depends on the image
-    options, content = {"dynamo": False, "opset_version": 17, "dynamic_axes": axes}, io.BytesIO()
-    torch.onnx.export(adapter, inputs, content, input_names=["image"], output_names=names, **options)
+    options, content = {"dynamo": False, "opset_version": _OPSET, "dynamic_axes": axes}, io.BytesIO()
+    torch.onnx.register_custom_op_symbolic("aten::group_norm", _group_norm, _OPSET)
+    try:
+        torch.onnx.export(adapter, inputs, content, input_names=["image"], output_names=names, **options)
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::group_norm", _OPSET)
     return _with_fixed_sizes(content.getvalue(), adapter(*inputs))
+
+
+@symbolic_helper.parse_args("v", "i", "v", "v", "f", "b")
+def _group_norm(g, x, num_groups, weight, bias, eps, cudnn_enabled):
+    """A group norm in ONNX that takes a batch of nothing too, which a mask head gets where nothing is detected.
+
+    PyTorch's has a Reshape to (N, G, -1), and ONNX cannot tell the size that -1 stands for where N is 0.
+    """
+
+    def constant(value):
+        return g.op("Constant", value_t=torch.as_tensor(value))
+
+    rank, shape = symbolic_helper._get_tensor_rank(x), g.op("Shape", x)
+    images = g.op("Slice", shape, constant([0]), constant([1]))
+    of_image = g.op("ReduceProd", g.op("Slice", shape, constant([1]), constant([rank])), keepdims_i=1)
+    sizes = images, constant([num_groups]), g.op("Div", of_image, constant([num_groups]))
+    grouped = g.op("Reshape", x, g.op("Concat", *sizes, axis_i=0))
+    ones, zeros = constant(torch.ones(num_groups)), constant(torch.zeros(num_groups))
+    y = g.op("Reshape", g.op("InstanceNormalization", grouped, ones, zeros, epsilon_f=eps), shape)
+    axes = constant(list(range(1, rank - 1)))
+    for op, parameter in (("Mul", weight), ("Add", bias)):
+        if not symbolic_helper._is_none(parameter):
+            y = g.op(op, y, g.op("Unsqueeze", parameter, axes))
+    return y
 
 
 def _with_fixed_sizes(content, outputs):

@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from torch import nn
 
+import gng_d2
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.checkpoint import Checkpointer, check_resumed, load_model
@@ -74,6 +75,26 @@ def test_batch_norms_with_statistics(heuristics, tmp_path, caplog):
     # R-18: a stem, 8 blocks of 2, and 3 shortcuts
     (message,) = warnings_of_loading(model("MODEL.RESNETS.NORM", "GN"), file, caplog)
     assert message.startswith("20 GroupNorm layers")
+
+
+def test_weights_of_a_model_that_torch_compile_wrapped(tmp_path):
+    ours = gng_d2.convert_norms(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), "GN1")
+    torch.save({"model": nn.ModuleDict({"_orig_mod": ours}).state_dict()}, tmp_path / "weights.pth")
+    other = nn.Sequential(nn.Conv2d(3, 8, 1), gng_d2.GroupNorm(1, 8))
+    Checkpointer(other).load(str(tmp_path / "weights.pth"))
+    assert torch.equal(other[0].weight, ours[0].weight)
+    with pytest.raises(InputError, match="1: 1 group in the checkpoint, 2 groups here"):  # the record is found too
+        Checkpointer(nn.Sequential(nn.Conv2d(3, 8, 1), gng_d2.GroupNorm(2, 8))).load(str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("make", [dict, lambda weights: {"model": weights}])
+def test_a_pickle_of_arrays_under_the_models_names(make, tmp_path):
+    """It has no "__author__", and Detectron2 would take its names for Caffe2's."""
+    ours = model()
+    weights = {name: tensor.numpy() + 1 for name, tensor in ours.state_dict().items()}
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(make(weights)))
+    Checkpointer(ours).load(str(tmp_path / "weights.pkl"))
+    assert all(np.array_equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())
 
 
 HEAD = "MODEL.SEM_SEG_HEAD.NORM"

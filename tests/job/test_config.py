@@ -6,8 +6,8 @@ from detectron2.config import CfgNode
 
 import gng_d2
 from gng_d2.errors import InputError
-from gng_d2.job.build import build_on_meta
-from gng_d2.job.config import check_config, check_weight_file, check_weights, load_config, norm_keys
+from gng_d2.job.build import build, build_on_meta
+from gng_d2.job.config import check_config, check_solver, check_weight_file, check_weights, load_config, norm_keys
 
 NORMS = {"gn": "GN", "gn1": "GN1", "pgn": "PGN"}
 
@@ -178,6 +178,28 @@ def test_numbers_of_steps_and_images_are_positive(key, value):
 def test_an_unknown_device():
     with pytest.raises(InputError, match="MODEL.DEVICE 'gpu' is no device"):
         check_config(quick("MODEL.DEVICE", "gpu"))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("SOLVER.LR_SCHEDULER_NAME WarmupCosine", "section SOLVER: ValueError: .*WarmupCosine"),
+        ("SOLVER.LR_SCHEDULER_NAME WarmupCosineLR SOLVER.BASE_LR_END 5.", "section SOLVER: AssertionError"),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE all", "section SOLVER: ValueError: 'all'"),
+        ("SOLVER.AMP.ENABLED True", "^SOLVER.AMP.ENABLED: .* on CUDA alone, and MODEL.DEVICE is cpu. Set it to False"),
+    ],
+)
+def test_a_training_that_detectron2_cannot_set_up(overrides, message):
+    check_solver(quick())
+    with pytest.raises(InputError, match=message):
+        check_solver(quick(*overrides.split(), "MODEL.DEVICE", "cpu"))
+
+
+def test_an_error_of_the_device_names_no_key():
+    """All that differs from the defaults would be tried, on another device."""
+    with pytest.raises(InputError) as error:
+        build(quick("MODEL.DEVICE", "xla"))
+    assert "xla" in str(error.value).lower() and "with its default" not in str(error.value)
 
 
 def test_missing_weights(tmp_path):

@@ -1,7 +1,13 @@
 """What would make an evaluation fail after the training is refused before it."""
 
+import json
+import logging
+
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
@@ -9,7 +15,43 @@ from gng_d2.job.config import load_config
 from gng_d2.job.evaluators import check_evaluation
 
 DETECTOR = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "DATASETS.TEST", "('gng_shapes_val',)"]
-KEYPOINTS = [*DETECTOR, "MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"]
+KEYPOINTS = [
+    *DETECTOR[:2],
+    "DATASETS.TEST",
+    "('own',)",
+    "MODEL.KEYPOINT_ON",
+    "True",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+]
+
+
+TRIANGLE = [1, 1, 9, 1, 9, 9]
+WHOLE = {
+    "id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 8, 8], "area": 32, "iscrowd": 0,
+    "segmentation": [TRIANGLE], "keypoints": [1, 1, 2] * 17, "num_keypoints": 17,
+}  # fmt: skip
+EVALUATED = {
+    "bbox": ["MODEL.MASK_ON", "False"],
+    "segm": ["MODEL.MASK_ON", "True"],
+    "keypoints": ["MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "True"],
+}
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Registers a COCO JSON of one image with this annotation, and returns the path of the JSON."""
+
+    def register(annotation):
+        images = [{"id": 7, "file_name": "7.png", "height": 20, "width": 30}]
+        path = tmp_path / "own.json"
+        categories = [{"id": 1, "name": "one"}]
+        path.write_text(json.dumps({"images": images, "annotations": [annotation], "categories": categories}))
+        register_coco_instances("own", {}, str(path), str(tmp_path))
+        return str(path)
+
+    yield register
+    DatasetCatalog.remove("own")
+    MetadataCatalog.remove("own")
 
 
 def check(folder, *overrides):
@@ -31,7 +73,8 @@ def check(folder, *overrides):
         [*KEYPOINTS, "2", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.2]"],
     ],
 )
-def test_what_can_be_evaluated_passes(overrides, shapes, tmp_path):
+def test_what_can_be_evaluated_passes(overrides, shapes, coco, tmp_path):
+    coco(WHOLE)
     check(tmp_path, *overrides)
 
 
@@ -46,7 +89,8 @@ def test_what_can_be_evaluated_passes(overrides, shapes, tmp_path):
     ],
     ids=lambda overrides: overrides[1] if overrides else "PanopticFPN",
 )
-def test_test_time_augmentation_of_a_model_that_has_none(overrides, shapes, tmp_path):
+def test_test_time_augmentation_of_a_model_that_has_none(overrides, shapes, coco, tmp_path):
+    coco(WHOLE)
     with pytest.raises(InputError, match="^TEST.AUG.ENABLED: Detectron2's test-time augmentation does not take this"):
         check(tmp_path, *overrides, "TEST.AUG.ENABLED", "True")
 
@@ -67,9 +111,59 @@ def test_test_time_augmentation_of_a_model_that_has_none(overrides, shapes, tmp_
         ([*KEYPOINTS, "2"], "TEST.KEYPOINT_OKS_SIGMAS stands for 17 keypoints, and .*NUM_KEYPOINTS is 2"),
     ],
 )
-def test_an_evaluation_of_what_the_model_does_not_give(overrides, message, shapes, tmp_path):
+def test_an_evaluation_of_what_the_model_does_not_give(overrides, message, shapes, coco, tmp_path):
+    coco(WHOLE)
     with pytest.raises(InputError, match=message):
         check(tmp_path, *overrides)
+
+
+def pycocotools_ap(path, task):
+    """The AP of a prediction that is the annotation itself."""
+    truth = COCO(path)
+    found = truth.loadRes([{**WHOLE, "score": 1.0}])
+    evaluation = COCOeval(truth, found, task)
+    evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    return evaluation.stats[0]
+
+
+@pytest.mark.parametrize(
+    "task, change, message",
+    [
+        ("bbox", {"segmentation": ..., "keypoints": ..., "num_keypoints": ...}, None),
+        ("bbox", {"area": ...}, "has no area, .*width times the height"),
+        ("bbox", {"iscrowd": ...}, "has no iscrowd, "),
+        ("bbox", {"bbox": ...}, "has no bbox, "),
+        ("segm", {"segmentation": ...}, "has no segmentation, "),
+        ("segm", {"segmentation": []}, r"has the segmentation \[\], .*one polygon or more"),
+        ("segm", {"segmentation": [[1, 1, 9, 9]]}, r"has the segmentation .* six numbers or more"),
+        ("segm", {"segmentation": [TRIANGLE, [1, 1, 9, 9]]}, None),
+        ("segm", {"segmentation": {"size": [20, 30], "counts": [5, 595]}}, None),
+        ("keypoints", {"num_keypoints": ...}, "has no num_keypoints, "),
+        ("keypoints", {"keypoints": ..., "area": ...}, "has no area and no keypoints, "),
+    ],
+)
+def test_annotations_with_which_pycocotools_stops_are_refused(task, change, message, coco, tmp_path):
+    """``...`` is what the annotation lacks."""
+    path = coco({key: value for key, value in {**WHOLE, **change}.items() if value is not ...})
+    overrides = [*DETECTOR[:2], "DATASETS.TEST", "('own',)", *EVALUATED[task]]
+    if message is None:
+        check(tmp_path, *overrides)
+        pycocotools_ap(path, task)
+        return
+    with pytest.raises(InputError, match=f"^DATASETS.TEST: in 'own' the annotation with the id 1 {message}"):
+        check(tmp_path, *overrides)
+    with pytest.raises((KeyError, IndexError, TypeError)):
+        pycocotools_ap(path, task)
+
+
+@pytest.mark.parametrize("number, ap", [(1, 1), (0, 0)])
+def test_an_annotation_with_the_id_0_is_a_warning(number, ap, coco, tmp_path, caplog):
+    """pycocotools counts it as missed, though the prediction is the annotation itself."""
+    path = coco({**WHOLE, "id": number})
+    assert pycocotools_ap(path, "bbox") == pytest.approx(ap)
+    with caplog.at_level(logging.WARNING, logger="gng_d2"):
+        check(tmp_path, *DETECTOR[:2], "DATASETS.TEST", "('own',)", *EVALUATED["bbox"])
+    assert ("the annotation with the id 0 always counts as missed" in caplog.text) == (number == 0)
 
 
 @pytest.mark.parametrize("kind, package", [("coco_panoptic_seg", "panopticapi-lite"), ("lvis", "lvis"),

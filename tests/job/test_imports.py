@@ -62,6 +62,9 @@ def test_what_cannot_be_imported_is_named(tmp_path):
         import_modules([str(tmp_path / "none.py")])
     with pytest.raises(InputError, match="no module 'MODEL.FPN.NORM'.*KEY VALUE pairs must not follow it"):
         import_modules(["MODEL.FPN.NORM"])
+    (tmp_path / "my.data.py").touch()
+    with pytest.raises(InputError, match="Python cannot import .*my.data.py, because its name has a dot. Rename"):
+        import_modules([str(tmp_path / "my.data.py")])
     path = tmp_path / "json.py"
     path.touch()
     with pytest.raises(InputError, match="has the name of another module, 'json'.*Rename the file"):

@@ -37,6 +37,12 @@ def pair(request):
     return lazy, yaml, build_on_meta(lazy), build_on_meta(yaml)
 
 
+def test_a_lazy_config_that_was_saved_is_no_yaml_config(tmp_path):
+    LazyConfig.save(load_any_config("configs/pfpn_pgn.py"), str(tmp_path / "config.yaml"))
+    with pytest.raises(InputError, match="config.yaml is a lazy .* that was saved as YAML. Give the .py file"):
+        load_any_config(str(tmp_path / "config.yaml"))
+
+
 def settings(value, depth=0):
     """What a module or another object of Detectron2's was made with, of numbers, names and lists."""
     if isinstance(value, (list, tuple, ListConfig)):

@@ -115,6 +115,37 @@ def test_a_whole_model_takes_an_image_of_any_size(config, format, export):
     assert_equal(run_file(path, format, image), expected)
 
 
+class Head(nn.Module):
+    """Stands in for a traced model whose mask head has norms: it detects the positive numbers of an image."""
+
+    class outputs_schema:
+        keys = ["pred_masks"]
+
+    def __init__(self, affine):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6, eps=1e-3, affine=affine))
+        if affine:
+            nn.init.normal_(self.layers[1].weight), nn.init.normal_(self.layers[1].bias)
+
+    def forward(self, image):
+        detections = image[image > 0][:, None, None, None]
+        return (self.layers(detections * image[:1]),)
+
+
+@EXPORT
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_of_a_mask_head_take_any_number_of_detections(affine, tmp_path):
+    """None too, at which PyTorch's own ONNX of a group norm stops."""
+    head, path = Head(affine).eval(), tmp_path / "head.onnx"
+    path.write_bytes(gng_d2.predict.export._onnx(head, (torch.randn(1, 9, 8),)))
+    for image in (torch.randn(1, 7, 11), -torch.rand(1, 7, 11)):
+        with torch.no_grad():
+            (expected,) = head(image)
+        (found,) = run_file(path, "onnx", image).values()
+        assert len(expected) == int((image > 0).sum())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @needs_torch(2, 14, "torch.export of a semantic model")
 def test_torch_export_takes_a_semantic_model(export):
@@ -130,7 +161,7 @@ def test_torch_export_takes_a_semantic_model(export):
 def test_what_cannot_be_exported_says_what_can(export):
     status, _, path, _ = export(DETECTOR, "torch_export")
     assert status.startswith("error: --format torch_export cannot take this model")
-    assert "torchscript and onnx; --backbone" in status and len(status) < 600 and not path.exists()
+    assert "torchscript and, without keypoints, onnx; --backbone" in status and len(status) < 600 and not path.exists()
 
 
 @pytest.mark.slow

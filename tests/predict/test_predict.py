@@ -8,7 +8,8 @@ import numpy as np
 import pycocotools.mask
 import pytest
 import torch
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from panopticapi.evaluation import pq_compute_single_core
@@ -353,6 +354,26 @@ def test_an_image_that_the_model_cannot_take_costs_only_itself(tmp_path):
     assert [(p.path, p.error) for p in done if p.error] == [(paths[2], "the model cannot take it: CUDA out of memory")]
     for i in (0, 1, 3):
         assert next(p for p in done if p.path == paths[i]).output["sem_seg"].max() == 60 * i
+
+
+def test_an_output_that_is_no_picture_is_refused(run, shapes, tmp_path):
+    status, _, results = run(validation(shapes)[0], opts=["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
+    assert status == "error: the model's output is neither instances nor a segmentation: proposals" and results == []
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"images": [], "annotations": [{"id": 1, "image_id": 1}], "categories": []}']
+)
+def test_a_broken_json_of_the_dataset_is_named(content, run, shapes, tmp_path):
+    (tmp_path / "own.json").write_text(content)
+    register_coco_instances("own", {}, str(tmp_path / "own.json"), str(tmp_path))
+    try:
+        status, _, results = run(validation(shapes)[0], opts=["DATASETS.TEST", "('own',)"])
+    finally:
+        DatasetCatalog.remove("own")
+        MetadataCatalog.remove("own")
+    assert status.startswith("error: DATASETS.TEST") and "own.json" in status and "'own'" in status and results is None
 
 
 def test_other_classes_than_the_datasets_are_refused(run, shapes):

@@ -32,9 +32,10 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         InputError: names the key and the dataset, and says how to mend it.
     """
+    loaded = {}
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            _prepare_dataset(f"DATASETS.{key}", name)
+            loaded[key, name] = _prepare_dataset(f"DATASETS.{key}", name)
         for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
             try:
                 read_weight_file(PathManager.get_local_path(path), pickled=True)  # Detectron2 unpickles it
@@ -43,14 +44,22 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name what to train on")
     check_classes(cfg, eval_only)
-    if map_values(cfg):  # else the maps of the test set would be read for the first time after the training
+    for name in cfg.DATASETS.TEST:
+        _check_test_set(cfg, name, loaded["TEST", name])
+
+
+def _check_test_set(cfg, name, records):
+    """Look at what would be read for the first time after the training."""
+    if isinstance(records, list):
+        _check_annotations(cfg, "DATASETS.TEST", [name], records)
+    if map_values(cfg):
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
-        for name in cfg.DATASETS.TEST:
-            for record in itertools.islice(DatasetCatalog.get(name), _FIRST):
-                mapper(record)
+        for record in itertools.islice(records, _FIRST):
+            mapper(record)
 
 
 def _prepare_dataset(key, name):
+    """The records of a dataset if it is one to test on."""
     if name not in DatasetCatalog:
         raise InputError(
             f"{key}: no dataset named {name!r} is registered. Your own is registered by a module of yours: "
@@ -75,6 +84,8 @@ def _prepare_dataset(key, name):
             gone = [record[field] for field in FILES if field in record and not PathManager.exists(record[field])]
             if gone:
                 raise InputError(f"{key}: the file {gone[0]} of dataset {name!r} is not there")
+        return records
+    return None
 
 
 def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -153,7 +164,7 @@ def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AssertionError, AttributeError, ValueError, LookupError) as error:  # LookupError: what a JSON lacks
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # of what a JSON lacks, say
         files = [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
         kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
         message = " ".join(str(error).split())
@@ -173,8 +184,8 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
     if not isinstance(records, list) or not isinstance(mapper, DatasetMapper):
         return
     where = f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}"
-    learned = {field: (key, count) for key, count, field in learned_classes(cfg)}
-    annotations = [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
+    learned = {field for _, _, field in learned_classes(cfg)}
+    annotations = list(_annotations(records))
     has = {"annotations": annotations, "sem_seg_file_name": any("sem_seg_file_name" in r for r in records)}
     for field, wanted in (("thing_classes", "annotations"), ("stuff_classes", "sem_seg_file_name")):
         if field in learned and not has[wanted]:
@@ -187,11 +198,23 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
                 f"{where}: {len(without)} of {len(annotations)} annotations have no {wanted}, for instance one of "
                 f"{without[0].get('file_name')}. Set MODEL.{key} to False, or add them"
             )
-    if "thing_classes" in learned:
-        _check_annotations(where, annotations, *learned["thing_classes"])
+    _check_annotations(cfg, "DATASETS.TRAIN", cfg.DATASETS.TRAIN, records)
 
 
-def _check_annotations(where, annotations, key, count):
+def _check_annotations(cfg, data_key, names, records):
+    """See that the boxes in ``records`` are boxes of their images, and of classes that the model learns."""
+    with naming_datasets(data_key, names):
+        for key, count, field in learned_classes(cfg):
+            if field == "thing_classes":
+                _check_boxes(f"{data_key} {', '.join(names)}", list(_annotations(records)), key, count)
+
+
+def _annotations(records):
+    """(annotation, its record) of each annotation that is no crowd."""
+    return ((a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0))
+
+
+def _check_boxes(where, annotations, key, count):
     outside = []
     for annotation, record in annotations:
         box, image = annotation.get("bbox"), record.get("file_name")

@@ -104,7 +104,7 @@ def _check_map(path, labels, num_classes, ignored):
     with PathManager.open(path, "rb") as file:
         mode = Image.open(file).mode
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignored)]
-    if not mode.startswith(("L", "I")):
+    if mode != "L" and not mode.startswith("I"):
         problem = f"is not greyscale but of Pillow's mode {mode}"
     elif len(wrong):
         problem = f"has the value {int(wrong.min())}"

@@ -90,8 +90,8 @@ def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
         ) from error
     tasks = []
     for (name, size), of_segment in zip(annotations, segments):
-        if os.path.isabs(name) or os.path.normpath(name).startswith(os.pardir):
-            raise InputError(f"{panoptic_json}: the file_name {name} leads out of the folder of the panoptic PNGs")
+        if os.path.basename(name) != name:
+            raise InputError(f"{panoptic_json}: the file_name {name} names a folder; Detectron2 looks for maps in one")
         unknown = set(of_segment.values()) - values.keys()
         if unknown:
             raise InputError(f"{panoptic_json}: category ids {sorted(unknown)} of {name} are not among its categories")

@@ -251,6 +251,31 @@ def test_boxes_of_another_kind_than_bbox_mode_says_are_refused(mode, boxes, refu
         build_train_loader(detector("boxes"))
 
 
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_boxes_of_the_test_set_are_looked_at_before_the_training(eval_only, shapes, coco):
+    """As two corners; Detectron2 and pycocotools would give an AP, of boxes that are not there."""
+    boxes = [(30, 20, 45, 30), (10, 10, 40, 25), (1, 1, 9, 9)]
+    coco("val", annotations=[{"id": i, "image_id": 0, "category_id": 2, "bbox": box} for i, box in enumerate(boxes, 1)])
+    cfg = detector("gng_shapes_train", "DATASETS.TEST", "('val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "5")
+    with pytest.raises(InputError, match=r"^DATASETS.TEST val: 2 of 3 boxes are empty or end outside"):
+        prepare_datasets(cfg, eval_only)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+@pytest.mark.parametrize(
+    "box, image", [(None, {}), (["1", "1", "9", "9"], {}), ([1, 1, None, 9], {}), ([1, 1, 9, 9], {"width": None})]
+)
+def test_values_of_a_wrong_type_in_a_json_are_named_by_its_file(box, image, key, coco):
+    boxes = [{"id": 1, "image_id": 0, "category_id": 2, "bbox": box}]
+    coco("typed", annotations=boxes, images=[{"id": 0, "file_name": "0.png", "height": 32, "width": 48, **image}])
+    cfg = detector(
+        "typed", "DATASETS.TEST", "('typed',)" if key == "TEST" else "()", "MODEL.ROI_HEADS.NUM_CLASSES", "3"
+    )
+    with pytest.raises(InputError, match=rf"^DATASETS.{key} typed: .*(typed.json$|0.png has the bbox)"):
+        prepare_datasets(cfg, eval_only=key == "TEST")
+        build_train_loader(cfg)
+
+
 def test_data_without_boxes_is_refused(register, tmp_path):
     bare = record(tmp_path)
     del bare["annotations"]
@@ -373,6 +398,7 @@ NO_MAPS = {
     "colours": (grey(0, 1).convert("RGB"), "labels.png is not greyscale but of Pillow's mode RGB"),
     "a palette": (palette(dark=False), "labels.png is not greyscale but of Pillow's mode P"),
     "a palette of small values": (palette(dark=True), "labels.png is not greyscale but of Pillow's mode P"),
+    "transparency": (grey(0, 1).convert("LA"), "labels.png is not greyscale but of Pillow's mode LA"),
     "another size": (grey(0, 1, size=(24, 16)), "0.png is 48 x 32, .*labels.png is 24 x 16"),
 }
 
