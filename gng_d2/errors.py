@@ -7,6 +7,11 @@ class InputError(ValueError):
     """A user's config, file, dataset or model cannot be used. Tools print it without a traceback."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error of someone else's code, in one line; of a KeyError without its quotes."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+
+
 def abbreviated(names: Iterable, most: int = 4) -> str:
     """The first of ``names``, for a message, and how many more there are.
 

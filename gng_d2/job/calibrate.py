@@ -14,7 +14,7 @@ from torch import nn
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import named_norms
-from gng_d2.layers.producers import unchanged, uncompiled
+from gng_d2.layers.running import unchanged, uncompiled
 from gng_d2.layers.ws_conv import WSConv2d, unstandardize
 from gng_d2.models.calibrate_norms import calibrate
 

@@ -14,7 +14,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gng_d2.errors import InputError, abbreviated
+from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels, num_groups
 from gng_d2.layers.record import describe_record, fits, put_records, records_of
@@ -63,7 +63,7 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 self.path_manager.get_local_path(path.split("?")[0])
             except Exception as error:  # each way of fetching raises its own
-                raise InputError(f"the weights {path} cannot be fetched: {' '.join(str(error).split())}") from error
+                raise InputError(f"the weights {path} cannot be fetched: {one_line(error)}") from error
         try:
             return super().load(path, *args, **kwargs)
         finally:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, one_line
 
 from .weight_files import files_are_trusted
 
@@ -59,14 +59,14 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
             f"values without keys"
         ) from error
     except Exception as error:  # PyYAML, yacs and Detectron2 raise a dozen kinds
-        raise InputError(f"config file {config_file} cannot be used: {_message(error)}") from error
+        raise InputError(f"config file {config_file} cannot be used: {one_line(error)}") from error
     finally:
         vars(cfg).pop("load_yaml_with_base", None)
     try:
         cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise InputError(
-            f"config overrides {' '.join(overrides)!r}: {_message(error)}. Give pairs, KEY VALUE, with keys that the "
+            f"config overrides {' '.join(overrides)!r}: {one_line(error)}. Give pairs, KEY VALUE, with keys that the "
             f"config has"
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -97,7 +97,7 @@ def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:
         LazyConfig.apply_overrides(cfg, list(overrides))
     except Exception as error:  # Hydra's and OmegaConf's have no base of their own
         raise InputError(
-            f"config overrides {' '.join(overrides)!r}: {_message(error)}. A lazy config takes "
+            f"config overrides {' '.join(overrides)!r}: {one_line(error)}. A lazy config takes "
             f"path.key=value, such as model.backbone.norm=PGN"
         ) from error
     if not isinstance(cfg.get("model"), DictConfig) or "_target_" not in cfg.model:
@@ -149,11 +149,6 @@ def find_config_file(config_file: str) -> str:
         raise InputError(f"config file {config_file} does not exist, here or in Detectron2's model zoo") from None
 
 
-def _message(error):
-    """The message of ``error`` in one line; of a KeyError without its quotes."""
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-
-
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(key, value) of each value in a config or another tree of dicts and lists, such as ("MODEL.DEVICE", "cpu").
 
@@ -174,7 +169,7 @@ def norm_keys(cfg: Config) -> Iterator[tuple[str, str]]:
     try:
         found = leaves(OmegaConf.to_container(cfg.model, resolve=True), "model.")
     except OmegaConfBaseException as error:  # of a ${...} that leads nowhere
-        raise InputError(f"the config's model: {_message(error)}") from error
+        raise InputError(f"the config's model: {one_line(error)}") from error
     return ((key, value) for key, value in found if isinstance(value, str) and key.endswith((".norm", "_norm")))
 
 
@@ -228,7 +223,7 @@ def check_solver(cfg: CfgNode) -> None:
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the optimizer and its schedule cannot be made from the section SOLVER: {type(error).__name__}: "
-            f"{_message(error)}"
+            f"{one_line(error)}"
         ) from error
 
 

@@ -1,24 +1,23 @@
 """Find out which layer makes the input of each norm by running the model, which may be frozen or on the meta device."""
 
-import random
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map_only
 
 from gng_d2.errors import InputError
 
 from .kinds import Producer, layer_sizes
 from .origin import UNKNOWN, Origin, layer_output, op_kind, origin
+from .running import calls_with, eager, tensors_in, tensors_of, unchanged, uncompiled
 
 
 def find_producers(
@@ -39,9 +38,9 @@ def find_producers(
         InputError: the model cannot be run with them.
     """
     model = uncompiled(model)
-    device = next((t.device for t in _tensors_of(model)), torch.device("cpu"))
+    device = next((t.device for t in tensors_of(model)), torch.device("cpu"))
     with torch.inference_mode(False):
-        inputs = tree_map(lambda x: x.detach().clone().to(device) if isinstance(x, Tensor) else x, example_inputs)
+        inputs = tree_map_only(Tensor, lambda x: x.detach().clone().to(device), example_inputs)
     failed = None
     for args, kwargs in calls_with(inputs):
         try:
@@ -60,32 +59,11 @@ def _find(model, norms, args, kwargs):
     watch = _Watch()
     watch.take(tensors_in((args, kwargs)), "the model's input")
     watch.take(model.buffers(), "a buffer")
-    with unchanged(model), _eager(), torch.inference_mode(False), torch.no_grad():
+    with unchanged(model), eager(), torch.inference_mode(False), torch.no_grad():
         model.eval()  # not chained: a train() that the user wrote may return nothing
         with _noting(model, norms, watch) as found, watch:
             model(*args, **kwargs)
     return found
-
-
-def _eager():
-    """A context in which the compiled parts of a model run uncompiled, so that their ops are seen."""
-    set_stance = getattr(getattr(torch, "compiler", None), "set_stance", None)  # since PyTorch 2.6
-    return set_stance("force_eager") if set_stance else nullcontext()
-
-
-def uncompiled(model):
-    """The model that torch.compile wrapped, or ``model``."""
-    return model._modules.get("_orig_mod", model)
-
-
-def calls_with(inputs):
-    """The ways to call a model with ``inputs``, as (args, kwargs). The first one that works is used."""
-    if isinstance(inputs, dict):
-        yield (), inputs
-        return
-    yield (inputs if isinstance(inputs, tuple) else (inputs,)), {}
-    if isinstance(inputs, (tuple, list)) and len(inputs) > 1 and isinstance(inputs[0], Tensor):
-        yield (inputs[0],), {}
 
 
 # PyTorch 2.0 does not call the hooks of a module that raises. This matters where the model catches the error
@@ -184,10 +162,6 @@ class _Watch(TorchDispatchMode):
             self._note(tensor, found)
 
 
-def tensors_in(tree):
-    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
-
-
 def _written(func, args, kwargs):
     """The arguments that ``func`` changes."""
     written = []
@@ -227,38 +201,3 @@ def _noting(model, norms, watch):
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after, **_ALWAYS).remove)
         yield found
-
-
-def _tensors_of(model):
-    tensors = [*model.parameters(), *model.buffers()]
-    return [t for t in tensors if not nn.parameter.is_lazy(t)]
-
-
-@contextmanager
-def unchanged(model):
-    """A context that restores ``model`` and the random number generators at its end, whatever happens in it."""
-    modes = {module: module.training for module in model.modules()}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not nn.parameter.is_lazy(buffer)
-    ]
-    devices = {t.device for t in _tensors_of(model) if t.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        random.setstate(python), np.random.set_state(numpy)
-        for module, training in modes.items():
-            module.training = training
-        for parameter, trains in trained:
-            if parameter.requires_grad != trains:
-                parameter.requires_grad_(trains)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not buffer.is_meta and not torch.equal(buffer, value):  # an expanded one cannot be written
-                    buffer.copy_(value)

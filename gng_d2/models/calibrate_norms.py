@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gng_d2.errors import InputError, abbreviated
 from gng_d2.layers import GroupNorm
 from gng_d2.layers.kinds import num_channels
-from gng_d2.layers.producers import unchanged, uncompiled
+from gng_d2.layers.running import unchanged, uncompiled
 
 from .passes import Pass, run_in_step
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch, checkpoint
 
-from gng_d2.layers.producers import tensors_in
+from gng_d2.layers.running import tensors_in
 from gng_d2.ops.backends import HAS_OPS
 
 from .second_run import versions_of

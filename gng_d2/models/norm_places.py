@@ -15,7 +15,8 @@ from gng_d2.errors import InputError
 from gng_d2.layers.binding import named_norms
 from gng_d2.layers.group_norm import GroupNorm
 from gng_d2.layers.kinds import NO_LAYER, Producer, layer_shape, num_channels
-from gng_d2.layers.producers import find_producers, tensors_in
+from gng_d2.layers.producers import find_producers
+from gng_d2.layers.running import tensors_in
 
 from .bind_norms import runnable
 

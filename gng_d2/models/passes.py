@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from gng_d2.errors import InputError
-from gng_d2.layers.producers import calls_with
+from gng_d2.layers.running import calls_with
 
 # The most threads that all passes have together: PyTorch gives each pass threads of its own, and keeps them.
 MOST_THREADS = 256
@@ -45,7 +45,7 @@ class Pass(Thread):
     @torch.no_grad()
     def _forward(self):
         first = next(self._model.parameters(), torch.empty(0))
-        inputs = tree_map(lambda x: x.to(first.device, copy=True) if isinstance(x, Tensor) else x, self._inputs)
+        inputs = tree_map_only(Tensor, lambda x: x.to(first.device, copy=True), self._inputs)
         failed = None
         with torch.cuda.device_of(first):
             for args, kwargs in calls_with(inputs):

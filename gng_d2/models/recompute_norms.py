@@ -17,7 +17,7 @@ from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, has, remove
 from gng_d2.layers.kinds import is_of_single_images
 from gng_d2.layers.module_path import module_path
-from gng_d2.layers.producers import tensors_in
+from gng_d2.layers.running import tensors_in
 from gng_d2.ops.backends import enabled_kernels, is_transformed, set_kernels_enabled
 
 from .kept_outputs import CastsOfWeights, KeptOutputs

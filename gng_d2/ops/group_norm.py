@@ -22,8 +22,6 @@ if HAS_TRITON:
 
     _BACKENDS["cuda"] = group_norm_triton
 
-_ACTIVATIONS = (None, "relu", "silu")
-
 
 def group_norm(
     input: Tensor,
@@ -198,8 +196,8 @@ def _fault(x, num_groups, dtypes=None, activation=None, **others):
     shape = () if x is None else x.shape
     if len(shape) < 2 or num_groups < 1 or shape[1] % num_groups:
         return f"an input of shape {tuple(shape)} does not divide into {num_groups} groups of channels"
-    if activation not in _ACTIVATIONS:
-        return f"{activation!r} is none of the activations {_ACTIVATIONS}"
+    if activation not in group_norm_cpu.ACTIVATIONS:
+        return f"{activation!r} is none of the activations {group_norm_cpu.ACTIVATIONS}"
     of_channels, of_groups = (shape[1:2], dtypes), ((shape[0], num_groups), dtypes and (torch.float32,))
     needs = {"weight": of_channels, "bias": of_channels, "mean": of_groups, "rstd": of_groups}
     faults = [fault_of("the input", x, shape, x.device, dtypes)]

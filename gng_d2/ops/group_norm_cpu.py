@@ -20,7 +20,7 @@ _MIN_POSITIONS = 512  # for fewer, the calls for short rows take the time
 _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _MIN_FUSED = 2**19  # where none idles, fewer elements lie in the caches, and the passes that are saved cost nothing
 _PIECE = 4096  # elements that the first cache holds
-_ACTIVATIONS = (None, "relu", "silu")  # in the order of the C file
+ACTIVATIONS = (None, "relu", "silu")  # in the order of the C file
 
 
 def is_faster(
@@ -119,4 +119,4 @@ def _in_float32(parameter):
 def _numbers(x, num_groups, activation):
     images, channels = x.shape[:2]
     positions = x.numel() // (images * channels)
-    return images, channels, positions, num_groups, _PIECE, DTYPES.index(x.dtype), _ACTIVATIONS.index(activation)
+    return images, channels, positions, num_groups, _PIECE, DTYPES.index(x.dtype), ACTIVATIONS.index(activation)

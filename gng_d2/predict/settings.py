@@ -71,4 +71,4 @@ def check_test_classes(cfg: Config, settings: PredictionSettings) -> None:
         for key, number, field in _lazy_learned(cfg):
             known = MetadataCatalog.get(settings.dataset).get(field)
             if known is not None:
-                checks.compare(key, number, field, settings.dataset, len(known))
+                checks.compare_classes(key, number, field, settings.dataset, len(known))

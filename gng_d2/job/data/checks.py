@@ -12,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from gng_d2.errors import InputError, abbreviated
+from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.job.weight_files import read_weight_file
 
 from . import embedded
@@ -103,7 +103,7 @@ def check_classes(cfg: CfgNode, eval_only: bool = False) -> None:
         classes = {name: MetadataCatalog.get(name).get(field) for name in (*names, *cfg.DATASETS.TEST)}
         classes = {name: list(known) for name, known in classes.items() if known is not None}
         for name, known in classes.items():
-            compare(key, count, field, name, len(known), trains=name in names)
+            compare_classes(key, count, field, name, len(known), trains=name in names)
             first = next(iter(classes))
             if known != classes[first] and len(known) == len(classes[first]):
                 logging.getLogger(__name__).warning(
@@ -143,7 +143,7 @@ def map_values(cfg: CfgNode) -> tuple[int, int] | None:
     return (counts[0], cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE) if counts else None
 
 
-def compare(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
+def compare_classes(key: str, count: int, field: str, name: str, known: int, trains: bool = False) -> None:
     """Compare ``count``, a model's number of classes by ``key``, with ``known``, that of the dataset ``name``, on which
     the model ``trains`` or is only tested."""
     message = f"{key} is {count}, but dataset {name!r} has {known} {field}. Set it to {known}"
@@ -167,9 +167,8 @@ def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # of what a JSON lacks, say
         files = [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
         kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
-        message = " ".join(str(error).split())
         raise InputError(
-            f"{key} {', '.join(names)}: {kind}{message}{' in ' * bool(files)}{', '.join(files)}"
+            f"{key} {', '.join(names)}: {kind}{one_line(error)}{' in ' * bool(files)}{', '.join(files)}"
         ) from error
 
 

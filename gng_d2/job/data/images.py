@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, ImageOps
 
-from gng_d2.errors import InputError
+from gng_d2.errors import InputError, one_line
 
 FILES = ("file_name", "sem_seg_file_name", "pan_seg_file_name")  # keys of a Detectron2 record
 
@@ -69,7 +69,7 @@ class NamingMapper:
         except InputError as error:
             raise InputError(f"the image {record['file_name']} cannot be used: {error}") from error
         except SizeMismatchError as error:  # names its file
-            raise InputError(" ".join(str(error).split())) from error
+            raise InputError(one_line(error)) from error
         except Exception as error:  # a file that cannot be read is named by read_labels
             sizes = {key: read_labels(record[key]).shape[1::-1] for key in FILES if key in record}
             if isinstance(self.mapper, DatasetMapper) and len(set(sizes.values())) > 1:
@@ -81,7 +81,7 @@ class NamingMapper:
                 raise
             raise InputError(
                 f"the annotations of the image {record.get('file_name')} cannot be used: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}"
+                f"{one_line(error)}"
             ) from error
 
 
