@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import logging
 import os
 
@@ -9,6 +10,7 @@ from detectron2 import evaluation
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, ProposalNetwork, RetinaNet, SemanticSegmentor
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from gng_d2.errors import InputError
@@ -85,10 +87,14 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
         given = given - {"panoptic_seg"}
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
-        for evaluator in build_evaluator(cfg, name, folder)._evaluators:
-            if isinstance(evaluator, evaluation.COCOEvaluator) and evaluator._do_evaluation:
-                _check_annotations(cfg, name, evaluator._coco_api.dataset["annotations"])
-        evaluated = _EVALUATIONS[MetadataCatalog.get(name).evaluator_type][1]
+        evaluators, metadata = build_evaluator(cfg, name, folder)._evaluators, MetadataCatalog.get(name)
+        with naming_datasets("DATASETS.TEST", [name]):
+            for evaluator in evaluators:
+                if isinstance(evaluator, evaluation.COCOEvaluator) and evaluator._do_evaluation:
+                    _check_annotations(cfg, name, evaluator._coco_api.dataset["annotations"])
+                elif isinstance(evaluator, evaluation.COCOPanopticEvaluator):
+                    _check_segments(name, metadata.panoptic_json)
+        evaluated = _EVALUATIONS[metadata.evaluator_type][1]
         if given is not None and not any(outputs <= given for outputs in evaluated):
             needed = " or ".join(" and ".join(sorted(outputs)) for outputs in evaluated)
             raise InputError(
@@ -118,12 +124,7 @@ def _check_annotations(cfg, name, annotations):
     needed += ["segmentation"] * cfg.MODEL.MASK_ON + ["keypoints", "num_keypoints"] * cfg.MODEL.KEYPOINT_ON
     for annotation in annotations:
         where = f"DATASETS.TEST: in {name!r} the annotation with the id {annotation['id']}"
-        missing = [field for field in needed if field not in annotation]
-        if missing:
-            raise InputError(
-                f"{where} has no {' and no '.join(missing)}, without which pycocotools cannot evaluate. In a COCO JSON "
-                f"area is that of the mask, or the width times the height of the box, and iscrowd is 0 or 1"
-            )
+        _need(where, annotation, needed)
         polygons = annotation["segmentation"] if cfg.MODEL.MASK_ON else None
         if isinstance(polygons, list) and not (polygons and len(polygons[0]) > 4):
             raise InputError(
@@ -134,3 +135,22 @@ def _check_annotations(cfg, name, annotations):
             logging.getLogger(__name__).warning(
                 f"{where} always counts as missed, because pycocotools takes 0 for no annotation. Count from 1"
             )
+
+
+def _check_segments(name, panoptic_json):
+    """See that panopticapi can evaluate with these, of which Detectron2's loader reads nothing."""
+    with PathManager.open(panoptic_json) as file:
+        annotations = json.load(file)["annotations"]
+    for annotation in annotations:
+        for segment in annotation["segments_info"]:
+            where = f"DATASETS.TEST: in {panoptic_json} a segment of {annotation.get('file_name')}"
+            _need(where, segment, ["id", "category_id", "area", "iscrowd"])
+
+
+def _need(where, annotation, fields):
+    missing = [field for field in fields if field not in annotation]
+    if missing:
+        raise InputError(
+            f"{where} has no {' and no '.join(missing)}, without which it cannot be evaluated. In COCO's formats area "
+            f"is that of the mask, or the width times the height of the box, and iscrowd is 0 or 1"
+        )

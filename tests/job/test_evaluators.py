@@ -1,11 +1,14 @@
 """What would make an evaluation fail after the training is refused before it."""
 
+import copy
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from panopticapi.evaluation import pq_compute_single_core
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -130,7 +133,7 @@ def pycocotools_ap(path, task):
     "task, change, message",
     [
         ("bbox", {"segmentation": ..., "keypoints": ..., "num_keypoints": ...}, None),
-        ("bbox", {"area": ...}, "has no area, .*width times the height"),
+        ("bbox", {"area": ...}, "has no area, .*the width times the height"),
         ("bbox", {"iscrowd": ...}, "has no iscrowd, "),
         ("bbox", {"bbox": ...}, "has no bbox, "),
         ("segm", {"segmentation": ...}, "has no segmentation, "),
@@ -164,6 +167,23 @@ def test_an_annotation_with_the_id_0_is_a_warning(number, ap, coco, tmp_path, ca
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         check(tmp_path, *DETECTOR[:2], "DATASETS.TEST", "('own',)", *EVALUATED["bbox"])
     assert ("the annotation with the id 0 always counts as missed" in caplog.text) == (number == 0)
+
+
+@pytest.mark.parametrize("field", ["id", "category_id", "area", "iscrowd"])
+def test_segments_with_which_panopticapi_stops_are_refused(field, shapes, tmp_path, monkeypatch):
+    metadata = MetadataCatalog.get("gng_shapes_val_separated")
+    content, root = json.loads(Path(metadata.panoptic_json).read_text()), metadata.panoptic_root
+    (path := tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setitem(vars(metadata), "panoptic_json", str(path))
+    check(tmp_path)
+    predicted = copy.deepcopy(content["annotations"][1])
+    del content["annotations"][1]["segments_info"][0][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"^DATASETS.TEST: in {path} a segment of .*png has no {field}, "):
+        check(tmp_path)
+    categories = {category["id"]: category for category in content["categories"]}
+    with pytest.raises(KeyError):
+        pq_compute_single_core(0, [(content["annotations"][1], predicted)], root, root, categories)
 
 
 @pytest.mark.parametrize("kind, package", [("coco_panoptic_seg", "panopticapi-lite"), ("lvis", "lvis"),
