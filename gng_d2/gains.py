@@ -3,10 +3,11 @@
 Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propagation".
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # the activations of Table 2
@@ -50,6 +51,8 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
         if activation.lower() not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}, or give a callable")
         activation = ACTIVATIONS[activation.lower()]
+    elif isinstance(activation, nn.Module):
+        activation = copy.deepcopy(activation).double()  # its parameters
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma!r}")
     # cells that meet at 0, where activations have their kinks
@@ -58,7 +61,7 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
     probability /= probability.sum()
     x = (sigma * z).requires_grad_()
     with torch.enable_grad():
-        y = activation(x)
+        y = activation(x.clone())  # which it may write to
         (slope,) = torch.autograd.grad(y.sum(), x)
     forward = (probability * y.detach() ** 2).sum() / sigma**2
     backward = (probability * slope**2).sum()

@@ -30,6 +30,15 @@ def test_other_closed_forms():
     assert activation_gains(lambda x: x**3, 2.0) == pytest.approx((15 * 2**4, 27 * 2**4), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "activation, name",
+    [(torch.nn.ReLU(inplace=True), "relu"), (torch.nn.functional.elu_, "elu"), (torch.nn.PReLU(), "prelu")],
+)
+def test_activations_that_write_in_place_or_have_parameters(activation, name):
+    assert activation_gains(activation) == activation_gains(name)
+    assert all(parameter.dtype == torch.float32 for parameter in getattr(activation, "parameters", tuple)())
+
+
 def test_gain_ratio_makes_a_block_isometric():
     forward, backward = activation_gains("tanh")
     ideal = ideal_num_groups(256, 64, forward / backward)

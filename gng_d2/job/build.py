@@ -60,7 +60,8 @@ def _device(cfg):
 
 
 def _key_at_fault(cfg, make):
-    """A sentence on the first key with whose default value the model can be built. Numbers are tried before names."""
+    """A sentence on the first key with whose default value the model can be built. Numbers are tried before names, and
+    those of norms before others."""
     if not isinstance(cfg, CfgNode):
         return ""
     with suppress(InputError), _parameters_on_meta():
@@ -68,7 +69,7 @@ def _key_at_fault(cfg, make):
         return ""  # the device is at fault, or the memory
     defaults = dict(leaves(get_cfg()))
     differing = [(k, v) for k, v in leaves(cfg) if k.startswith("MODEL.") and defaults.get(k, v) != v]
-    for key, value in sorted(differing, key=lambda pair: isinstance(pair[1], str)):
+    for key, value in sorted(differing, key=lambda pair: (isinstance(pair[1], str), not pair[0].endswith(".NORM"))):
         with suppress(InputError), _parameters_on_meta():
             build(with_value(cfg, key, defaults[key]), "meta", make)
             return f". {key} is {value!r}; with its default, {defaults[key]!r}, the model can be built"

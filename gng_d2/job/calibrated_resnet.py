@@ -14,6 +14,7 @@ from gng_d2.errors import InputError
 from gng_d2.models.calibrate_norms import calibrate
 
 from .data.images import read_image
+from .files import prepare_outputs
 from .resnet_weights import Conversion, config_keys, read_resnet
 from .weight_files import save_weight_file
 
@@ -33,6 +34,7 @@ def convert_and_calibrate(
     """
     if not out.endswith(".pth"):
         raise InputError(f"the output {out} must end in .pth, because a .pkl cannot hold the record of the norms")
+    prepare_outputs(out)
     conversion = read_resnet(path, depth)
     if conversion.norm != "BN":
         raise InputError(f"{path} has group norms, which need no calibration. Leave out --norm and --calibrate")

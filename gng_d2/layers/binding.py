@@ -15,9 +15,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from gng_d2.errors import InputError, abbreviated
 
+from .class_change import has
 from .group_norm import GroupNorm
 from .kinds import NO_LAYER, Producer, layer_shape, layer_sizes, num_channels, own
-from .ws_conv import standardize
+from .ws_conv import WSConv2d, standardize
 
 
 def weight_layer(parent: nn.Module, name: str, norm: nn.Module) -> nn.Module | None:
@@ -57,10 +58,15 @@ def named_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
         for name, child in parent.named_children():
             if num_channels(child) is not None:
                 layer = weight_layer(parent, name, child)
-                if isinstance(child, GroupNorm) and layer is not None:
-                    if child.weight_layer == NO_LAYER or child.in_channels not in (None, layer_sizes(layer)[0]):
+                if isinstance(child, GroupNorm) and child.in_channels is not None and layer is not None:
+                    if not _may_follow(child, layer) or child.weight_standardization > has(layer, WSConv2d):
                         layer = None  # the norm was bound to another one
                 yield names[child], child, names.get(layer), layer
+
+
+def _may_follow(norm, layer):
+    """Whether ``layer`` has the sizes of the layer to which ``norm`` was bound."""
+    return norm.weight_layer != NO_LAYER and layer_sizes(layer) == (norm.in_channels, norm.num_channels)
 
 
 def bind(norm: GroupNorm, layer: nn.Module) -> None:
@@ -79,18 +85,22 @@ def bind(norm: GroupNorm, layer: nn.Module) -> None:
 
 def _bind_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """The hook: if ``child`` is a norm of ours, it is bound to its weight layer. If ``child`` is a layer that
-    replaces another, the norm right after it is bound again."""
+    replaces the one that the norm right after it follows, that norm is bound again."""
+    replaced = parent._modules.get(name)
+    if replaced is child:  # PyTorch's convert_sync_batchnorm, say, registers what it leaves as it is again
+        return
     if isinstance(child, GroupNorm):
         child.look_again()
         layer = None if has_given_in_channels(child) else weight_layer(parent, name, child)
         # A convolution that takes a bound norm as its child certainly feeds it; a layer that stands before it may not.
         if layer is not None and (layer is parent or child.in_channels is None or not child.needs_layer()):
             _bind_or_defer(child, layer)
-    elif parent._modules.get(name) is not None and child is not None:
+    elif replaced is not None and child is not None:
         names = list(parent._modules)
         after = parent._modules.get(names[names.index(name) + 1]) if name != names[-1] else None
         if isinstance(after, GroupNorm) and not has_given_in_channels(after) and _feeds(child, after):
-            _bind_or_defer(after, child)
+            if after.in_channels is None or _may_follow(after, replaced):
+                _bind_or_defer(after, child)
 
 
 def has_given_in_channels(norm):

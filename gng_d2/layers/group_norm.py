@@ -268,7 +268,7 @@ class PracticalGroupNorm(GroupNorm):
             num_groups, num_channels, eps, affine, device, dtype, weight_standardization=weight_standardization
         )
         self.num_groups = None if in_channels is None else num_groups
-        self.in_channels = in_channels
+        self.in_channels = None if in_channels is None else int(in_channels)
         self.gain_ratio = gain_ratio
 
     def norm_name(self) -> str:

@@ -1,5 +1,6 @@
 """What a norm is, what a weight layer is, and what made a tensor."""
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,11 +38,14 @@ def own(module: nn.Module, name: str) -> Any:
     for names in (kept, kept.get("_parameters"), kept.get("_buffers")):
         if names and name in names:
             return names[name]
+    parametrizations = kept.get("_modules", {}).get("parametrizations", {})
+    if name in parametrizations:  # to compute it would be a step of spectral norm
+        return next(parametrizations[name].parameters())
     value = getattr(type(module), name, None)
     if not isinstance(value, property):
         return value
     try:
-        return value.__get__(module)  # the weight of a parametrized layer
+        return value.__get__(module)
     except Exception:  # the user's code may raise any error
         return None
 
@@ -70,8 +74,8 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(n_in, n_out) of a module that has such attributes, also while it is under construction and has no weight."""
     for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
         n_in, n_out = (own(module, name) for name in names)
-        if n_in and n_out:
-            return n_in, n_out
+        if isinstance(n_in, Integral) and isinstance(n_out, Integral) and n_in and n_out:
+            return int(n_in), int(n_out)  # of NumPy's numbers too, which no checkpoint can hold
     return None
 
 

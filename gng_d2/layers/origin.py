@@ -48,6 +48,8 @@ _SUMS = set("add sub rsub addcmul lerp".split())
 _OF_ANY = _SUMS | set("mul maximum minimum fmax fmin where".split())
 _OF_FIRST = set("div addcdiv maskedfill maskedscatter indexput indexadd copyslices".split())
 _PRODUCTS = set("mm bmm addmm baddbmm".split())
+# ops of quantization-aware training, which round each value
+_ROUNDS = re.compile("fakequantize|fusedmovingavgobsfq")
 # ops that repeat the only value of a channel at each position
 _REPEATS = re.compile("^(expand|repeat|upsample)")
 _HOLDS_NO_LAYER = re.compile("norm|^(cat|stack)$")
@@ -69,7 +71,7 @@ def origin(op: str, operands: Sequence[Origin], shape: tuple[int, ...], value: A
     kind, made = op_kind(op), Origin(Producer(op), shape, shape, _layers(operands), value=value)
     if not operands:
         return made
-    if kind in _KEPT or kind in _CUTS:
+    if kind in _KEPT or kind in _CUTS or _ROUNDS.match(kind):
         return _kept(op, operands[-1 if kind == "copy" else 0], shape)  # copy_(destination, source)
     if kind in _PRODUCTS:
         return _product(op, operands, shape, value)

@@ -70,5 +70,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                if not buffer.is_meta and not torch.equal(buffer, value):  # an expanded one cannot be written
-                    buffer.copy_(value)
+                if _differs(buffer, value):  # written only then, as an expanded one cannot be
+                    buffer.resize_(value.shape).copy_(value)  # an observer of quantization changes its shape
+
+
+def _differs(buffer, value):
+    if buffer.layout != torch.strided or buffer.is_nested or buffer.is_meta or torch.equal(buffer, value):
+        return False
+    return not torch.equal(buffer.nan_to_num(), value.nan_to_num())

@@ -95,16 +95,12 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     norm.
 
     Raises:
-        InputError: the class of ``layer`` is not exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
+        InputError: as :func:`check_standardizable`.
     """
     if has(layer, WSConv2d):
         return
+    check_standardizable(layer, norm_name)
     kind = original_class(layer)
-    if kind not in (Conv2d, nn.Conv2d):
-        raise InputError(
-            f"{norm_name} cannot follow a {kind.__module__}.{kind.__qualname__}: only the Conv2d of "
-            f"torch.nn and of Detectron2 can be weight-standardized. Use {norm_name.removesuffix(WS)} there"
-        )
     weight = layer._parameters.get("weight")
     if type(weight) is nn.Parameter and not weight.is_meta and not weight.any():
         logging.getLogger(__name__).warning(
@@ -117,6 +113,17 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     else:
         layer.padding_mode = "zeros"
     add(layer, WSConv2d)
+
+
+def check_standardizable(layer: nn.Module, norm_name: str) -> None:
+    """Raise an InputError if the class of ``layer`` is not exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``, or
+    one of them that is standardized."""
+    kind = original_class(layer)
+    if kind not in (Conv2d, nn.Conv2d, WSConv2d):
+        raise InputError(
+            f"{norm_name} cannot follow a {kind.__module__}.{kind.__qualname__}: only the Conv2d of "
+            f"torch.nn and of Detectron2 can be weight-standardized. Use {norm_name.removesuffix(WS)} there"
+        )
 
 
 def plain_class(layer):

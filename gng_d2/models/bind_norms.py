@@ -11,9 +11,9 @@ from gng_d2.groups import practical_num_groups
 from gng_d2.layers.binding import has_given_in_channels, named_norms, unbound_norms
 from gng_d2.layers.class_change import has
 from gng_d2.layers.group_norm import GroupNorm
-from gng_d2.layers.kinds import NO_LAYER, Producer
+from gng_d2.layers.kinds import NO_LAYER
 from gng_d2.layers.producers import find_producers
-from gng_d2.layers.ws_conv import WSConv2d, standardize, unstandardize
+from gng_d2.layers.ws_conv import WSConv2d, check_standardizable, standardize, unstandardize
 
 
 def bind_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
@@ -88,7 +88,7 @@ def runnable(norms):
             norm.num_groups, norm.weight_layer = num_groups, weight_layer
 
 
-def _layers(norm, name, producers) -> list[Producer]:
+def _layers(norm, name, producers):
     """The weight layers that made the inputs of ``norm``; an empty list if something else made one of them."""
     layers = [made for made in dict.fromkeys(producers) if made.n_out == norm.num_channels]
     others = [made.op for made in producers if made.n_out != norm.num_channels]
@@ -105,6 +105,9 @@ def _layers(norm, name, producers) -> list[Producer]:
             f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "
             f"place a norm of its own"
         )
+    if norm.weight_standardization and not others:
+        for made in layers:
+            check_standardizable(made.layer, norm.norm_name())
     return [] if others else layers
 
 

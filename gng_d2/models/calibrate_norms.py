@@ -66,6 +66,8 @@ def calibrate_norms(model: nn.Module, reference: nn.Module, inputs: Any) -> nn.M
     """
     if isinstance(inputs, (Tensor, dict)) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], dict)):
         inputs = [inputs]
+    if not isinstance(inputs, Iterable):
+        raise InputError(f"calibrate_norms: inputs is {inputs!r}: give images, a batch or an iterable of batches")
     return calibrate(model, reference, inputs)
 
 
@@ -193,6 +195,11 @@ class _Pair:
                 raise InputError(
                     f"calibrate_norms: {self.name} gives {tuple(output.shape)} in the reference and takes "
                     f"{tuple(input.shape)} in the model. Both must be the same network"
+                )
+            if input.numel() <= self.norm.num_groups:
+                raise InputError(
+                    f"calibrate_norms: the input {tuple(input.shape)} of {self.name} has one number in each group, or "
+                    f"none. Give larger images"
                 )
             normalized = F.group_norm(input.double(), self.norm.num_groups, eps=self.norm.eps)
             sums = _sums(normalized, output.to(input.device, torch.float64))

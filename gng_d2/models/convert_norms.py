@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gng_d2.errors import InputError, abbreviated
+from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.groups import practical_num_groups
 from gng_d2.layers.class_change import has, original_class
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
@@ -31,6 +31,9 @@ _REPLACED = {
     *("timm.BatchNormAct2d", "timm.SyncBatchNormAct", "timm.FrozenBatchNormAct2d"),
     *("timm.GroupNormAct", "timm.GroupNorm1Act"),
 }
+
+
+_OURS = frozenset(dir(PracticalGroupNorm(1)))  # attributes that a norm of ours has
 
 
 def convert_norms(
@@ -79,7 +82,7 @@ def convert_norms(
     if norm_from_name(norm) is None:
         raise unknown_norm(norm, OURS)
     if calibrate is not None:
-        calibrated = copy.deepcopy(model)  # because the calibration may fail
+        calibrated = _copied(model)  # because the calibration may fail
         if _convert(calibrated, norm, example_inputs)[0]:
             calibrate_norms(calibrated, model, calibrate)
     number, level, said = _convert(model, norm, example_inputs)
@@ -94,6 +97,15 @@ def convert_norms(
                     for parameter, value in zip(made.parameters(), its_copy.parameters()):
                         parameter.copy_(value)
     return model
+
+
+def _copied(model):
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # of a tensor that a forward has kept, say, or of the user's classes
+        raise InputError(
+            f"convert_norms(calibrate=...) needs a copy of the model, which cannot be made: {one_line(error)}"
+        ) from error
 
 
 def _convert(model, norm, example_inputs):
@@ -130,6 +142,8 @@ def _cannot_be_replaced(old, place):
     owner = next(cls for cls in type(old).__mro__ if "forward" in vars(cls))
     if not {f"{owner.__module__.partition('.')[0]}.{owner.__name__}", owner.__name__} & _REPLACED:
         return kind
+    if "forward" in vars(old):
+        return f"{kind} whose forward was replaced"
     affine = {**old._parameters, **old._buffers}
     if any(name not in affine or is_lazy(affine[name]) for name in ("weight", "bias")):
         return f"{kind} whose weight is computed or not made yet"
@@ -235,7 +249,9 @@ class _Change:
             state["_modules"].setdefault("drop", nn.Identity())  # timm has it since 0.6
             cls = PracticalGroupNormAct if cls is PracticalGroupNorm else GroupNormAct
         vars(norm).clear()
-        vars(norm).update({**vars(self.new), **{key: state[key] for key in vars(nn.Module())}})
+        # the model may read attributes such as a batch norm's num_features
+        kept = {key: value for key, value in state.items() if key not in _OURS or key in vars(nn.Module())}
+        vars(norm).update({**vars(self.new), **kept})
         norm.__class__ = cls
         norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()
         norm.affine = affine["weight"] is not None

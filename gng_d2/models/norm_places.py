@@ -37,7 +37,7 @@ class Place:
 
 def find_places(model: nn.Module, example_inputs: Any) -> dict[nn.Module, Place]:
     """What feeds each norm: found by running the model, or from the order of registration or the norm's record."""
-    norms = [module for module in model.modules() if _is_norm(module)]
+    norms = [m for name, m in model.named_modules() if _is_norm(m) and "parametrizations" not in name.split(".")]
     found = {norm: Place() for norm in norms}
     registered = defaultdict(list)
     for _, norm, _, layer in named_norms(model):
@@ -87,8 +87,8 @@ def _smallest(shapes):
 
 
 def _wider(x):
-    """Images at least twice as wide, so that more than one pixel is left after all strides."""
-    if not isinstance(x, Tensor) or x.dim() < 3:
+    """Images or sequences at least twice as wide, so that more than one pixel is left after all strides."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
         return x
     return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
 

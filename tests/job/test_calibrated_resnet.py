@@ -55,7 +55,9 @@ def run(monkeypatch, *words):
 def test_detectron2_computes_what_the_calibrated_network_does(resnet, images, tmp_path, monkeypatch, capsys):
     torch.save(resnet.state_dict(), tmp_path / "r18.pth")
     words = ["--size", 160, "--pixel-mean", 100, 110, 120, "--pixel-std", 50, 60, 70]
-    run(monkeypatch, tmp_path / "r18.pth", tmp_path / "out.pth", "--norm", "GN1", *words, "--calibrate", *images)
+    run(
+        monkeypatch, tmp_path / "r18.pth", tmp_path / "new" / "out.pth", "--norm", "GN1", *words, "--calibrate", *images
+    )
     said = capsys.readouterr().out
     assert "ResNet-18 with GN1" in said
     assert "MODEL.PIXEL_MEAN [100.0,110.0,120.0] MODEL.PIXEL_STD [50.0,60.0,70.0]" in said
@@ -68,7 +70,7 @@ def test_detectron2_computes_what_the_calibrated_network_does(resnet, images, tm
     config = ["MODEL.RESNETS.NORM", "GN1", "MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.BACKBONE.FREEZE_AT", "0"]
     for checkpointer in (Checkpointer, DetectionCheckpointer):
         model = build_model(load_config("configs/quick/pfpn_pgn.yaml", config)).eval()
-        checkpointer(model).resume_or_load(str(tmp_path / "out.pth"), resume=False)
+        checkpointer(model).resume_or_load(str(tmp_path / "new" / "out.pth"), resume=False)
         with torch.no_grad():
             features = model.backbone.bottom_up(batches[0])["res5"]
             x = wanted.maxpool(wanted.relu(wanted.bn1(wanted.conv1(batches[0]))))

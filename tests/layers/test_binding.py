@@ -1,11 +1,12 @@
 import pytest
+import torch
 import torchvision
 from detectron2.layers import Conv2d, get_norm
 from needs import PARAMETRIZED_WEIGHT_NORM
 from torch import nn
 from torch.nn.utils import prune
 
-from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
+from gng_d2 import GroupNorm, PracticalGroupNorm, WSConv2d, convert_norms, unbound_norms
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import build_naming_norms, named_norms
 
@@ -87,6 +88,67 @@ def test_a_layer_that_takes_anothers_place_rebinds_the_norm_after_it():
     block[2] = nn.Conv2d(40, 8, 1)
     assert block[1].num_groups == 8
     assert block[3].num_groups == 4  # its in_channels were given
+
+
+class OutOfOrder(nn.Module):
+    """Its second convolution stands between the first one and the first one's norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(64, 16, 1), nn.Conv2d(16, 16, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+def replace_the_layer_between(model):
+    model.conv2 = nn.Conv2d(16, 16, 1)
+
+
+def register_all_again(model):
+    for name, child in model.named_children():
+        setattr(model, name, child)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.SyncBatchNorm.convert_sync_batchnorm, replace_the_layer_between, register_all_again]
+)
+@pytest.mark.parametrize("norm", ["PGN", "PGN+WS", "GN4+WS"])
+def test_what_a_run_found_outlasts_what_is_registered_later(change, norm):
+    model = convert_norms(OutOfOrder(), norm, torch.ones(1, 64, 4, 4))
+    before = [(module.num_groups, module.weight_layer) for module in (model.bn1, model.bn2)]
+    change(model)
+    assert before == [(module.num_groups, module.weight_layer) for module in (model.bn1, model.bn2)]
+    assert isinstance(model.conv1, WSConv2d) == norm.endswith("+WS")
+    assert isinstance(model.conv2, WSConv2d) == (norm.endswith("+WS") and change is not replace_the_layer_between)
+
+
+def test_a_layer_of_the_same_sizes_in_its_place_is_standardized_as_it_was():
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16))
+    convert_norms(model, "PGN+WS", torch.ones(1, 64, 4, 4))
+    model[0] = nn.Conv2d(64, 16, 3)
+    assert isinstance(model[0], WSConv2d)
+
+
+def test_a_neighbour_that_is_not_standardized_is_not_the_layer_of_a_norm_with_ws():
+    """Both have the same sizes, so that only the standardized weight tells them apart."""
+
+    class Neighbours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out, self.norm = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            return self.out(self.norm(self.conv(x)))
+
+    x = torch.ones(1, 16, 4, 4)
+    model = convert_norms(Neighbours(), "GN4+WS", x)
+    assert [row[2] for row in named_norms(model)] == [None]
+    with pytest.raises(InputError, match="Which convolution has to lose it is seen only when the model runs"):
+        convert_norms(model, "GN4")
+    convert_norms(model, "GN4", x)
+    assert not any(isinstance(module, WSConv2d) for module in model.modules())
 
 
 def test_a_block_that_looks_like_a_layer_is_none():

@@ -15,7 +15,7 @@ from timm import layers as timm_layers
 from torch import nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from gng_d2 import PracticalGroupNorm, convert_norms, to_plain
+from gng_d2 import PracticalGroupNorm, convert_norms, practical_num_groups, to_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -47,6 +47,20 @@ def test_quantization(quantize, make):
     ours, theirs = quantize(net(norm)), quantize(net(nn.GroupNorm(norm.num_groups, 32)))
     assert torch.equal(ours(X), theirs(X))
     assert [type(a) for a in ours.children()] == [type(a) for a in theirs.children()] or quantize is with_fx
+
+
+@pytest.mark.parametrize("first", ["convert", "prepare"])
+def test_quantization_aware_training_keeps_the_layer_of_each_norm(first):
+    """Its ops round the outputs of a layer, and are no layers themselves."""
+    model = nn.Sequential(nn.Conv2d(64, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).train()
+    model.qconfig, x = quantization.get_default_qat_qconfig("fbgemm"), torch.randn(2, 64, 8, 8)
+    if first == "convert":
+        model = quantization.prepare_qat(convert_norms(model, "PGN", x))
+    else:
+        model = convert_norms(quantization.prepare_qat(model), "PGN", x)
+    for _ in range(3):
+        model(x).sum().backward()
+    assert model[1].num_groups == practical_num_groups(64, 16) > 1 and model[1].in_channels == 64
 
 
 def test_eager_quantization_of_standardized_weights():

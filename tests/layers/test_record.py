@@ -1,8 +1,11 @@
 """The record of the norms in a state_dict, in programs that know nothing of it."""
 
 import copy
+import dataclasses
+import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -10,7 +13,7 @@ from fvcore.common.checkpoint import Checkpointer
 from needs import LOOK
 from torch import nn
 
-from gng_d2 import bind_norms
+from gng_d2 import bind_norms, norm_table
 from gng_d2.errors import InputError
 from gng_d2.layers import GroupNorm, PracticalGroupNorm, WSConv2d
 from gng_d2.layers.record import norm_record, records_of
@@ -237,3 +240,14 @@ def test_the_record_says_what_the_norm_is():
     expected = {"num_groups": 1, "in_channels": 64, "weight_standardized": False}
     assert norm_record(model["body"][1]) == expected
     assert records_of(model.state_dict()) == {"body.1": expected, "body.4": expected}
+
+
+def test_widths_that_are_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    """torch.load opens no others."""
+    n_in, n_out = np.array([64, 16])
+    given = PracticalGroupNorm(n_out, n_in)
+    model = nn.Sequential(nn.Conv2d(n_in, n_out, 3), PracticalGroupNorm(n_out), nn.Conv2d(n_in, n_out, 3), given)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    records = records_of(torch.load(tmp_path / "weights.pth", weights_only=True))
+    assert [record["in_channels"] for record in records.values()] == [64, 64]
+    json.dumps([dataclasses.asdict(row) for row in norm_table(model)])

@@ -199,6 +199,14 @@ def test_standardization_where_there_is_no_convolution():
     model(image(24)).sum().backward()
 
 
+def test_no_norm_is_bound_where_one_cannot_be():
+    layers = conv(24), nn.Dropout(), pgn(8, weight_standardization=True)
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(8, 8, 1), nn.Dropout(), pgn(8, weight_standardization=True))
+    with pytest.raises(InputError, match="only the Conv2d"):
+        bind_norms(model, image(24))
+    assert unbound_norms(model) == ["2", "5"] and type(model[0]) is nn.Conv2d
+
+
 def test_a_norm_in_two_places_with_layers_of_other_sizes_is_an_error():
     norm = pgn(8)
     model = nn.Sequential(conv(24), nn.Identity(), norm, conv(8), nn.Identity(), norm)
@@ -315,6 +323,24 @@ def test_the_model_and_the_generators_are_as_before():
     assert torch.equal(torch.get_rng_state(), states[2])
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_buffers_that_cannot_be_compared_or_written():
+    model = nn.Sequential(conv(24), nn.Dropout(), pgn(8))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("csr", torch.eye(3).to_sparse_csr())
+    model.register_buffer("expanded", torch.tensor(float("nan")).expand(4))
+    bind_norms(model, image(24))
+    assert model[2].num_groups == practical_num_groups(24, 8)
+
+
+def test_spectral_norm_takes_no_step_and_is_no_norm(caplog):
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(conv(24)), nn.BatchNorm2d(8)).train()
+    before = copy.deepcopy(model.state_dict())
+    convert_norms(model, "PGN", image(24))
+    norm_table(model)
+    assert model[1].num_groups == practical_num_groups(24, 8) and "SpectralNorm" not in caplog.text
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items() if key.startswith("0"))
 
 
 def test_a_model_that_cannot_run_is_an_error_and_as_before():

@@ -528,6 +528,29 @@ def test_networks_that_do_not_fit_are_refused(kind):
         calibrate_norms(*misfit(convert_norms(copy.deepcopy(reference), "GN1"), reference), images())
 
 
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        (64, "inputs is 64: give images"),
+        (torch.randn(0, 3, 8, 8), r"the input \(0, 8, .*\) of 1 has one number in each group, or none"),
+        (torch.randn(1, 3, 3, 3), r"the input \(1, 8, 1, 1\) of 1 has one number in each group, or none"),
+    ],
+)
+def test_inputs_on_which_nothing_can_be_fitted_are_refused(inputs, message):
+    reference = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model = convert_norms(copy.deepcopy(reference), "GN/1")
+    with pytest.raises(InputError, match=f"^calibrate_norms: {message}"):
+        calibrate_norms(model, reference, inputs)
+
+
+def test_a_model_that_cannot_be_copied_is_not_calibrated():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8))
+    model(images())
+    with pytest.raises(InputError, match=r"convert_norms\(calibrate=...\) needs a copy of the model, which cannot"):
+        convert_norms(model, "GN1", calibrate=images())
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_norms_that_share_a_parameter_are_refused(name):
     """One affine cannot fit two norms: the first would silently lose its own to the second."""

@@ -96,6 +96,41 @@ def test_a_model_whose_train_freezes_and_returns_nothing():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("length", [8, 32])
+def test_short_sequences_are_not_taken_for_pooled_ones(length):
+    """Tokens, of which a text may have more."""
+    model = nn.Sequential(nn.Embedding(100, 512), Transposed(), nn.Conv1d(512, 64, 1), nn.BatchNorm1d(64))
+    convert_norms(model, "PGN", torch.randint(100, (2, length)))
+    assert model[3].num_groups == brute_force_groups(512, 64) and model[3].pooled_to is None
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_a_model_reads_the_attributes_of_its_norms():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16)
+            self.norm.scale = 2
+
+        def forward(self, x):
+            return self.norm.scale * self.norm(self.conv(x)).view(len(x), self.norm.num_features, -1)
+
+    model = convert_norms(convert_norms(Net(), "PGN", IMAGE), "GN/4", IMAGE)
+    model(IMAGE).sum().backward()
+    assert model.norm.num_groups == 4 and not hasattr(model.norm, "gain_ratio")
+
+
+def test_a_norm_whose_forward_was_replaced_is_left(caplog):
+    model = nn.Sequential(nn.Conv2d(64, 16, 1), nn.BatchNorm2d(16))
+    model[1].forward = lambda x: 2 * x
+    convert_norms(model, "PGN", IMAGE)
+    assert type(model[1]) is nn.BatchNorm2d and "BatchNorm2d whose forward was replaced (1)" in caplog.text
+
+
 def test_detectron2_batch():
     def build(norm):
         cfg = get_cfg()
