@@ -135,6 +135,7 @@ def write_predictions(args, settings, model, metadata, names, ids, results):
     were skipped."""
     from tqdm import tqdm
 
+    from gng_d2.errors import InputError
     from gng_d2.predict.pictures import draw_output
     from gng_d2.predict.predictions import predict, save_png
 
@@ -147,10 +148,12 @@ def write_predictions(args, settings, model, metadata, names, ids, results):
             continue
         if args.threshold is not None and "instances" in output:
             output["instances"] = output["instances"][output["instances"].scores >= args.threshold]
-        threshold = 0.5 if args.threshold is None else args.threshold
-        picture = draw_output(image, output, metadata, threshold=threshold)
+        if not output.keys() & {"instances", "sem_seg", "panoptic_seg"}:
+            raise InputError(f"the model's output is neither instances nor a segmentation: {', '.join(output)}")
         if results:
             results.add(ids[path], *names[path], output)
+        threshold = 0.5 if args.threshold is None else args.threshold
+        picture = draw_output(image, output, metadata, threshold=threshold)
         save_png(picture, os.path.join(args.output, names[path][1]))
     return skipped
 

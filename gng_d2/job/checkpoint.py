@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_if_present
+from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -125,10 +125,11 @@ class Checkpointer(DetectionCheckpointer):
         self._reading = filename
         checkpoint = read_weight_file(filename)
         by_name = isinstance(checkpoint, Mapping)
-        if by_name and filename.endswith(".pkl") and not any(k == "model" or "." in str(k) for k in checkpoint):
-            # of Caffe2, in whose names is no dot; its detectors have "blobs", its ImageNet models do not
+        if by_name and filename.endswith(".pkl") and "model" not in checkpoint:
+            # of Caffe2 if no name has a dot; its detectors have "blobs", its ImageNet models do not
             weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
-            checkpoint = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+            author = "an unknown author" if any("." in k for k in weights) else "Caffe2"
+            checkpoint = {"model": weights, "__author__": author, "matching_heuristics": True}
         elif by_name and filename.endswith(".pyth") and isinstance(checkpoint.get("model_state"), Mapping):
             weights = {k: v for k, v in checkpoint["model_state"].items() if not k.endswith("num_batches_tracked")}
             checkpoint = {"model": weights, "__author__": "pycls", "matching_heuristics": True}
@@ -146,7 +147,8 @@ class Checkpointer(DetectionCheckpointer):
                 f"{filename} holds no weights by name under 'model', as Detectron2's checkpoints do. "
                 f"tools/convert_weights.py converts ResNets of torchvision, timm and mmdetection"
             )
-        _strip_prefix_if_present(weights, "_orig_mod.")  # of a model that torch.compile wrapped
+        if not any("_orig_mod" in name.split(".") for name, _ in self.model.named_modules()):
+            _name_as_uncompiled(weights)
         if to_resume:  # from a file that no trainer saved Detectron2 would go on at iteration 1
             parts = (checkpoint.get(key) for key in self.checkpointables)
             if type(checkpoint.get("iteration")) is not int or not all(isinstance(part, Mapping) for part in parts):
@@ -202,6 +204,13 @@ class Checkpointer(DetectionCheckpointer):
                 f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
                 f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
             )
+
+
+def _name_as_uncompiled(weights):
+    """Leave out of the names of weights and records the parts that torch.compile puts there."""
+    for names in (weights, getattr(weights, "_metadata", {})):
+        for name in [name for name in names if "_orig_mod" in name.split(".")]:
+            names[".".join(part for part in name.split(".") if part != "_orig_mod")] = names.pop(name)
 
 
 def _check_kinds(model, weights, path):

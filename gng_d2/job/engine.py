@@ -47,6 +47,8 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):  # the first step would stop
+            raise InputError("SOLVER.AMP.ENABLED: Detectron2 trains in mixed precision on CUDA alone. Set it to False")
         # DDP refuses the device_ids that Detectron2 gives it on the CPU, and finds a model's GPU without them. The
         # loggers are set up by who runs the job
         ddp = partial(create_ddp_model, device_ids=None)

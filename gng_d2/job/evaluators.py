@@ -88,12 +88,14 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
     for name in cfg.DATASETS.TEST:
         prepare_folder(folder)
         evaluators, metadata = build_evaluator(cfg, name, folder)._evaluators, MetadataCatalog.get(name)
-        with naming_datasets("DATASETS.TEST", [name]):
-            for evaluator in evaluators:
-                if isinstance(evaluator, evaluation.COCOEvaluator) and evaluator._do_evaluation:
-                    _check_annotations(cfg, name, evaluator._coco_api.dataset["annotations"])
-                elif isinstance(evaluator, evaluation.COCOPanopticEvaluator):
-                    _check_segments(name, metadata.panoptic_json)
+        for evaluator in evaluators:
+            if isinstance(evaluator, evaluation.COCOEvaluator) and evaluator._do_evaluation:
+                with_heads = [
+                    cfg.MODEL[key] and isinstance(model, GeneralizedRCNN) for key in ("MASK_ON", "KEYPOINT_ON")
+                ]
+                _check_instances(name, evaluator._coco_api.dataset["annotations"], *with_heads)
+            elif isinstance(evaluator, evaluation.COCOPanopticEvaluator):
+                _check_segments(name, metadata.panoptic_json, metadata.panoptic_root)
         evaluated = _EVALUATIONS[metadata.evaluator_type][1]
         if given is not None and not any(outputs <= given for outputs in evaluated):
             needed = " or ".join(" and ".join(sorted(outputs)) for outputs in evaluated)
@@ -118,33 +120,39 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
             )
 
 
-def _check_annotations(cfg, name, annotations):
+def _check_instances(name, annotations, has_masks, has_keypoints):
     """See that pycocotools can evaluate with these, of which it reads more than Detectron2's loader does."""
     needed = ["bbox", "area", "iscrowd"]
-    needed += ["segmentation"] * cfg.MODEL.MASK_ON + ["keypoints", "num_keypoints"] * cfg.MODEL.KEYPOINT_ON
+    needed += ["segmentation"] * has_masks + ["keypoints", "num_keypoints"] * has_keypoints
     for annotation in annotations:
         where = f"DATASETS.TEST: in {name!r} the annotation with the id {annotation['id']}"
         _need(where, annotation, needed)
-        polygons = annotation["segmentation"] if cfg.MODEL.MASK_ON else None
+        polygons = annotation["segmentation"] if has_masks else None
         if isinstance(polygons, list) and not (polygons and len(polygons[0]) > 4):
             raise InputError(
                 f"{where} has the segmentation {polygons}, with which pycocotools cannot evaluate. A mask has one "
                 f"polygon or more, each of six numbers or more"
             )
-        if annotation["id"] == 0:
+        if annotation["id"] == 0 and not annotation["iscrowd"]:
             logging.getLogger(__name__).warning(
-                f"{where} always counts as missed, because pycocotools takes 0 for no annotation. Count from 1"
+                f"{where} counts as missed even where it is found, because pycocotools takes 0 for no annotation. "
+                f"Count from 1"
             )
 
 
-def _check_segments(name, panoptic_json):
+def _check_segments(name, panoptic_json, panoptic_root):
     """See that panopticapi can evaluate with these, of which Detectron2's loader reads nothing."""
-    with PathManager.open(panoptic_json) as file:
-        annotations = json.load(file)["annotations"]
-    for annotation in annotations:
-        for segment in annotation["segments_info"]:
-            where = f"DATASETS.TEST: in {panoptic_json} a segment of {annotation.get('file_name')}"
-            _need(where, segment, ["id", "category_id", "area", "iscrowd"])
+    with naming_datasets("DATASETS.TEST", [name], [panoptic_json]):
+        with PathManager.open(panoptic_json) as file:
+            annotations = json.load(file)["annotations"]
+        for annotation in annotations:
+            _need(f"DATASETS.TEST: in {panoptic_json} an annotation", annotation, ["image_id", "file_name"])
+            path = os.path.join(panoptic_root, annotation["file_name"])
+            if not PathManager.exists(path):
+                raise InputError(f"DATASETS.TEST: the file {path} of dataset {name!r} is not there")
+            for segment in annotation["segments_info"]:
+                where = f"DATASETS.TEST: in {panoptic_json} a segment of {annotation['file_name']}"
+                _need(where, segment, ["id", "category_id", "area", "iscrowd"])
 
 
 def _need(where, annotation, fields):

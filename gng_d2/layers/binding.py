@@ -59,14 +59,16 @@ def named_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None, 
             if num_channels(child) is not None:
                 layer = weight_layer(parent, name, child)
                 if isinstance(child, GroupNorm) and child.in_channels is not None and layer is not None:
-                    if not _may_follow(child, layer) or child.weight_standardization > has(layer, WSConv2d):
+                    if not _may_follow(child, layer):
                         layer = None  # the norm was bound to another one
                 yield names[child], child, names.get(layer), layer
 
 
 def _may_follow(norm, layer):
-    """Whether ``layer`` has the sizes of the layer to which ``norm`` was bound."""
-    return norm.weight_layer != NO_LAYER and layer_sizes(layer) == (norm.in_channels, norm.num_channels)
+    """Whether ``layer`` may be the one to which ``norm`` was bound, by its sizes and its standardization."""
+    if norm.weight_layer == NO_LAYER or (norm.weight_standardization and not has(layer, WSConv2d)):
+        return False
+    return layer_sizes(layer) == (norm.in_channels, norm.num_channels)
 
 
 def bind(norm: GroupNorm, layer: nn.Module) -> None:

@@ -38,9 +38,9 @@ def own(module: nn.Module, name: str) -> Any:
     for names in (kept, kept.get("_parameters"), kept.get("_buffers")):
         if names and name in names:
             return names[name]
-    parametrizations = kept.get("_modules", {}).get("parametrizations", {})
-    if name in parametrizations:  # to compute it would be a step of spectral norm
-        return next(parametrizations[name].parameters())
+    parametrizations = kept.get("_modules", {}).get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
+        return next(parametrizations[name].parameters(), None)  # to compute it would be a step of spectral norm
     value = getattr(type(module), name, None)
     if not isinstance(value, property):
         return value

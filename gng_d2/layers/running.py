@@ -46,7 +46,8 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """A context that restores ``model`` and the random number generators at its end, whatever happens in it."""
+    """A context that restores ``model`` and the random number generators at its end, whatever happens in it. Buffers
+    that are sparse or nested keep the values that they have then."""
     modes = {module: module.training for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]  # train() may freeze some
     buffers = [
@@ -77,4 +78,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def _differs(buffer, value):
     if buffer.layout != torch.strided or buffer.is_nested or buffer.is_meta or torch.equal(buffer, value):
         return False
-    return not torch.equal(buffer.nan_to_num(), value.nan_to_num())
+    has_nan = buffer.shape == value.shape and (buffer.is_floating_point() or buffer.is_complex())
+    return not (has_nan and torch.allclose(buffer, value, rtol=0, atol=0, equal_nan=True))

@@ -196,15 +196,19 @@ class _Pair:
                     f"calibrate_norms: {self.name} gives {tuple(output.shape)} in the reference and takes "
                     f"{tuple(input.shape)} in the model. Both must be the same network"
                 )
-            if input.numel() <= self.norm.num_groups:
+            if input.numel() == 0:  # of the boxes in an image without any, say
+                continue
+            if input.numel() == self.norm.num_groups:
                 raise InputError(
-                    f"calibrate_norms: the input {tuple(input.shape)} of {self.name} has one number in each group, or "
-                    f"none. Give larger images"
+                    f"calibrate_norms: the input {tuple(input.shape)} of {self.name} has one number in each group. "
+                    f"Give larger images"
                 )
             normalized = F.group_norm(input.double(), self.norm.num_groups, eps=self.norm.eps)
             sums = _sums(normalized, output.to(input.device, torch.float64))
             self.sums = sums if self.sums is None else self.sums + sums
             self._smallest = max(SMALLEST_DEVIATION, torch.finfo(input.dtype).eps)
+        if self.sums is None:
+            return
         if not self.sums.isfinite().all():
             raise InputError(f"calibrate_norms: the input or output of {self.name} has NaN or infinite numbers")
         if not self.is_repeated:

@@ -33,7 +33,7 @@ _REPLACED = {
 }
 
 
-_OURS = frozenset(dir(PracticalGroupNorm(1)))  # attributes that a norm of ours has
+_ATTRIBUTES = frozenset(dir(PracticalGroupNorm(1)))  # of a norm of ours
 
 
 def convert_norms(
@@ -250,7 +250,7 @@ class _Change:
             cls = PracticalGroupNormAct if cls is PracticalGroupNorm else GroupNormAct
         vars(norm).clear()
         # the model may read attributes such as a batch norm's num_features
-        kept = {key: value for key, value in state.items() if key not in _OURS or key in vars(nn.Module())}
+        kept = {key: value for key, value in state.items() if key not in _ATTRIBUTES or key in vars(nn.Module())}
         vars(norm).update({**vars(self.new), **kept})
         norm.__class__ = cls
         norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from gng_d2.errors import InputError
 from gng_d2.layers.binding import named_norms
@@ -77,7 +77,7 @@ def _find_by_running(model, found, example_inputs):
     if small:
         wider = defaultdict(list)
         with _noting(small, wider), suppress(InputError):  # norms before the failure are still seen
-            find_producers(model, (), tree_map(_wider, example_inputs))
+            find_producers(model, (), _wider(example_inputs))
         for norm in small:
             found[norm].is_pooled = _smallest(wider[norm]) == found[norm].size
 
@@ -86,11 +86,16 @@ def _smallest(shapes):
     return min((shape[2:] for shape in shapes if len(shape) > 2), key=math.prod, default=None)
 
 
-def _wider(x):
-    """Images or sequences at least twice as wide, so that more than one pixel is left after all strides."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        return x
-    return x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
+def _wider(example_inputs):
+    """With images at least twice as wide, so that more than one pixel is left after all strides. Where there are no
+    images, tensors of two dimensions are widened, as they may be sequences."""
+    dimensions = [tensor.dim() for tensor in tensors_in(example_inputs)]
+    least = 3 if max(dimensions, default=0) > 2 else 2
+
+    def wider(x):
+        return x if x.dim() < least else x.repeat(*[1] * (x.dim() - 1), max(2, math.ceil(512 / max(x.shape[-1], 1))))
+
+    return tree_map_only(Tensor, wider, example_inputs)
 
 
 def _noting(norms, shapes):

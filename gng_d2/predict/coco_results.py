@@ -53,9 +53,7 @@ def class_metadata(settings: PredictionSettings, with_records: bool) -> tuple[Me
             return metadata, DatasetCatalog.get(name)
     except (OSError, InputError) as error:
         if not named:
-            raise InputError(
-                f"{key}: the files of {name!r}, which name the classes, cannot be read: {error}. {mend}"
-            ) from error
+            raise InputError(f"the names of the classes cannot be read: {error}. {mend}") from error
         logging.getLogger(__name__).warning(
             f"the files of dataset {name!r} cannot be read ({error}). So the ids of images are numbers, and those of "
             f"categories too if the dataset's registration does not have them"

@@ -179,7 +179,7 @@ def _group_norm(g, x, num_groups, weight, bias, eps, cudnn_enabled):
     grouped = g.op("Reshape", x, g.op("Concat", *sizes, axis_i=0))
     ones, zeros = constant(torch.ones(num_groups)), constant(torch.zeros(num_groups))
     y = g.op("Reshape", g.op("InstanceNormalization", grouped, ones, zeros, epsilon_f=eps), shape)
-    axes = constant(list(range(1, rank - 1)))
+    axes = constant(torch.arange(1, rank - 1))
     for op, parameter in (("Mul", weight), ("Add", bias)):
         if not symbolic_helper._is_none(parameter):
             y = g.op(op, y, g.op("Unsqueeze", parameter, axes))

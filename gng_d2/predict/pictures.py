@@ -11,7 +11,6 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
-from gng_d2.errors import InputError
 from gng_d2.groups import GROUP_CHOICES, isometry_ratio
 from gng_d2.job.data.images import NamingMapper, read_image
 from gng_d2.job.files import save_figure
@@ -32,9 +31,6 @@ def draw_output(
 
     Returns:
         The picture, (H', W', 3), RGB.
-
-    Raises:
-        InputError: the output has nothing that can be drawn.
     """
     visualizer = Visualizer(image, metadata, scale, ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
@@ -46,8 +42,6 @@ def draw_output(
     if "instances" in output:
         instances = output["instances"].to("cpu")
         drawn = visualizer.draw_instance_predictions(instances[instances.scores >= threshold])
-    if not output.keys() & {"sem_seg", "instances"}:
-        raise InputError(f"the model's output is neither instances nor a segmentation: {', '.join(output)}")
     return drawn.get_image()
 
 

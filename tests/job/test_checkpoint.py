@@ -1,3 +1,4 @@
+import copy
 import logging
 import pickle
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_batch_norms_with_statistics(heuristics, tmp_path, caplog):
     assert message.startswith("20 GroupNorm layers")
 
 
+def test_weights_of_a_model_of_which_torch_compile_wrapped_a_part(tmp_path):
+    ours = nn.ModuleDict({"a": nn.ModuleDict({"_orig_mod": nn.Linear(2, 2)}), "b": nn.Linear(2, 2)})
+    torch.save({"model": nn.ModuleDict({"module": ours}).state_dict()}, tmp_path / "weights.pth")
+    plain = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    wrapped = copy.deepcopy(ours)
+    for other in (plain, wrapped):
+        nn.init.zeros_(next(other.parameters()))
+        Checkpointer(other).load(str(tmp_path / "weights.pth"))
+        assert torch.equal(next(other.parameters()), next(ours.parameters()))
+
+
 def test_weights_of_a_model_that_torch_compile_wrapped(tmp_path):
     ours = gng_d2.convert_norms(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), "GN1")
     torch.save({"model": nn.ModuleDict({"_orig_mod": ours}).state_dict()}, tmp_path / "weights.pth")
@@ -88,13 +100,19 @@ def test_weights_of_a_model_that_torch_compile_wrapped(tmp_path):
 
 
 @pytest.mark.parametrize("make", [dict, lambda weights: {"model": weights}])
-def test_a_pickle_of_arrays_under_the_models_names(make, tmp_path):
-    """It has no "__author__", and Detectron2 would take its names for Caffe2's."""
+@pytest.mark.parametrize("part", ["", "backbone.bottom_up."])
+def test_a_pickle_of_arrays_under_the_models_names(make, part, tmp_path):
+    """It has no "__author__", and Detectron2 would take its names for Caffe2's. Those of a part are found by their
+    ends, as in a file of Caffe2."""
+    if part and make is not dict:
+        pytest.skip("what names its weights has their whole names")
     ours = model()
-    weights = {name: tensor.numpy() + 1 for name, tensor in ours.state_dict().items()}
-    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(make(weights)))
+    weights = {name: tensor.numpy() + 1 for name, tensor in ours.state_dict().items() if name.startswith(part)}
+    named = {name.removeprefix(part): array for name, array in weights.items()}
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(make(named)))
     Checkpointer(ours).load(str(tmp_path / "weights.pkl"))
-    assert all(np.array_equal(tensor, weights[name]) for name, tensor in ours.state_dict().items())
+    loaded = ours.state_dict()
+    assert len(weights) > 20 and all(np.array_equal(loaded[name], array) for name, array in weights.items())
 
 
 HEAD = "MODEL.SEM_SEG_HEAD.NORM"

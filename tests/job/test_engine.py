@@ -558,6 +558,13 @@ def test_a_resume_with_another_model_is_refused_before_anything_is_written(shape
         setup_job(CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.FPN.NORM", ""], resume=True)
 
 
+def test_mixed_precision_on_a_cpu_is_refused(tiny, tmp_path):
+    cfg = tiny.config(tmp_path)
+    cfg.merge_from_list(["SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu"])
+    with pytest.raises(InputError, match="^SOLVER.AMP.ENABLED: Detectron2 trains in mixed precision on CUDA alone"):
+        Trainer(cfg)
+
+
 def test_a_resume_that_trains_other_weights_is_named(tiny, tmp_path, monkeypatch):
     cfg, build = tiny.config(tmp_path), Trainer.build_model
     run(cfg)

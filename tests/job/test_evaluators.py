@@ -166,7 +166,35 @@ def test_an_annotation_with_the_id_0_is_a_warning(number, ap, coco, tmp_path, ca
     assert pycocotools_ap(path, "bbox") == pytest.approx(ap)
     with caplog.at_level(logging.WARNING, logger="gng_d2"):
         check(tmp_path, *DETECTOR[:2], "DATASETS.TEST", "('own',)", *EVALUATED["bbox"])
-    assert ("the annotation with the id 0 always counts as missed" in caplog.text) == (number == 0)
+    assert ("the annotation with the id 0 counts as missed" in caplog.text) == (number == 0)
+
+
+@pytest.mark.parametrize("architecture", ["ProposalNetwork", "RetinaNet"])
+def test_a_model_without_heads_needs_no_masks(architecture, coco, tmp_path):
+    coco(
+        {
+            key: value
+            for key, value in WHOLE.items()
+            if key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        }
+    )
+    heads = ["MODEL.MASK_ON", "True", "MODEL.KEYPOINT_ON", "True"]
+    check(tmp_path, "MODEL.META_ARCHITECTURE", architecture, "DATASETS.TEST", "('own',)", *heads)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda content: content.pop("annotations"), "KeyError: annotations in .*own.json"),
+    (lambda content: content["annotations"][1].pop("file_name"), "an annotation has no file_name, "),
+    (lambda content: content["annotations"][1].update(file_name="gone.png"), "the file .*gone.png .* is not there"),
+])  # fmt: skip
+def test_a_panoptic_json_that_cannot_be_evaluated_is_named(change, message, shapes, tmp_path, monkeypatch):
+    metadata = MetadataCatalog.get("gng_shapes_val_separated")
+    content = json.loads(Path(metadata.panoptic_json).read_text())
+    change(content)
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setitem(vars(metadata), "panoptic_json", str(tmp_path / "own.json"))
+    with pytest.raises(InputError, match=f"^DATASETS.TEST.*{message}"):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["id", "category_id", "area", "iscrowd"])

@@ -145,6 +145,8 @@ def test_a_neighbour_that_is_not_standardized_is_not_the_layer_of_a_norm_with_ws
     x = torch.ones(1, 16, 4, 4)
     model = convert_norms(Neighbours(), "GN4+WS", x)
     assert [row[2] for row in named_norms(model)] == [None]
+    model.out = nn.Conv2d(16, 16, 1)
+    assert not isinstance(model.out, WSConv2d) and isinstance(model.conv, WSConv2d)
     with pytest.raises(InputError, match="Which convolution has to lose it is seen only when the model runs"):
         convert_norms(model, "GN4")
     convert_norms(model, "GN4", x)

@@ -532,8 +532,7 @@ def test_networks_that_do_not_fit_are_refused(kind):
     "inputs, message",
     [
         (64, "inputs is 64: give images"),
-        (torch.randn(0, 3, 8, 8), r"the input \(0, 8, .*\) of 1 has one number in each group, or none"),
-        (torch.randn(1, 3, 3, 3), r"the input \(1, 8, 1, 1\) of 1 has one number in each group, or none"),
+        (torch.randn(1, 3, 3, 3), r"the input \(1, 8, 1, 1\) of 1 has one number in each group"),
     ],
 )
 def test_inputs_on_which_nothing_can_be_fitted_are_refused(inputs, message):
@@ -541,6 +540,17 @@ def test_inputs_on_which_nothing_can_be_fitted_are_refused(inputs, message):
     model = convert_norms(copy.deepcopy(reference), "GN/1")
     with pytest.raises(InputError, match=f"^calibrate_norms: {message}"):
         calibrate_norms(model, reference, inputs)
+
+
+def test_an_empty_batch_changes_nothing(caplog):
+    reference, x = trained(), images()
+    model, other = (convert_norms(copy.deepcopy(reference), "GN1") for _ in range(2))
+    calibrate_norms(model, reference, [x, x[:0]])
+    calibrate_norms(other, reference, x)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    caplog.clear()
+    calibrate_norms(model, reference, x[:0])
+    assert "0 norms are calibrated; 3 were not reached by inputs (1, 4, 7)" in caplog.text
 
 
 def test_a_model_that_cannot_be_copied_is_not_calibrated():

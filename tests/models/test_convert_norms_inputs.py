@@ -104,6 +104,21 @@ def test_short_sequences_are_not_taken_for_pooled_ones(length):
     assert model[3].num_groups == brute_force_groups(512, 64) and model[3].pooled_to is None
 
 
+def test_a_vector_beside_an_image_keeps_its_length():
+    """The images alone are widened to see which norms stand behind a global pooling."""
+
+    class WithVector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.of_vector = nn.Conv2d(64, 32, 1), nn.BatchNorm2d(32), nn.Linear(5, 32)
+
+        def forward(self, image, vector):
+            return self.norm(self.conv(image.mean((2, 3), keepdim=True)) + self.of_vector(vector)[:, :, None, None])
+
+    model = convert_norms(WithVector(), "GN16", (IMAGE, torch.randn(2, 5)))
+    assert model.norm.num_groups == 2 and model.norm.pooled_to == (1, 1)
+
+
 class Transposed(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)

@@ -32,10 +32,12 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         InputError: names the key and the dataset, and says how to mend it.
     """
-    loaded = {}
+    tested = {}
     for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            loaded[key, name] = _prepare_dataset(f"DATASETS.{key}", name)
+            records = _prepare_dataset(f"DATASETS.{key}", name)
+            if key == "TEST":
+                tested[name] = records
         for path in cfg.DATASETS[f"PROPOSAL_FILES_{key}"] if cfg.MODEL.LOAD_PROPOSALS else ():
             try:
                 read_weight_file(PathManager.get_local_path(path), pickled=True)  # Detectron2 unpickles it
@@ -44,14 +46,14 @@ def prepare_datasets(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name what to train on")
     check_classes(cfg, eval_only)
-    for name in cfg.DATASETS.TEST:
-        _check_test_set(cfg, name, loaded["TEST", name])
+    for name, records in tested.items():
+        _check_test_set(cfg, name, records)
 
 
 def _check_test_set(cfg, name, records):
     """Look at what would be read for the first time after the training."""
     if isinstance(records, list):
-        _check_annotations(cfg, "DATASETS.TEST", [name], records)
+        _check_annotations(cfg, "DATASETS.TEST", [name], _annotations(records))
     if map_values(cfg):
         mapper = NamingMapper(DatasetMapper(cfg, is_train=False), map_values(cfg))
         for record in itertools.islice(records, _FIRST):
@@ -154,18 +156,19 @@ def compare_classes(key: str, count: int, field: str, name: str, known: int, tra
 
 
 @contextmanager
-def naming_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
-    """While Detectron2 loads datasets inside, an error in their files becomes an :class:`InputError` that names them.
+def naming_datasets(key: str, names: Sequence[str], files: Sequence[str] = ()) -> Iterator[None]:
+    """While datasets are loaded inside, an error in their files becomes an :class:`InputError` that names them.
 
     Args:
         key: of the config, such as "DATASETS.TRAIN".
+        files: which are read; by default those with the instances.
     """
     try:
         yield
     except InputError:
         raise
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # of what a JSON lacks, say
-        files = [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
+        files = files or [path for name in names for path in [MetadataCatalog.get(name).get("json_file")] if path]
         kind = "" if isinstance(error, AssertionError) and str(error) else f"{type(error).__name__}: "
         raise InputError(
             f"{key} {', '.join(names)}: {kind}{one_line(error)}{' in ' * bool(files)}{', '.join(files)}"
@@ -184,7 +187,7 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
         return
     where = f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}"
     learned = {field for _, _, field in learned_classes(cfg)}
-    annotations = list(_annotations(records))
+    annotations = _annotations(records)
     has = {"annotations": annotations, "sem_seg_file_name": any("sem_seg_file_name" in r for r in records)}
     for field, wanted in (("thing_classes", "annotations"), ("stuff_classes", "sem_seg_file_name")):
         if field in learned and not has[wanted]:
@@ -197,20 +200,20 @@ def check_records(cfg: CfgNode, records: Sequence[dict], mapper) -> None:
                 f"{where}: {len(without)} of {len(annotations)} annotations have no {wanted}, for instance one of "
                 f"{without[0].get('file_name')}. Set MODEL.{key} to False, or add them"
             )
-    _check_annotations(cfg, "DATASETS.TRAIN", cfg.DATASETS.TRAIN, records)
+    _check_annotations(cfg, "DATASETS.TRAIN", cfg.DATASETS.TRAIN, annotations)
 
 
-def _check_annotations(cfg, data_key, names, records):
-    """See that the boxes in ``records`` are boxes of their images, and of classes that the model learns."""
+def _check_annotations(cfg, data_key, names, annotations):
+    """See that boxes are boxes of their images, and of classes that the model learns."""
     with naming_datasets(data_key, names):
         for key, count, field in learned_classes(cfg):
             if field == "thing_classes":
-                _check_boxes(f"{data_key} {', '.join(names)}", list(_annotations(records)), key, count)
+                _check_boxes(f"{data_key} {', '.join(names)}", annotations, key, count)
 
 
 def _annotations(records):
     """(annotation, its record) of each annotation that is no crowd."""
-    return ((a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0))
+    return [(a, r) for r in records for a in r.get("annotations", ()) if not a.get("iscrowd", 0)]
 
 
 def _check_boxes(where, annotations, key, count):

@@ -91,7 +91,9 @@ def _tasks(panoptic_json, panoptic_root, sem_seg_root) -> list[tuple]:
     tasks = []
     for (name, size), of_segment in zip(annotations, segments):
         if os.path.basename(name) != name:
-            raise InputError(f"{panoptic_json}: the file_name {name} names a folder; Detectron2 looks for maps in one")
+            raise InputError(
+                f"{panoptic_json}: the file_name {name} has a folder in it, and Detectron2 looks for all maps in one"
+            )
         unknown = set(of_segment.values()) - values.keys()
         if unknown:
             raise InputError(f"{panoptic_json}: category ids {sorted(unknown)} of {name} are not among its categories")

@@ -137,7 +137,7 @@ def test_a_png_of_another_size_than_its_image_is_named(tmp_path):
 def test_no_map_is_written_outside_of_its_folder(name, tmp_path):
     dataset = write(tmp_path, names=["a.png"])
     changed(tmp_path / "panoptic.json", annotations=[{"image_id": 0, "file_name": name, "segments_info": []}])
-    with pytest.raises(InputError, match="names a folder"):
+    with pytest.raises(InputError, match="has a folder in it"):
         make_semantic_maps(*dataset)
 
 
