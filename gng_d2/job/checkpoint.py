@@ -127,8 +127,8 @@ class Checkpointer(DetectionCheckpointer):
         by_name = isinstance(checkpoint, Mapping)
         if by_name and filename.endswith(".pkl") and "model" not in checkpoint:
             # of Caffe2 if no name has a dot; its detectors have "blobs", its ImageNet models do not
-            weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not k.endswith("_momentum")}
-            author = "an unknown author" if any("." in k for k in weights) else "Caffe2"
+            weights = {k: v for k, v in checkpoint.get("blobs", checkpoint).items() if not str(k).endswith("_momentum")}
+            author = "an unknown author" if any("." in str(k) for k in weights) else "Caffe2"
             checkpoint = {"model": weights, "__author__": author, "matching_heuristics": True}
         elif by_name and filename.endswith(".pyth") and isinstance(checkpoint.get("model_state"), Mapping):
             weights = {k: v for k, v in checkpoint["model_state"].items() if not k.endswith("num_batches_tracked")}
