@@ -25,7 +25,7 @@ def read_metrics(path: str, most: int | None = None) -> list[dict]:
     with open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most) if most else 0)
         for line in file:
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError, KeyError):
                 record = json.loads(line)
                 iteration = record["iteration"]
                 if "total_loss" in record:  # not an evaluation, which may be written after later losses
