@@ -21,7 +21,14 @@ def test_metrics_of_a_run_that_was_killed_and_resumed(tmp_path):
     assert last_record(path)["iteration"] == 60
 
 
-@pytest.mark.parametrize("line", [b"", b"\xff\xfe", b"{", b"[]", b"{}", b'{"iteration": 7, "total_l'])
+NO_RECORDS = [
+    *(b"", b"\xff\xfe", b"[]", b"3", b"null", b"{}", b"{", b"[" * 5000),
+    *(b'{"iteration": "x"}', b'{"iteration": true}', b'{"iteration": %s}' % (b"9" * 400)),
+    *(b'{"iteration": 7, "total_loss": "1"}', b'{"iteration": 7, "bbox/AP": [1]}'),
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS, ids=lambda line: line[:40])
 def test_lines_that_are_no_records_are_left_out(line, tmp_path):
     path = tmp_path / "metrics.json"
     path.write_bytes(line + b'\n{"iteration": 5, "total_loss": 1.0}\n' + line)

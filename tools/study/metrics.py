@@ -25,9 +25,12 @@ def read_metrics(path: str, most: int | None = None) -> list[dict]:
     with open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most) if most else 0)
         for line in file:
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, RecursionError, TypeError, KeyError):
                 record = json.loads(line)
                 iteration = record["iteration"]
+                numbers = all(type(value) in (int, float) for value in record.values())
+                if type(iteration) is not int or iteration >= 2**63 or not numbers:
+                    continue
                 if "total_loss" in record:  # not an evaluation, which may be written after later losses
                     if iteration <= latest:
                         records = {i: r for i, r in records.items() if i < iteration}
