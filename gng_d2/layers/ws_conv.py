@@ -95,7 +95,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     norm.
 
     Raises:
-        InputError: as :func:`check_standardizable`.
+        InputError: the class of ``layer`` is not exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``.
     """
     if has(layer, WSConv2d):
         return
@@ -115,11 +115,15 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
     add(layer, WSConv2d)
 
 
+def can_be_standardized(layer: nn.Module) -> bool:
+    """Whether the class of ``layer`` is exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``, or it is standardized."""
+    return original_class(layer) in (Conv2d, nn.Conv2d, WSConv2d)
+
+
 def check_standardizable(layer: nn.Module, norm_name: str) -> None:
-    """Raise an InputError if the class of ``layer`` is not exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``, or
-    one of them that is standardized."""
-    kind = original_class(layer)
-    if kind not in (Conv2d, nn.Conv2d, WSConv2d):
+    """Raise an InputError if ``layer`` cannot be standardized for a norm called ``norm_name``."""
+    if not can_be_standardized(layer):
+        kind = original_class(layer)
         raise InputError(
             f"{norm_name} cannot follow a {kind.__module__}.{kind.__qualname__}: only the Conv2d of "
             f"torch.nn and of Detectron2 can be weight-standardized. Use {norm_name.removesuffix(WS)} there"

@@ -105,10 +105,11 @@ def _layers(norm, name, producers):
             f"{name}: this {norm.norm_name()} is used in several places, with inputs made by {made_by}. Give each "
             f"place a norm of its own"
         )
-    if norm.weight_standardization and not others:
-        for made in layers:
-            check_standardizable(made.layer, norm.norm_name())
-    return [] if others else layers
+    if others:
+        return []
+    for made in layers if norm.weight_standardization else ():
+        check_standardizable(made.layer, norm.norm_name())
+    return layers
 
 
 def bind_to_producers(norm, producers):

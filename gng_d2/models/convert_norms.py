@@ -12,12 +12,12 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.groups import practical_num_groups
-from gng_d2.layers.class_change import has, original_class
+from gng_d2.layers.class_change import has
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
 from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
 from gng_d2.layers.kinds import NO_LAYER, num_channels
 from gng_d2.layers.norm_names import OURS, norm_from_name, norm_name, unknown_norm
-from gng_d2.layers.ws_conv import WS, Conv2d, WSConv2d, unstandardize
+from gng_d2.layers.ws_conv import WS, WSConv2d, can_be_standardized, unstandardize
 
 from .bind_norms import bind_to_producers
 from .calibrate_norms import calibrate_norms
@@ -204,8 +204,8 @@ class _Change:
     def _can_be_standardized(self):
         if self.place.producers is None:  # bind_norms may find the layer later
             return True
-        kinds = [original_class(producer.layer) for producer in self.place.producers]
-        return bool(kinds) and all(kind in (nn.Conv2d, Conv2d, WSConv2d) for kind in kinds)
+        layers = [producer.layer for producer in self.place.producers]
+        return bool(layers) and all(map(can_be_standardized, layers))
 
     def numbers_in_a_group(self):
         groups, size = self.new.num_groups or self.groups, self.place.size
