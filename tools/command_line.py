@@ -86,7 +86,7 @@ def add_norm_options(parser):
     )
     parser.add_argument(
         "--calibrate-norms",
-        type=_number_of_images,
+        type=count,
         default=0,
         metavar="N",
         help="before the first step, fit the backbone's group norms to the batch norms in MODEL.WEIGHTS, on the first "
@@ -94,10 +94,11 @@ def add_norm_options(parser):
     )
 
 
-def _number_of_images(word):
+def count(word):
+    """The type of flags for a number of things, of which there must be one or more."""
     number = int(word)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} images are too few")
+        raise argparse.ArgumentTypeError(f"{word}: at least 1")
     return number
 
 

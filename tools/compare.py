@@ -6,7 +6,8 @@
         --num-gpus 8 --cluster slurm --slurm-partition gpu --parallel 3
 
 Each run is a job of tools/train_net.py in DIR/NORM/seed_SEED. Started again, the same command goes on where it
-was: finished runs stay, interrupted ones resume, failed ones are tried once more. Two such commands at the same
+was: finished runs stay, interrupted ones resume, failed ones are tried once more. Keys that change nothing in a
+training, such as SOLVER.CHECKPOINT_PERIOD and DATALOADER.NUM_WORKERS, may be others then. Two such commands at the same
 time on one machine share the runs between them. A run is finished when its metrics are whole. If its model_final.pth
 is damaged later, the report stays as it is, and predict.py or --eval-only refuse the file. Where DIR is lost,
 --finished results.json goes on from the results alone, with more norms and seeds too.
@@ -15,12 +16,12 @@ With --cluster slurm each run is a job of Slurm, in a checkout and a DIR that al
 this command ends. The same command watches them again, and submits the runs that have no job. Ctrl-C asks whether to
 cancel the jobs.
 
-The report is in DIR: results.md, results.json, curves.png and channels_per_group.png. For each metric of the model (in
-percent) it has mean and standard deviation over the seeds, and the differences to the first norm, seed by seed, with
-their 95 % intervals.
+The report is in DIR: results.md, results.json, curves.png and channels_per_group.png. For each metric (PQ, the AP
+of boxes, masks and keypoints, mIoU, on each test set; in percent) it has mean and standard deviation over the seeds,
+and the differences to the first norm, seed by seed, with their 95 % intervals.
 """
 
-from command_line import add_import, add_norm_options, add_overrides, add_trust, run_tool, tool_parser
+from command_line import add_import, add_norm_options, add_overrides, add_trust, count, run_tool, tool_parser
 
 
 def parse_args():
@@ -36,10 +37,18 @@ def parse_args():
         help="what to vary; default: each NORM key that is GN or a norm of ours. A key that has +WS keeps it",
     )
     parser.add_argument(
-        "--num-gpus", type=int, default=1, help="GPUs of each machine, or processes where there are no GPUs; default: 1"
+        "--num-gpus",
+        type=count,
+        default=1,
+        metavar="N",
+        help="GPUs of each machine, or processes where there are no GPUs; default: 1",
     )
     parser.add_argument(
-        "--num-machines", type=int, default=1, help="machines for each run, which must share DIR; default: 1"
+        "--num-machines",
+        type=count,
+        default=1,
+        metavar="N",
+        help="machines for each run, which must share DIR; default: 1",
     )
     parser.add_argument(
         "--finished",
@@ -55,7 +64,7 @@ def parse_args():
     )
     parser.add_argument(
         "--parallel",
-        type=int,
+        type=count,
         default=1,
         metavar="N",
         help="runs at a time; on one machine they share its GPUs or threads; default: 1",
@@ -79,13 +88,13 @@ def _add_slurm(group):
     group.add_argument("--slurm-account", metavar="NAME", help="default: the user's")
     group.add_argument(
         "--slurm-time",
-        type=int,
+        type=count,
         metavar="MIN",
         help="time limit of a job; a run that needs longer is requeued and goes on; default: 1440",
     )
     group.add_argument(
         "--slurm-cpus",
-        type=int,
+        type=count,
         metavar="N",
         help="CPUs of each machine; default: one for each process and data-loader worker",
     )
@@ -141,6 +150,7 @@ def main():
         num_gpus=args.num_gpus,
         num_machines=args.num_machines,
     )
+    comparison.check_output()
     comparison.check()
     if args.plan and (args.num_machines > 1 or args.cluster == "slurm"):
         raise InputError("--plan times iterations on this machine: leave out --num-machines and --cluster")
@@ -156,9 +166,9 @@ def main():
         for _ in train_all(cluster):
             if args.machine_rank == 0:
                 write_report(comparison)
+        failed = {run: state for run, state in cluster.states().items() if state.status == "failed"}
     if args.machine_rank == 0:
-        print(f"\n{write_report(comparison)}\nin {args.output}: results.md, results.json and pictures")
-    failed = [run for run in comparison.runs if comparison.state(run).status == "failed"]
+        print(f"\n{write_report(comparison, failed)}\nin {args.output}: results.md, results.json and pictures")
     if failed:
         raise InputError(f"{len(failed)} of {len(comparison.runs)} runs failed. The same command tries them once more")
 

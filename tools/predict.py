@@ -20,7 +20,7 @@ For videos and webcams use demo/demo.py of Detectron2 with `import gng_d2` in it
 import os
 import sys
 
-from command_line import add_config_file, add_import, add_overrides, add_trust, run_tool, tool_parser
+from command_line import add_config_file, add_import, add_overrides, add_trust, count, run_tool, tool_parser
 
 
 def parse_args():
@@ -46,7 +46,7 @@ def parse_args():
         help="leave out instances with a lower score; default: the config's threshold in --json, and 0.5 in pictures",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="run N images of one size together; default: 1"
+        "--batch-size", type=count, default=1, metavar="N", help="run N images of one size together; default: 1"
     )
     add_import(parser)
     add_trust(parser)
@@ -116,8 +116,6 @@ def check_numbers(args):
 
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: a score is from 0 to 1")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size}: a batch has at least 1 image")
 
 
 def check_inputs_stay(output, results, names):

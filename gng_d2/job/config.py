@@ -29,9 +29,16 @@ Config = CfgNode | DictConfig
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """A YAML config: Detectron2's defaults, changed by ``config_file`` and then by ``overrides``.
+    """The config of :func:`read_config`. On a machine without CUDA its ``MODEL.DEVICE`` becomes cpu."""
+    cfg = read_config(config_file, overrides)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).info("no CUDA device here: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
 
-    On a machine without CUDA ``MODEL.DEVICE`` becomes cpu.
+
+def read_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """A YAML config: Detectron2's defaults, changed by ``config_file`` and then by ``overrides``.
 
     Args:
         config_file: a path, or a name in Detectron2's model zoo.
@@ -69,9 +76,6 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
             f"config overrides {' '.join(overrides)!r}: {one_line(error)}. Give pairs, KEY VALUE, with keys that the "
             f"config has"
         ) from error
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).info("no CUDA device here: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 

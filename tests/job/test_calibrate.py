@@ -366,9 +366,9 @@ def test_a_comparison_passes_the_flag_on_and_knows_it(weights, tmp_path):
     "tool, number, message",
     [
         ("compare.py --norms GN1", "3", "error: --calibrate-norms fits group norms to batch norms"),
-        ("compare.py --norms GN1", "0", "argument --calibrate-norms: 0 images are too few"),
+        ("compare.py --norms GN1", "0", "argument --calibrate-norms: 0: at least 1"),
         ("train_net.py", "3", "error: --calibrate-norms fits group norms to batch norms"),
-        ("train_net.py", "-1", "argument --calibrate-norms: -1 images are too few"),
+        ("train_net.py", "-1", "argument --calibrate-norms: -1: at least 1"),
     ],
 )
 def test_the_flag_of_the_tools(tool, number, message, tmp_path, monkeypatch, capsys):

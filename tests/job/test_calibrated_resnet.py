@@ -110,8 +110,11 @@ def test_the_flags_need_each_other(tmp_path, monkeypatch, capsys):
     assert "need each other" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--size", "0"], ["--pixel-std", "1", "0", "1"]])
-def test_sizes_and_deviations_are_above_0(flags, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--size", "0"], "--size: 0: at least 1"), (["--pixel-std", "1", "0", "1"], "--pixel-std is above 0")],
+)
+def test_sizes_and_deviations_are_above_0(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "in.pth", "out.pth", "--norm", "GN1", *flags, "--calibrate", "a.jpg")
-    assert "--size and --pixel-std are above 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -239,7 +239,6 @@ def test_threshold_leaves_out_what_is_below_it(run, shapes, tmp_path):
     _, _, above = run(image, flags=["--threshold", str(median)])
     assert above == [r for r in everything if r["score"] >= median] and 0 < len(above) < len(everything)
     assert run(image, flags=["--threshold", "50"])[0].startswith("error: --threshold 50.0: a score is from 0 to 1")
-    assert run(image, flags=["--batch-size", "0"])[0].startswith("error: --batch-size 0")
 
 
 @pytest.mark.parametrize(

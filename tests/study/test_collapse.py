@@ -1,6 +1,7 @@
 """What a norm receives and loses, compared with sums over lists of numbers."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pvariance
@@ -101,16 +102,16 @@ def test_mixtures_are_those_that_the_norm_learned():
 
 def test_other_folders_are_refused(reproduce, tmp_path):
     with pytest.raises(InputError, match="is no folder of tools/compare.py"):
-        collapse.finished_runs(str(tmp_path))
+        collapse.runs_with_weights(str(tmp_path))
     (tmp_path / "comparison.yaml").write_text("config: {}")
     run = Run("GN", 0, str(tmp_path / "GN" / "seed_0"))
     os.makedirs(run.folder)
     Path(run.path("model_final.pth")).write_bytes(b"")
     run.record(RunState("failed"))
     with pytest.raises(InputError, match="no run in .* is finished"):
-        collapse.finished_runs(str(tmp_path))
+        collapse.runs_with_weights(str(tmp_path))
     run.record(RunState("finished"))
-    assert collapse.finished_runs(str(tmp_path)) == [(run.path("config.yaml"), run.path("model_final.pth"), set())]
+    assert collapse.runs_with_weights(str(tmp_path)) == [(run.path("config.yaml"), run.path("model_final.pth"), set())]
     with pytest.raises(SystemExit, match="two or more"):
         reproduce("collapse", "--runs", tmp_path, "--images", 1)
 
@@ -142,3 +143,10 @@ def test_the_tool(shapes, small, reproduce, tmp_path):
     assert all(row.lost == pytest.approx(1) for row in rows if row.under_test)
     assert any(row.lost < 0.9 for row in rows if not row.under_test)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="GN/seed_0/model_final.pth have the same norms and the same seed"):
+        shutil.copytree(comparison.output, tmp_path / "again")
+        reproduce("collapse", "--runs", comparison.output, tmp_path / "again", "--images", 2)
+    mixed = {"MODEL.SEM_SEG_HEAD.NORM", "MODEL.FPN.NORM", "MODEL.RESNETS.NORM"}
+    run = comparison.runs[1]
+    rows = collapse.measure_run(run.path("config.yaml"), run.path("model_final.pth"), mixed, 2)
+    assert {row.run for row in rows} == {"GN, GN/1+WS"}

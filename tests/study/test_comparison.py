@@ -1,5 +1,6 @@
 """Comparisons of norms: their runs, that all else is equal, and runs that are killed, fail or are damaged."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import quick_models
 import ready_process
 import torch
+import yaml
 from detectron2.engine import default_setup
 
 from gng_d2.errors import InputError
@@ -135,6 +137,34 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path, small):
             other.claim_output()
 
 
+NEUTRAL = "SOLVER.CHECKPOINT_PERIOD 50 DATALOADER.NUM_WORKERS 1 TEST.EVAL_PERIOD 7 MODEL.DEVICE cuda".split()
+
+
+def test_keys_that_change_no_training_may_change_in_a_folder(small):
+    """Also in a folder of an older version, whose comparison.yaml has them."""
+    first, again = small(), small(overrides=["SOLVER.MAX_ITER", "20", *NEUTRAL])
+    assert first.recipe() == again.recipe()
+    first.claim_output()
+    again.claim_output()
+    cfg = first.cfg.clone()
+    cfg.merge_from_list(first.norm_overrides("<norm>"))
+    settings = {"processes": 1, "config": yaml.safe_load(cfg.dump())}
+    Path(first.output, "comparison.yaml").write_text(yaml.safe_dump(settings))
+    again.claim_output()
+    with pytest.raises(InputError, match="SOLVER.MAX_ITER: 20 there, 30 here"):
+        small(overrides=["SOLVER.MAX_ITER", "30", *NEUTRAL]).check_output()
+
+
+def test_a_key_that_makes_no_norm_is_refused(tmp_path, shapes):
+    """Each run would train the same model."""
+    config = "configs/quick/faster_rcnn_gn_ws.yaml"
+    for key in ("MODEL.SEM_SEG_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"):
+        comparison = Comparison(config, ["GN", "PGN"], [0], str(tmp_path), ["MODEL.FPN.NORM", key])
+        with pytest.raises(InputError, match=f"^--norm-keys {key}: this model has no norm that is made by that key"):
+            comparison.check()
+    Comparison(config, ["GN", ""], [0], str(tmp_path), ["MODEL.FPN.NORM"], ["MODEL.FPN.NORM", ""]).check()
+
+
 def test_fused_norms_are_asked_of_each_run(small, shapes, monkeypatch):
     comparison = small(fuse_norms=True)
     assert all("--fuse-norms" in comparison.command(run) for run in comparison.runs)
@@ -198,10 +228,11 @@ def test_killed_and_started_again_it_ends_as_one_that_was_not(shapes, tmp_path, 
         [replace(row, machine="", commit="") for row in read_rows(folder / "results.json", ComparisonRow)]
         for folder in (whole, cut)
     )
-    assert rows[:9] == expected  # the run that was killed
-    assert {row.norm for row in rows[9:]} == {"GN1"} and all(row.difference_seeds == 1 for row in rows[9:])
-    assert [row.metric for row in rows] == 2 * ["PQ", "PQ_th", "PQ_st", "SQ", "RQ", "AP", "AP50", "AP75", "mIoU"]
-    assert [row.seeds for row in rows] == [[0]] * 18
+    assert rows[:12] == expected  # the run that was killed
+    assert {row.norm for row in rows[12:]} == {"GN1"} and all(row.difference_seeds == 1 for row in rows[12:])
+    boxes = ["AP", "AP50", "AP75"]
+    metrics = ["PQ", "PQ_th", "PQ_st", "SQ", "RQ", *boxes, *(f"mask {name}" for name in boxes), "mIoU"]
+    assert [row.metric for row in rows] == 2 * metrics and all(row.seeds == [0] for row in rows)
 
 
 def test_a_norm_with_which_no_run_could_start_is_refused_before_the_first(shapes, tmp_path):
@@ -310,6 +341,47 @@ def test_a_cut_run_without_evaluation_is_seen(job, small):
     assert comparison.state(comparison.runs[0]).status == "finished"
     path.write_text('{"iteration": 18, "total_loss": 1.0}\n')
     assert "ends with iteration 18, and a finished run's ends with 19" in comparison.state(comparison.runs[0]).reason
+
+
+def compare(monkeypatch, comparison, *words):
+    """Run the command of ``comparison`` in this process."""
+    tool = importlib.import_module("compare")
+    given = ["--norm-keys", *comparison.keys, "--norms", *comparison.norms, "--seeds", *map(str, comparison.seeds)]
+    given += ["--config-file", comparison.config_file, "--output", comparison.output, *words, *comparison.overrides]
+    monkeypatch.setattr("sys.argv", ["compare.py", *given])
+    tool.main()
+
+
+def test_a_run_that_cannot_begin_has_failed_for_the_tool_too(job, shapes, small, monkeypatch, capsys):
+    """Its folder says nothing of it."""
+    comparison = small(["GN", "PGN"], [0])
+    Path(comparison.runs[1].folder).mkdir(parents=True)
+    Path(comparison.runs[1].path("lock.0")).mkdir()
+    with pytest.raises(InputError, match="1 of 2 runs failed"):
+        compare(monkeypatch, comparison)
+    printed = capsys.readouterr().out
+    assert "- PGN seed 0: failed: " in printed and "output.txt" not in printed
+    assert Path(comparison.output, "results.md").read_text() in printed
+
+
+def test_runs_that_were_not_asked_for_are_named(job, shapes, small, monkeypatch, capsys):
+    compare(monkeypatch, small(["GN", "PGN"], [0]))
+    assert "Not in this report" not in capsys.readouterr().out
+    compare(monkeypatch, small(["GN"], [0, 1]))
+    assert "Not in this report, because they were not asked for: PGN/seed_0." in capsys.readouterr().out
+
+
+def test_a_plan_for_a_folder_of_another_comparison_is_refused(small, monkeypatch):
+    small().claim_output()
+    with pytest.raises(InputError, match="SOLVER.MAX_ITER: 20 there, 30 here"):
+        compare(monkeypatch, small(overrides=["SOLVER.MAX_ITER", "30"]), "--plan")
+
+
+@pytest.mark.parametrize("flag", ["--parallel", "--num-gpus", "--num-machines"])
+def test_a_number_of_nothing_is_refused(flag, small, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, small(), flag, "0")
+    assert f"argument {flag}: 0: at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "3"])

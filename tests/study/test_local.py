@@ -1,5 +1,6 @@
 """Runs on this machine, side by side; processes that end with their parent; and the table of how runs stand."""
 
+import errno
 import fcntl
 import io
 import os
@@ -58,12 +59,28 @@ def test_runs_are_jobs_of_the_given_size_that_differ_in_norm_and_seed(job, small
     [
         (2, {}, "give --dist-url"),
         (2, {"dist_url": "tcp://first:1", "parallel": 2}, "--parallel: several machines"),
-        (1, {"parallel": 0}, "--parallel 0: at least 1"),
+        (1, {"machine_rank": 1}, "--machine-rank 1: 0 to 0, see --num-machines"),
+        (2, {"machine_rank": -1, "dist_url": "tcp://first:1"}, "--machine-rank -1: 0 to 1"),
     ],
 )
 def test_bad_arguments_are_refused(machines, arguments, message, small):
     with pytest.raises(InputError, match=message):
         Local(small(num_machines=machines), **arguments)
+
+
+def test_runs_side_by_side_record_their_own_threads(job, small, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    comparison = small(["GN", "PGN"], [0])
+    train(Local(comparison, parallel=3))
+    assert [comparison.state(run).machine.partition(" of")[0] for run in comparison.runs] == ["2 threads"] * 2
+
+
+def test_a_file_system_without_locks_trains_too(job, small, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert [status for _, status in train(Local(small(["GN"])))] == ["finished", "finished"]
 
 
 def test_a_run_that_another_process_has_is_left_alone(job, small):
@@ -222,6 +239,7 @@ def test_a_terminal_that_is_too_small_has_what_fits(small, monkeypatch):
 def test_elsewhere_a_line_is_written_for_each_change(small):
     comparison = small(["GN", "PGN"], [0])
     metrics(comparison.runs[0], '{"iteration": 7, "eta_seconds": 3725.5, "total_loss": 1.0}\n')
+    Path(comparison.runs[0].path("output.txt")).write_text("")
     assert shown(comparison, io.StringIO(), STATES).splitlines() == [
         "GN seed 0: running, at iteration 8 of 20, 1:02:05 left",
         "PGN seed 0: queued, Slurm says Priority",

@@ -103,6 +103,19 @@ def test_without_an_evaluation_none_is_counted(timed, small):
     assert "of 0 evaluations" in text
 
 
+def test_an_evaluation_is_timed_without_calibration(small, monkeypatch):
+    commands = []
+
+    def failing(command, log):
+        commands.append(command)
+        raise InputError("not here")
+
+    monkeypatch.setattr(planning, "Process", failing)
+    with pytest.raises(InputError, match="not here"):
+        planning.time_evaluation(small(["GN"], [0], calibrate_norms=3))
+    assert "--eval-only" in commands[0] and "--calibrate-norms" not in commands[0]
+
+
 @pytest.mark.slow
 def test_a_real_plan(shapes, small, monkeypatch):
     import quick_models

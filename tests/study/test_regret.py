@@ -54,6 +54,12 @@ def test_seeds_that_a_norm_lacks_count_for_no_norm():
     assert (row.regret, row.seeds) == (1, {"a": 2})
 
 
+def test_a_seed_without_a_value_is_left_out(tmp_path):
+    of = {"GN": {0: {"AP": 40.0}, 1: {"AP": 41.0}}, "PGN": {0: {"AP": None}, 1: {"AP": 39.0}}}
+    write_rows(tmp_path / "bed.json", summarize(of, {}))
+    assert read_values(str(tmp_path), ["bed"], "AP") == {"GN": {0: 40.0, 1: 41.0}, "PGN": {1: 39.0}}
+
+
 def test_ten_seeds_take_no_longer_than_a_moment():
     """Ten seeds have 10^10 draws, of which 92,378 differ. A sample of them stands in for all."""
     numbers = np.random.default_rng(0)

@@ -4,13 +4,15 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.evaluation.testing import flatten_results_dict
 
 from gng_d2.errors import InputError
 from study import report
-from study.comparison import Comparison, Run, paper_values
+from study.comparison import Comparison, Run, RunState, paper_values
 from study.local import Local
 from study.report import ComparisonRow, restore_runs, run_results, summarize, write_report
 from study.rows import read_rows, write_rows
@@ -127,7 +129,7 @@ def test_a_metric_that_could_not_be_computed_stays_unknown(tmp_path, small):
     write_rows(kept, [replace(row, recipe=comparison.recipe(), machine="a") for row in rows])
     restore_runs(comparison, str(kept))
     assert comparison.state(comparison.runs[0]).status == "finished"
-    assert run_results(comparison.runs[0], 20).values == {"AP": 1.0, "AP50": None}
+    assert run_results(comparison.runs[0], 20, ["a"]).values == {"AP": 1.0, "AP50": None}
 
 
 @pytest.mark.slow
@@ -164,9 +166,63 @@ def test_the_last_values_of_a_run(tmp_path):
         (tmp_path / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     write([*losses[:2], {**losses[2], **evaluations[0]}, *losses[3:], evaluations[1]])
-    values, curves = run_results(run, 99)
+    values, curves = run_results(run, 99, ["a"])
     assert values == {"AP": 2.0, "AP50": None} and curves["AP"] == [(59, 1.0), (99, 2.0)]
     write([*losses, {"iteration": 99, "bbox/AP": 1.5}, evaluations[1]])  # ended after an evaluation, before run.json
-    assert run_results(run, 99).curves["AP"] == [(99, 2.0)]
+    assert run_results(run, 99, ["a"]).curves["AP"] == [(99, 2.0)]
     write(losses)
-    assert run_results(run, 99).values == {"total_loss": 96.5}  # of iterations 94 and 99
+    assert run_results(run, 99, ["a"]).values == {"total_loss": 96.5}  # of iterations 94 and 99
+
+
+FOUND = {"bbox": {"AP": 1.0}, "segm": {"AP": 2.0, "AP50": 3.0}, "keypoints": {"AP": 4.0}, "sem_seg": {"IoU": 5.0}}
+
+
+@pytest.mark.parametrize(
+    "results, values",
+    [
+        (FOUND, {"AP": 1, "mask AP": 2, "mask AP50": 3, "keypoint AP": 4, "IoU": 5}),
+        ({"box_proposals": {"AR@1000": 6.0}}, {"AR@1000": 6}),
+        ({"a": {"bbox": {"AP": 1.0}}, "b": FOUND}, {"a AP": 1, "b AP": 1, "b mask AP": 2, "b mask AP50": 3}),
+        ({"my_task": {"score": 1.0}}, {"total_loss": 7}),
+    ],
+)
+def test_each_metric_of_each_test_set_is_read_and_restored(results, values, small, tmp_path):
+    """``results`` is what Detectron2's DefaultTrainer.test returns: of a single test set without its name."""
+    sets = [name for name in results if name in ("a", "b")] or ["a"]
+    comparison = small(["GN"], [0], ["SOLVER.MAX_ITER", "5", "DATASETS.TEST", str(tuple(sets))])
+    run = comparison.runs[0]
+    Path(run.folder).mkdir(parents=True)
+    records = [{"iteration": 4, "total_loss": 7.0}, {"iteration": 5, **flatten_results_dict(results)}]
+    Path(run.path("metrics.json")).write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = run_results(run, 5, sets)
+    assert values.items() <= found.values.items() and ("total_loss" in found.values) == ("total_loss" in values)
+    run.record(RunState("finished"))
+    assert ("none of the metrics that are known" in write_report(comparison)) == ("total_loss" in values)
+    kept = Path(comparison.output, "results.json").rename(tmp_path / "kept.json")
+    shutil.rmtree(comparison.output)
+    restore_runs(comparison, str(kept))
+    assert run_results(run, 5, sets).values == found.values
+
+
+def test_a_seed_that_detects_nothing_is_said(line_of):
+    rows = summarize({"GN": {s: {"AP": 40.0} for s in range(3)}, "PGN": {0: {"AP": None}, 1: {"AP": 41.0}}}, {})
+    text = report.table(rows)
+    assert line_of(text, "PGN  ") == ["PGN", "2", "-"] and line_of(text, "PGN - GN") == ["PGN - GN", "2", "-"]
+    assert "a seed without a value, because its model detects nothing" in text
+    assert "single seed" not in text and "interval" not in text
+
+
+def test_the_report_says_what_all_runs_had(tmp_path, shapes):
+    def written(*norms, keys=None, **options):
+        config, output = "configs/quick/faster_rcnn_gn_ws.yaml", str(tmp_path / "out")
+        Path(output).mkdir(exist_ok=True)
+        comparison = Comparison(config, norms, [0], output, keys, ["MODEL.FPN.NORM", "GN"], **options)
+        return write_report(comparison)
+
+    keys = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM"]
+    text = written("GN", "BN", "PGN", keys=keys, fuse_norms=True, calibrate_norms=64)
+    assert "each norm as MODEL.RESNETS.NORM, MODEL.FPN.NORM, with +WS in MODEL.RESNETS.NORM, but BN without it." in text
+    assert "Options: --fuse-norms --calibrate-norms 64 --num-gpus 1 --num-machines 1 MODEL.FPN.NORM GN." in text
+    text = written("GN", "", keys=keys[:1])
+    assert "each norm as MODEL.RESNETS.NORM, with +WS, but no norm without it." in text
+    assert "each norm as MODEL.FPN.NORM." in written("GN", keys=keys[1:])

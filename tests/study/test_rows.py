@@ -101,6 +101,6 @@ def test_machine_names_threads_and_pytorch():
 
 
 def test_a_name_is_one_part_of_a_path():
-    names = ["GN", "GN16", "GN/16", "GN/16+WS", "PGN+WS", "GN1", "GN/1"]
+    names = ["GN", "GN16", "GN/16", "GN/16+WS", "PGN+WS", "GN1", "GN/1", ""]
     parts = [norm_in_path(name) for name in names]
-    assert len(set(parts)) == len(names) and not any("/" in part for part in parts)
+    assert len(set(parts)) == len(names) and all(part and "/" not in part for part in parts)

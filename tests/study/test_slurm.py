@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gng_d2.errors import InputError
-from study.comparison import RunState
+from study.comparison import Comparison, RunState
 from study.local import Local
 from study.slurm import Slurm, TrainingJob
 from study.watch import train_all
@@ -360,6 +360,17 @@ def test_submitit_requeues_a_job_that_gets_on(minutes, checkpoint, requeued, fak
     assert requeued or "60 minutes of a job. Raise --slurm-time" in state.reason
 
 
+@needs_submitit
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_gpus_are_asked_for_where_the_config_wants_them(device, fake, small, tmp_path):
+    """The machine that submits has none."""
+    config = tmp_path / "device.yaml"
+    config.write_text(f"_BASE_: {os.path.abspath('configs/quick/pfpn_gn.yaml')}\nMODEL: {{DEVICE: '{device}'}}\n")
+    comparison = Comparison(str(config), ["GN"], [0], str(tmp_path / "out"), ["MODEL.SEM_SEG_HEAD.NORM"])
+    started(comparison)
+    assert ("gpus-per-node" in fake.read("script")) == (device != "cpu")
+
+
 # the command line
 
 
@@ -386,7 +397,6 @@ def test_the_flags_reach_slurm(fake, small, monkeypatch):
     [
         (["--slurm-time", "5"], "--slurm-time is for --cluster slurm"),
         (["--cluster", "slurm", "--machine-rank", "1"], "--machine-rank, --dist-url: Slurm gives"),
-        (["--cluster", "slurm", "--parallel", "0"], "--parallel 0: at least 1"),
     ],
 )
 def test_flags_of_the_other_cluster_are_refused(words, message, fake, small, monkeypatch):

@@ -37,7 +37,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 from tqdm import tqdm
 
-from command_line import add_outputs
+from command_line import add_outputs, count
 from gng_d2.errors import InputError
 from gng_d2.job.checkpoint import Checkpointer
 from gng_d2.job.data.loader import PlaceSampler, SeededDataset, seed_everything
@@ -358,7 +358,7 @@ def add_arguments(parser) -> None:
         f"(https://data.caltech.edu/records/mzrjq-6wc02); {PET} is downloaded there if it is missing",
     )
     parser.add_argument(
-        "--classes", type=int, metavar="N", help="take only the N classes with the fewest images; default: all"
+        "--classes", type=count, metavar="N", help="take only the N classes with the fewest images; default: all"
     )
     parser.add_argument(
         "--depth", type=int, default=50, choices=(50, 101), help="the ResNet's depth; default: %(default)s"
@@ -371,9 +371,9 @@ def add_arguments(parser) -> None:
         metavar="FILE.pkl",
         help="a file of tools/convert_weights.py to start from; default: train from scratch",
     )
-    parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="IMAGES", help="default: %(default)s")
+    parser.add_argument("--epochs", type=count, default=100, help="default: %(default)s")
+    parser.add_argument("--image-size", type=count, default=128, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=count, default=64, metavar="IMAGES", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=0.005, help="learning rate; default: %(default)s")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])

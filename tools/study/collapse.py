@@ -13,7 +13,6 @@ lost      the share of the variance of a channel's mean from image to image that
 The rows of a norm of study/mixture_norm.py that learns its mixtures have these mixtures too.
 """
 
-import glob
 import os
 import statistics
 from collections.abc import Iterable
@@ -37,15 +36,15 @@ from gng_d2.job.files import prepare_outputs, save_figure
 from gng_d2.job.imports import import_modules
 from gng_d2.job.norm_keys import norms_of_key
 
-from .comparison import Run
-from .rows import leaves, machine, markdown, mean_and_std, write_rows
+from .comparison import finished_runs
+from .rows import leaves, machine, markdown, mean_and_std, norm_in_text, write_rows
 
 
 @dataclass(frozen=True)
 class CollapseRow:
     """A norm of a trained model."""
 
-    run: str  # the norm with which the run was trained, as --norms of tools/compare.py names it
+    run: str  # the norm with which the run was trained
     seed: int
     name: str  # the norm's path in the model
     under_test: bool  # whether the norm is one that the comparison varies
@@ -110,7 +109,7 @@ def measure(model: nn.Module, batches: Iterable) -> dict[str, Collapse]:
     return {name: c for name, c in found.items() if c.numbers}
 
 
-def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
+def runs_with_weights(folder: str) -> list[tuple[str, str, set[str]]]:
     """The paths of config and weights of each finished run of a comparison, with the keys that the comparison varies.
 
     Raises:
@@ -122,8 +121,7 @@ def finished_runs(folder: str) -> list[tuple[str, str, set[str]]]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"--runs: {folder} is no folder of tools/compare.py: {error}") from error
     keys = {key for key, value in leaves(config) if str(value).startswith("<norm>")}
-    runs = [Run("", 0, path) for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "seed_*")))]
-    runs = [run for run in runs if run.recorded_state().status == "finished" and os.path.isfile(_weights(run))]
+    runs = [run for run in finished_runs(folder) if os.path.isfile(_weights(run))]
     if not runs:
         raise InputError(f"--runs: no run in {folder} is finished")
     return [(run.path("config.yaml"), _weights(run), keys) for run in runs]
@@ -145,7 +143,7 @@ def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[
     batches = [batch for batch, _ in zip(loader, range(images))]
     on_meta = build_on_meta(cfg)
     under_test = {path for key in keys for path in norms_of_key(cfg, key, on_meta)[1]}
-    (norm,) = {value for key, value in leaves(cfg) if key in keys}
+    norm = ", ".join(sorted({norm_in_text(value) for key, value in leaves(cfg) if key in keys}))
     return [
         CollapseRow(
             run=norm,
@@ -240,8 +238,12 @@ def main(args) -> None:
         raise InputError(f"--images {args.images}: images are compared, so there must be two or more")
     import_modules(args.imports)
     prepare_outputs(args.json, args.plot)
-    runs = [run for folder in args.runs for run in finished_runs(folder)]
-    rows = [row for run in tqdm(runs, unit="run") for row in measure_run(*run, args.images)]
+    rows, measured = [], {}
+    for config, weights, keys in tqdm([run for folder in args.runs for run in runs_with_weights(folder)], unit="run"):
+        of_run = measure_run(config, weights, keys, args.images)
+        rows += of_run
+        for other in {measured.setdefault((row.run, row.seed), weights) for row in of_run} - {weights}:
+            raise InputError(f"--runs: {other} and {weights} have the same norms and the same seed. Measure them apart")
     write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)

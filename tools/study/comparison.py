@@ -6,6 +6,7 @@ once the job has ended. A run whose files are damaged counts as failed and does 
 ``slurm.py`` train the runs.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from gng_d2.job.config import load_config, norm_keys
 from gng_d2.job.engine import setup_job
 from gng_d2.job.files import atomic_open, prepare_outputs
 from gng_d2.job.imports import import_modules
-from gng_d2.job.norm_keys import norms_of_key
+from gng_d2.job.norm_keys import check_norm_keys, norms_of_key
 from gng_d2.layers.norm_names import THEIRS, norm_from_name
 from gng_d2.layers.ws_conv import WS
 from gng_d2.models.fuse_norms import fuse_norms
@@ -38,7 +39,7 @@ from gng_d2.models.recompute_norms import recompute_norms
 from . import ROOT
 from .metrics import last_record
 from .paper import TABLE_5, TABLE_6
-from .rows import differences, machine, norm_in_path
+from .rows import differences, leaves, machine, norm_in_path, norm_in_text
 
 TRAIN_NET = os.path.join(ROOT, "tools", "train_net.py")
 
@@ -72,10 +73,15 @@ class Run(NamedTuple):
     folder: str
 
     def __str__(self):
-        return f"{self.norm} seed {self.seed}"
+        return f"{norm_in_text(self.norm)} seed {self.seed}"
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+    def log(self, state: RunState) -> str:
+        """Where to read why the run failed, if it did and has a log: " (PATH)"."""
+        path = self.path("output.txt")
+        return f" ({path})" * (state.status == "failed" and os.path.isfile(path))
 
     def recorded_state(self) -> RunState:
         """The state in ``run.json``. A run whose file is damaged has failed."""
@@ -159,6 +165,12 @@ class Comparison:
         self.standardized = {key for key in self.keys if known[key].endswith(WS)}
         self._check_distinct()
 
+    def other_runs(self) -> list[str]:
+        """The finished runs in the folder that are not among :attr:`runs`, as NORM/seed_SEED."""
+        mine = {os.path.relpath(run.folder, self.output) for run in self.runs}
+        found = {os.path.relpath(run.folder, self.output) for run in finished_runs(self.output)}
+        return sorted(found - mine)
+
     @cached_property
     def runs(self) -> list[Run]:
         """All runs. Those of one seed stand together, so that norms can be compared before the last seed is trained."""
@@ -190,13 +202,18 @@ class Comparison:
     def command(self, run: Run, machine_rank: int = 0, dist_url: str = "auto") -> list[str]:
         """The command that trains ``run`` from its last checkpoint on, on the machine of rank ``machine_rank``."""
         return [
-            *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file),
+            *(sys.executable, TRAIN_NET, "--resume", "--config-file", self.config_file, *self.options()),
+            *("--machine-rank", str(machine_rank), "--dist-url", dist_url, *self.run_overrides(run)),
+        ]
+
+    def options(self) -> list[str]:
+        """The options of tools/train_net.py that all runs have."""
+        return [
             *(("--import", *self.imports) if self.imports else ()),
             *(("--recompute-norms",) if self.recompute_norms else ()),
             *(("--fuse-norms",) if self.fuse_norms else ()),
             *(("--calibrate-norms", str(self.calibrate_norms)) if self.calibrate_norms else ()),
             *("--num-gpus", str(self.num_gpus), "--num-machines", str(self.num_machines)),
-            *("--machine-rank", str(machine_rank), "--dist-url", dist_url, *self.run_overrides(run)),
         ]
 
     def norm_cfg(self, norm: str) -> CfgNode:
@@ -254,36 +271,43 @@ class Comparison:
             )
         return facts
 
-    def machine(self) -> str:
-        return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE)
+    def machine(self, threads: int | None = None) -> str:
+        return f"{self.world_size} x " * (self.world_size > 1) + machine(self.cfg.MODEL.DEVICE, threads)
 
     def settings(self) -> dict:
-        """What all runs share: the config without norm, seed and folder, and the number of processes."""
+        """What all runs share: the config without norms and without :data:`NEUTRAL`, and the number of processes."""
         cfg = self.cfg.clone()
         cfg.merge_from_list(self.norm_overrides("<norm>"))
-        cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = -1, "", ""
+        config = {key: value for key, value in leaves(yaml.safe_load(cfg.dump())) if key not in NEUTRAL}
         options = {"fuse_norms": self.fuse_norms, "calibrate_norms": self.calibrate_norms}
         given = {name: value for name, value in options.items() if value}
-        return {"processes": self.world_size, **given, "config": yaml.safe_load(cfg.dump())}
+        return {"processes": self.world_size, **given, "config": config}
 
     def recipe(self) -> str:
         """A hash of :meth:`settings`. Runs that have the same one differ in nothing but norm and seed."""
         return hashlib.sha256(yaml.safe_dump(self.settings()).encode()).hexdigest()[:16]
 
     def check(self) -> None:
-        """Check, before the first run, that the job of each norm could start.
+        """Check, before the first run, that each key makes norms, and that the job of each norm could start.
 
         Raises:
             InputError: it could not; says why.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            for norm in self.norms:
-                overrides = [*self.overrides, *self.norm_overrides(norm), "OUTPUT_DIR", folder]
-                options = {"world_size": self.world_size, "calibrate_norms": self.calibrate_norms}
-                cfg = setup_job(self.config_file, overrides, **options)
-                for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
-                    if wanted:
-                        change(build_on_meta(cfg))
+        model = build_on_meta(self.cfg)
+        for key in self.keys:
+            if not norms_of_key(self.cfg, key, model)[1]:
+                raise InputError(f"--norm-keys {key}: this model has no norm that is made by that key")
+        for norm in self.norms:
+            cfg = self.norm_cfg(norm)
+            model = build_on_meta(cfg)
+            check_norm_keys(cfg, model)
+            for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
+                if wanted:
+                    change(model)
+        with tempfile.TemporaryDirectory() as folder:  # once, as all else is the same under each norm
+            overrides = [*self.overrides, *self.norm_overrides(self.norms[0]), "OUTPUT_DIR", folder]
+            options = {"world_size": self.world_size, "calibrate_norms": self.calibrate_norms}
+            setup_job(self.config_file, overrides, **options)
 
     def claim_output(self) -> None:
         """Make the folder, or check that the runs in it are of this comparison.
@@ -296,16 +320,34 @@ class Comparison:
         if not os.path.exists(path):
             with atomic_open(path) as file:
                 yaml.safe_dump(self.settings(), file)
-        differ = differences(_read_settings(path), self.settings())
+        self.check_output()
+
+    def check_output(self) -> None:
+        """Check that the runs in the folder, if there are any, are of this comparison.
+
+        Raises:
+            InputError: they are of another one; says in what they differ.
+        """
+        path = os.path.join(self.output, "comparison.yaml")
+        there = _read_settings(path) if os.path.exists(path) else self.settings()
+        differ = {
+            key: pair
+            for name, pair in differences(there, self.settings()).items()
+            if (key := name.removeprefix("config.")) not in NEUTRAL  # which folders of older versions have
+        }
         if differ:
-            lines = "\n  ".join(
-                f"{key.removeprefix('config.')}: {there} there, {here} here"
-                for key, (there, here) in sorted(differ.items())
-            )
+            lines = "\n  ".join(f"{key}: {there} there, {here} here" for key, (there, here) in sorted(differ.items()))
             raise InputError(
                 f"--output: {self.output} holds runs of another comparison, which must not mix with these. They "
                 f"differ in\n  {lines}\nName another folder"
             )
+
+
+def finished_runs(output: str) -> list[Run]:
+    """The finished runs in a comparison's folder, by nothing but their folders."""
+    folders = sorted(glob.glob(os.path.join(glob.escape(output), "*", "seed_*")))
+    runs = [Run("", 0, folder) for folder in folders]
+    return [run for run in runs if run.recorded_state().status == "finished"]
 
 
 def default_norm_keys(cfg: CfgNode) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from command_line import add_outputs
+from command_line import add_outputs, count
 from gng_d2.errors import InputError
 from gng_d2.job.files import prepare_outputs
 
@@ -173,8 +173,8 @@ def add_arguments(parser) -> None:
     add_outputs(parser, json="write a row for each run")
     add_data(parser)
     add_norms(parser, "GN1", "GN/16", "PGN")
-    parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="IMAGES", help="default: %(default)s")
+    parser.add_argument("--epochs", type=count, default=2, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=count, default=8, metavar="IMAGES", help="default: %(default)s")
 
 
 def main(args) -> None:

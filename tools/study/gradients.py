@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
-from command_line import add_import, add_outputs, add_overrides, add_trust
+from command_line import add_import, add_outputs, add_overrides, add_trust, count
 from gng_d2.errors import InputError
 from gng_d2.groups import GROUP_CHOICES
 from gng_d2.job.checkpoint import Checkpointer
@@ -361,7 +361,9 @@ def add_arguments(parser) -> None:
         json="write a row for each setup and block",
         plot="draw measured and K along the depth, a panel for each setup",
     )
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images of the batch; default: %(default)s")
+    parser.add_argument(
+        "--images", type=count, default=4, metavar="N", help="images of the batch; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, images and proposals; default: %(default)s")
     add_import(parser)
     add_trust(parser)
@@ -369,8 +371,8 @@ def add_arguments(parser) -> None:
 
 
 def main(args) -> None:
-    if args.images < 1 or args.seed < 0:
-        raise InputError(f"--images {args.images} --seed {args.seed}: at least one image, and a seed of 0 or more")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: a seed is 0 or more")
     import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     cfg.merge_from_list(["DATASETS.TEST", (), "DATALOADER.NUM_WORKERS", 0])

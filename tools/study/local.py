@@ -1,6 +1,5 @@
 """Train a comparison's runs on this machine, several side by side."""
 
-import fcntl
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import torch
 from gng_d2.errors import InputError
 
 from .comparison import Comparison, Run, RunState
+from .locks import lock
 from .processes import start_training
 from .slurm import job_of
 
@@ -35,6 +35,8 @@ class Local:
             raise InputError("--num-machines: give --dist-url tcp://FIRST-MACHINE:PORT, the same on all machines")
         if comparison.num_machines > 1 and parallel > 1:
             raise InputError("--parallel: several machines train one run at a time, unless --cluster is slurm")
+        if not 0 <= machine_rank < comparison.num_machines:
+            raise InputError(f"--machine-rank {machine_rank}: 0 to {comparison.num_machines - 1}, see --num-machines")
         self.comparison = comparison
         self.machine_rank, self.dist_url = machine_rank, dist_url
         self._waiting, self._free = deque(), shares(comparison, parallel)
@@ -65,8 +67,7 @@ class Local:
         with ExitStack() as stack:
             try:
                 os.makedirs(run.folder, exist_ok=True)
-                lock = stack.enter_context(open(run.path(f"lock.{self.machine_rank}"), "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(lock(run.path(f"lock.{self.machine_rank}"), wait=False))
                 job = job_of(run)
                 if job:
                     self._states[run] = RunState("left", f"Slurm's job {job} trains it")
@@ -88,7 +89,8 @@ class Local:
         process, share, held = self._running.pop(run)
         self._free.append(share)
         with held:
-            state = process.end(self.comparison.machine())
+            threads = share.get("OMP_NUM_THREADS")
+            state = process.end(self.comparison.machine(threads and int(threads)))
             try:
                 if self.machine_rank == 0:
                     run.record(state)
@@ -105,8 +107,6 @@ def shares(comparison: Comparison, parallel: int) -> list[dict[str, str]]:
     Raises:
         InputError: there are too few GPUs.
     """
-    if parallel < 1:
-        raise InputError(f"--parallel {parallel}: at least 1")
     if parallel == 1:
         return [{}]
     processes = comparison.num_gpus

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from command_line import add_outputs
+from command_line import add_outputs, count
 from gng_d2.errors import InputError
 from gng_d2.groups import practical_num_groups
 from gng_d2.job.files import prepare_outputs, save_figure
@@ -198,10 +198,10 @@ def add_arguments(parser) -> None:
         help="numbers of groups, powers of 2; default: 1 2 4 ... 512",
     )
     add_seeds(parser)
-    parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--epochs", type=count, default=20, help="default: %(default)s")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=count,
         default=1,
         metavar="N",
         help="train N runs at a time, each on one CPU thread; default: %(default)s",

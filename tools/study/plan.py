@@ -1,5 +1,6 @@
 """What a comparison would run and how long it would take, measured by a few iterations under each norm."""
 
+import copy
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from .comparison import Comparison, Run
 from .intervals import half_interval
 from .metrics import read_metrics
 from .processes import Process
-from .rows import markdown
+from .rows import markdown, norm_in_text
 
 TIMED = 25  # iterations in a round
 ROUNDS = 4
@@ -35,14 +36,14 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
         evaluation = time_evaluation(comparison)
     except InputError as error:
         evaluation, failures["evaluation"] = 0.0, str(error)
-    lines, hours = [], 0.0
+    lines, hours, first = [], 0.0, norm_in_text(next(iter(times), "-"))
     for norm, compared in compare_times(times).items():
         left = sum(solver.MAX_ITER - comparison.iterations_done(run) for run in runs if run.norm == norm)
         hours += compared.mean * left / 3600
-        lines.append([norm, left, comparison.facts[norm].groups, *compared.cells()])
+        lines.append([norm_in_text(norm), left, comparison.facts[norm].groups, *compared.cells()])
     for norm in comparison.norms:
         if norm in failures:
-            lines.append([norm, None, None, f"fails: {failures[norm]}", None])
+            lines.append([norm_in_text(norm), None, None, f"fails: {failures[norm]}", None])
     evaluations = sum(_evaluations_left(comparison, run) for run in runs)
     evaluation_hours = evaluations * evaluation / 3600
     all_hours = hours + evaluation_hours
@@ -51,9 +52,9 @@ def plan(comparison: Comparison, parallel: int = 1) -> str:
             f"{comparison.cfg.MODEL.META_ARCHITECTURE}, {' '.join(comparison.keys)} varied: {len(runs)} runs of "
             f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images in {comparison.world_size} "
             f"process{'es' * (comparison.world_size > 1)}",
-            markdown(lines, ["norm", "iterations left", "layers x groups", "s/iteration", "to the first"]),
+            markdown(lines, ["norm", "iterations left", "layers x groups", "s/iteration", f"to {first}"]),
             f"s/iteration is the mean of {ROUNDS} rounds (fastest to slowest), in which the norms take turns. The last "
-            f"column is the mean of the rounds' ratios to the first norm with its 95 % interval. If the interval "
+            f"column is the mean of the rounds' ratios to {first} with its 95 % interval. If the interval "
             f"contains 1, the two norms cannot be told apart.",
             *([f"evaluation fails: {failures['evaluation']}"] if "evaluation" in failures else []),
             f"{all_hours:.2g} hours on {comparison.machine()}: {hours:.2g} of training, {evaluation_hours:.2g} of "
@@ -165,6 +166,8 @@ def time_evaluation(comparison: Comparison) -> float:
         weights = run.path("untrained.pth")
         model = bind_remaining_norms(build(comparison.norm_cfg(run.norm), "cpu"))
         save_weight_file(weights, {"model": model.state_dict()})
+        comparison = copy.copy(comparison)
+        comparison.calibrate_norms = 0  # which --eval-only refuses
         command = [*comparison.command(run), "MODEL.WEIGHTS", weights]
         command.insert(command.index("--resume"), "--eval-only")
         with Process(command, os.path.join(folder, "output.txt")) as process:

@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.models import mobilenet_v2
 from torchvision.transforms import functional as T
 
+from command_line import count
 from gng_d2.errors import InputError
 from gng_d2.job.weight_files import read_weight_file
 
@@ -138,7 +139,7 @@ def add_data(parser) -> None:
         help="MobileNetV2 with ImageNet weights under torchvision's names, such as its mobilenet_v2-b0353104.pth",
     )
     add_seeds(parser)
-    parser.add_argument("--image-size", type=int, default=128, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument("--image-size", type=count, default=128, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -46,7 +46,7 @@ class Process:
     """
 
     def __init__(self, command: Sequence[str], log: str, environment: Mapping[str, str] | None = None):
-        self._log = log
+        self._log, self._commit = log, commit()  # now, because it may be another one when the command ends
         with open(log, "ab") as output:
             self._start = output.tell()
             self._process = subprocess.Popen(
@@ -82,7 +82,7 @@ class Process:
     def end(self, machine: str) -> RunState:
         """The state of a run whose command has ended on ``machine``."""
         reason = self.failure()
-        return RunState("failed" if reason else "finished", reason, machine, commit())
+        return RunState("failed" if reason else "finished", reason, machine, self._commit)
 
     def printed(self) -> str:
         """What the command has printed so far."""

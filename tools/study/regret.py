@@ -32,7 +32,8 @@ def read_values(results: str, names: Sequence[str], metric: str) -> dict[str, di
     for path in (os.path.join(results, f"{name}.json") for name in names):
         for row in read_rows(path, ComparisonRow) if os.path.exists(path) else ():
             if row.metric == metric:
-                values.setdefault(row.norm, {}).update(zip(row.seeds, row.values))
+                of_seed = {seed: value for seed, value in zip(row.seeds, row.values) if value is not None}
+                values.setdefault(row.norm, {}).update(of_seed)
     return values
 
 

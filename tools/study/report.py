@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from gng_d2.layers.ws_conv import WS
 from .comparison import Comparison, Run, RunState
 from .intervals import half_width, number_of_seeds
 from .metrics import read_metrics
-from .rows import markdown, mean_and_std, read_rows, write_rows
+from .rows import markdown, mean_and_std, norm_in_text, read_rows, write_rows
 
 # our names of the metrics and Detectron2's; all are in percent
 METRICS = {
@@ -31,9 +31,23 @@ METRICS = {
     "AP": "bbox/AP",
     "AP50": "bbox/AP50",
     "AP75": "bbox/AP75",
+    "mask AP": "segm/AP",
+    "mask AP50": "segm/AP50",
+    "mask AP75": "segm/AP75",
+    "keypoint AP": "keypoints/AP",
     "mIoU": "sem_seg/mIoU",
+    "IoU": "sem_seg/IoU",  # of Cityscapes
+    "AR@1000": "box_proposals/AR@1000",
 }
 LOSS = "total_loss"
+
+
+def metrics_of(datasets: Sequence[str]) -> dict[str, str]:
+    """Our names and Detectron2's of the metrics of an evaluation on ``datasets``. Of several, each metric has the name
+    of its dataset."""
+    if len(datasets) == 1:
+        return METRICS
+    return {f"{name} {ours}": f"{name}/{theirs}" for name in datasets for ours, theirs in METRICS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,7 @@ class ComparisonRow:
     """One metric under one norm. A number is None where too few seeds were measured for it."""
 
     norm: str
-    metric: str  # one of METRICS, in percent, or LOSS
+    metric: str  # one of metrics_of, in percent, or LOSS
     seeds: list[int]
     values: list[float | None]  # one for each seed
     mean: float | None
@@ -60,20 +74,20 @@ class ComparisonRow:
 class RunResults(NamedTuple):
     """What the metrics.json of a finished run says."""
 
-    values: dict[str, float | None]  # of METRICS at the end; None where Detectron2 found no detections to evaluate
-    curves: dict[str, list[tuple[int, float]]]  # (iteration, value) of the loss and of the first metric in METRICS
+    values: dict[str, float | None]  # of metrics_of at the end; None where Detectron2 found no detections to evaluate
+    curves: dict[str, list[tuple[int, float]]]  # (iteration, value) of the loss and of the first metric
 
 
-def run_results(run: Run, max_iter: int) -> RunResults:
-    """The results of a finished ``run`` of ``max_iter`` iterations. The result of a run without an evaluation is its
-    loss, as the mean over the last tenth of the iterations."""
-    records = read_metrics(run.path("metrics.json"))
+def run_results(run: Run, max_iter: int, datasets: Sequence[str]) -> RunResults:
+    """The results of a finished ``run`` of ``max_iter`` iterations that was evaluated on ``datasets``. The result of a
+    run without a metric is its loss, as the mean over the last tenth of the iterations."""
+    records, metrics = read_metrics(run.path("metrics.json")), metrics_of(datasets)
     last = {name: value for record in records for name, value in record.items()}
-    values = {k: None if math.isnan(last[name]) else last[name] for k, name in METRICS.items() if name in last}
-    names = {LOSS: LOSS, **{metric: METRICS[metric] for metric in list(values)[:1]}}
+    values = {k: None if math.isnan(last[name]) else last[name] for k, name in metrics.items() if name in last}
+    names = {LOSS: LOSS, **{metric: metrics[metric] for metric in list(values)[:1]}}
     # A run that was resumed only for its last evaluation has one iteration more, and may have been evaluated before.
     curves = {k: {min(r["iteration"], max_iter): r[name] for r in records if name in r} for k, name in names.items()}
-    losses = [r[LOSS] for r in records if LOSS in r and r["iteration"] >= 0.9 * last["iteration"]]
+    losses = [r[LOSS] for r in records if LOSS in r and r["iteration"] >= 0.9 * (max_iter - 1)]
     if losses and not values:
         values = {LOSS: statistics.fmean(losses)}
     return RunResults(values, {quantity: list(points.items()) for quantity, points in curves.items() if points})
@@ -132,7 +146,9 @@ def table(rows: list[ComparisonRow]) -> str:
     """Two tables in Markdown with a column for each metric, and how to read them: the mean of each norm, with the
     paper's value below it, and the difference of each norm to the first one."""
     metrics = list(dict.fromkeys(row.metric for row in rows))
-    by_norm = {norm: [row for row in rows if row.norm == norm] for norm in dict.fromkeys(row.norm for row in rows)}
+    by_norm = {}
+    for row in rows:
+        by_norm.setdefault(norm_in_text(row.norm), []).append(row)
     baseline, first = next(iter(by_norm.items()))
     results, differences = [], []
     for norm, line in by_norm.items():
@@ -159,13 +175,17 @@ def table(rows: list[ComparisonRow]) -> str:
         markdown(results, ["norm", "seeds", *metrics]),
         "Mean ± standard deviation over seeds, after the last iteration."
         + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS)
-        + " A dash is not measured." * any("-" in line for line in [*results, *differences]),
+        + " A dash: not measured, or there is a seed without a value, because its model detects nothing."
+        * any("-" in line for line in [*results, *differences]),
     ]
-    if any(row.difference_seeds for row in rows):
-        parts += [markdown(differences, ["difference", "seeds", *metrics]), _NO_INTERVAL]
+    most = max(row.difference_seeds for row in rows)
+    if most:
+        parts.append(markdown(differences, ["difference", "seeds", *metrics]))
         count = sum(difference_interval(row) is not None for row in rows)
-        if count:
-            parts[-1] = _INTERVALS.format(f"{count} comparison{'s were' if count > 1 else ' was'}")
+        if most == 1:
+            parts.append(_NO_INTERVAL)
+        elif count:
+            parts.append(_INTERVALS.format(f"{count} comparison{'s were' if count > 1 else ' was'}"))
     return "\n\n".join(parts)
 
 
@@ -209,7 +229,7 @@ def plot_curves(curves: dict[str, dict[str, dict]], path: str) -> None:
             iterations, values = np.array(means[0])[:, 0], np.array(means)[:, :, 1]
             mean = values.mean(axis=0)
             marker = "o" if len(iterations) < 20 else ""
-            label = f"{norm}, {number_of_seeds(len(values))}"
+            label = f"{norm_in_text(norm)}, {number_of_seeds(len(values))}"
             (line,) = axes.plot(iterations, mean, f"{marker}-", lw=1.2, ms=4, label=label)
             if len(values) > 1:
                 deviation = values.std(axis=0, ddof=1)
@@ -251,10 +271,14 @@ def plot_channels_per_group(rows: list[ComparisonRow], path: str) -> None:
     save_figure(figure, path, dpi=120)
 
 
-def write_report(comparison: Comparison) -> str:
+def write_report(comparison: Comparison, failed: Mapping[Run, RunState] | None = None) -> str:
     """Write results.json, results.md, curves.png and channels_per_group.png of the finished runs into the
-    comparison's folder, and return the text of results.md."""
-    states = {run: comparison.state(run) for run in comparison.runs}
+    comparison's folder, and return the text of results.md.
+
+    Args:
+        failed: the runs that failed. The folder of a run that could not start says nothing of it.
+    """
+    states = {run: comparison.state(run) for run in comparison.runs} | dict(failed or {})
     finished = [run for run, state in states.items() if state.status == "finished"]
     machines, commits = (
         "; ".join(sorted({word for run in finished for word in (getattr(states[run], of) or "unknown").split("; ")}))
@@ -262,7 +286,8 @@ def write_report(comparison: Comparison) -> str:
     )
     values, curves = {norm: {} for norm in comparison.norms}, {}
     for run in finished:
-        values[run.norm][run.seed], of_run = run_results(run, comparison.cfg.SOLVER.MAX_ITER)
+        cfg = comparison.cfg
+        values[run.norm][run.seed], of_run = run_results(run, cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST)
         for quantity, points in of_run.items():
             curves.setdefault(quantity, {}).setdefault(run.norm, {})[run.seed] = points
     rows = [
@@ -298,6 +323,7 @@ def restore_runs(comparison: Comparison, path: str) -> None:
         InputError: the file is damaged, or its results are of another comparison.
     """
     rows, recipe = read_rows(path, ComparisonRow), comparison.recipe()
+    metrics = metrics_of(comparison.cfg.DATASETS.TEST)
     others = {row.recipe or "unknown" for row in rows} - {recipe}
     if others:
         raise InputError(
@@ -310,7 +336,7 @@ def restore_runs(comparison: Comparison, path: str) -> None:
             continue
         records = {}
         for row in of_run:
-            name, value = METRICS.get(row.metric, row.metric), row.values[row.seeds.index(run.seed)]
+            name, value = metrics.get(row.metric, row.metric), row.values[row.seeds.index(run.seed)]
             points = (row.curves or {}).get(str(run.seed), [])
             if name != LOSS:
                 points = [*points, (comparison.last_iteration, math.nan if value is None else value)]
@@ -323,14 +349,15 @@ def restore_runs(comparison: Comparison, path: str) -> None:
 
 
 def _text(comparison, states, rows, machines):
-    """The report in Markdown: what was run, the tables, and the runs that did not finish."""
+    """The report in Markdown: what was run, the tables, the runs that did not finish, and those that were not asked
+    for."""
     unfinished = {run: state for run, state in states.items() if state.status != "finished"}
     solver = comparison.cfg.SOLVER
     parts = [
-        f"# {', '.join(comparison.norms)} in {comparison.config_file}",
+        f"# {', '.join(map(norm_in_text, comparison.norms))} in {comparison.config_file}",
         f"{len(states) - len(unfinished)} of {len(states)} runs finished: "
-        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, each norm as {', '.join(comparison.keys)}."
-        + f" Overrides: {shlex.join(comparison.overrides)}." * bool(comparison.overrides)
+        f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, {_varied(comparison)}."
+        + f" Options: {shlex.join([*comparison.options(), *comparison.overrides])}."
         + f" Trained on {machines}." * bool(machines),
     ]
     if rows:
@@ -339,9 +366,23 @@ def _text(comparison, states, rows, machines):
             "![loss and metric over the iterations](curves.png)",
             "![metric over the channels in a group](channels_per_group.png)",
         ]
-    logs = {
-        run: f": {state.reason} ({run.path('output.txt')})" * (state.status == "failed")
-        for run, state in states.items()
-    }
-    parts += ["\n".join(f"- {run}: {state.status}{logs[run]}" for run, state in unfinished.items())] * bool(unfinished)
+        if rows[0].metric == LOSS and comparison.cfg.DATASETS.TEST:
+            parts.append("The losses are compared, because the evaluation has none of the metrics that are known here.")
+    parts += ["\n".join(f"- {run}: {state}{run.log(state)}" for run, state in unfinished.items())] * bool(unfinished)
+    others = comparison.other_runs()
+    parts += [f"Not in this report, because they were not asked for: {', '.join(others)}."] * bool(others)
     return "\n\n".join(parts) + "\n"
+
+
+def _varied(comparison):
+    """Which keys take the norms, and where weight standardization comes with them."""
+    text = f"each norm as {', '.join(comparison.keys)}"
+    if not comparison.standardized:
+        return text
+    without = [norm for norm in comparison.norms if not any(WS in word for word in comparison.norm_overrides(norm))]
+    some = comparison.standardized < set(comparison.keys)
+    return (
+        f"{text}, with {WS}"
+        + f" in {', '.join(sorted(comparison.standardized))}" * some
+        + f", but {', '.join(map(norm_in_text, without))} without it" * bool(without)
+    )

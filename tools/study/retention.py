@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from command_line import add_outputs
+from command_line import add_outputs, count
 from gng_d2 import calibrate_norms, convert_norms
 from gng_d2.job.files import prepare_outputs, save_figure
 
@@ -79,18 +79,18 @@ def _measure(args, seed, done) -> Iterator[RetentionRow]:
     images = split(args.data, args.image_size, seed)
     order = np.random.default_rng(seed).permutation(len(images.train))  # unlabelled: any classes
     head = linear_head(features(reference, images.train), images.train_labels)
-    for norm, affine, count in cases:
+    for norm, affine, number in cases:
         model, last = reference, None
         if norm != BATCH_NORM:
-            model = replaced(reference, norm, affine, normalized(images.train[order[: max(count, 1)]]))
+            model = replaced(reference, norm, affine, normalized(images.train[order[: max(number, 1)]]))
             last = [m.calibration_error for m in model.modules() if getattr(m, "calibration_error", None) is not None]
         found, new_head = features(model, images.test), None
-        if norm != BATCH_NORM and count in (0, IMAGES):
+        if norm != BATCH_NORM and number in (0, IMAGES):
             new_head = right(linear_head(features(model, images.train), images.train_labels), found, images.test_labels)
         yield RetentionRow(
             norm=norm,
             affine=affine,
-            images=count,
+            images=number,
             seed=seed,
             image_size=args.image_size,
             old_head=right(head, found, images.test_labels),
@@ -153,7 +153,7 @@ def add_arguments(parser) -> None:
     add_norms(parser, "GN1", "GN/64", "GN/32", "GN/16", "PGN", "GN/1")
     parser.add_argument(
         "--images",
-        type=int,
+        type=count,
         nargs="*",
         default=[],
         metavar="N",

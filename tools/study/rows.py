@@ -26,16 +26,26 @@ Row = TypeVar("Row")
 
 
 def norm_in_path(name: str) -> str:
-    """``name`` for use in file names: ``GN/16`` becomes "GN_16", because a ``/`` would begin a folder."""
-    return name.replace("/", "_")
+    """``name`` for use in file names: ``GN/16`` becomes "GN_16", because a ``/`` would begin a folder; no name becomes
+    "none"."""
+    return name.replace("/", "_") or "none"
 
 
-def machine(device: str = "cpu") -> str:
-    """The hardware and the PyTorch of a measurement, such as "2 threads of AMD EPYC (AVX512), PyTorch 2.14.1"."""
+def norm_in_text(name: str) -> str:
+    """``name`` for use in tables and messages: no name becomes "no norm"."""
+    return name or "no norm"
+
+
+def machine(device: str = "cpu", threads: int | None = None) -> str:
+    """The hardware and the PyTorch of a measurement, such as "2 threads of AMD EPYC (AVX512), PyTorch 2.14.1".
+
+    Args:
+        threads: by default those of this process.
+    """
     pytorch = f"PyTorch {torch.__version__.partition('+')[0]}"
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {pytorch}"
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     capability = re.search(r"CPU capability usage: (\w+)", torch.__config__.show())[1]
     return f"{threads} thread{'s' * (threads > 1)} of {_processor()} ({capability}), {pytorch}"
 

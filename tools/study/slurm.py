@@ -6,7 +6,6 @@ run has ended, and run.json, which the job writes, says how.
 """
 
 import copy
-import fcntl
 import os
 import shlex
 import shutil
@@ -15,15 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from gng_d2.errors import InputError
+from gng_d2.job.config import read_config
 from gng_d2.job.files import atomic_open
 from gng_d2.job.imports import import_modules
 
 from . import ROOT
 from .comparison import Comparison, Run, RunState
+from .locks import lock
 from .processes import start_training
 
 # Slurm's states of jobs that have ended. In every other state a job goes on, also where Slurm requeues it.
@@ -71,12 +71,11 @@ class Slurm:
             import submitit
         except ImportError:
             raise InputError("--cluster slurm needs submitit: pip install submitit") from None
-        if parallel < 1:
-            raise InputError(f"--parallel {parallel}: at least 1")
         self.comparison, self.parallel = comparison, parallel
         self.folder = os.path.join(comparison.output, "slurm")  # submitit's files, and what its processes print
         parameters = dict(parameters or {})
-        device = dict(zip(comparison.overrides[::2], comparison.overrides[1::2])).get("MODEL.DEVICE", "cuda")
+        # not comparison.cfg, where the device of a machine without GPUs is cpu
+        device = read_config(comparison.config_file, comparison.overrides).MODEL.DEVICE
         if device.startswith("cuda") and not any(name == "gres" or name.startswith("gpus") for name in parameters):
             parameters["gpus-per-node"] = comparison.num_gpus
         cpus = cpus or comparison.num_gpus * (1 + comparison.cfg.DATALOADER.NUM_WORKERS)
@@ -106,9 +105,8 @@ class Slurm:
             InputError: Slurm does not answer, or refuses them.
         """
         os.makedirs(self.folder, exist_ok=True)
-        with open(os.path.join(self.folder, "lock"), "w") as lock:
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that start at once submit one after the other
+        # two commands that start at once submit one after the other
+        with lock(os.path.join(self.folder, "lock"), wait=True):
             queue = _squeue()
             jobs = {run: _read(run.path("slurm_job")) for run in runs}
             self._jobs = {run: job for run, job in jobs.items() if job in queue and queue[job].state not in ENDED}

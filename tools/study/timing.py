@@ -8,20 +8,23 @@ from statistics import median, quantiles
 
 import torch
 
+from command_line import count
+
 
 def add_timing(parser, seconds: float, images: Sequence[int], each: str) -> None:
     """Give ``parser`` the flags that the measurements of costs have; ``each``: what is timed for ``--seconds``."""
     parser.add_argument(
         "--images",
-        type=int,
+        type=count,
         nargs="+",
         default=list(images),
         help=f"images in a batch; default: {' '.join(map(str, images))}",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216"
+        "--size", type=count, nargs=2, default=[800, 1216], metavar=("HEIGHT", "WIDTH"), help="default: 800 1216"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", default=devices[-1], choices=devices, help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=seconds, help=f"for each {each}; default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file of --json")
 

@@ -58,8 +58,7 @@ class StatusTable:
         done = self._total if state.status == "finished" else self._comparison.iterations_done(run)
         seconds = last_record(run.path("metrics.json")).get("eta_seconds") if state.status == "running" else None
         left = "" if seconds is None else str(datetime.timedelta(seconds=int(seconds)))
-        log = f" ({run.path('output.txt')})" if state.status == "failed" else ""
-        return str(run), state.status, done, left, (state.reason or "") + log
+        return str(run), state.status, done, left, (state.reason or "") + run.log(state)
 
     def _draw(self, lines):
         width, height = shutil.get_terminal_size()
