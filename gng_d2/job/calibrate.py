@@ -47,7 +47,7 @@ def calibrate_backbone(model: nn.Module, cfg: CfgNode, num_images: int) -> None:
     if not isinstance(cfg, CfgNode):
         raise InputError(
             f"calibrate_backbone(model, cfg, num_images): cfg is the config from which Detectron2 built the model, a "
-            f"CfgNode, not {cfg!r}"
+            f"CfgNode, not {type(cfg).__name__}. A model of a lazy config is calibrated by gng_d2.calibrate_norms"
         )
     model = uncompiled(getattr(model, "module", model))
     norms = _group_norms(_bottom_up(model))

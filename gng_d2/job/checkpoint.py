@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.layers import GroupNorm
+from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import num_channels, num_groups
 from gng_d2.layers.record import describe_record, fits, put_records, records_of
 from gng_d2.models.fold import fold_weight_standardization
@@ -34,7 +35,8 @@ class Checkpointer(DetectionCheckpointer):
     - GroupNorm weights fit any number of groups. So a checkpoint records each norm's groups, and whether its
       convolution is standardized (:mod:`gng_d2.layers.record`). Loading it into a model with other norms is an
       :class:`InputError`, and one warning where fine-tuning starts from it.
-    - If a GroupNorm takes the weights of a BatchNorm (same names, same shapes, other meaning), there is one warning.
+    - If a GroupNorm takes the weights of a BatchNorm (same names, same shapes, other meaning), there is one warning,
+      and one if norms are new behind layers that were trained.
     - If the file that ``last_checkpoint`` names is damaged, a run resumes from the newest checkpoint that is whole.
     """
 
@@ -188,6 +190,7 @@ class Checkpointer(DetectionCheckpointer):
             and any(name == suffix or name.endswith("." + suffix) or suffix == "" for suffix in suffixes)
         ]
         self._warn_of_batch_norms()
+        self._warn_of_new_norms()
         return incompatible
 
     def _warn_of_batch_norms(self):
@@ -203,6 +206,19 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights with GroupNorm (MODEL.WEIGHTS "
                 f"catalog://ImageNetPretrained/FAIR/R-50-GN MODEL.RESNETS.STRIDE_IN_1X1 False), or from scratch "
                 f"(MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0)"
+            )
+
+    def _warn_of_new_norms(self):
+        new = [
+            name
+            for name, _, layer, _ in named_norms(self.model)
+            if f"{name}.weight" in self.missing_keys and layer and f"{layer}.weight" not in self.missing_keys
+        ]
+        if new:
+            logging.getLogger(__name__).warning(
+                f"{len(new)} norms ({abbreviated(new, most=1)}) are not in {self._reading}, and the layers before them "
+                f"are: these were trained without a norm, and compute something else behind which it does not fit. "
+                f"Where you start from a whole model, keep the NORM keys with which it was trained"
             )
 
 

@@ -66,7 +66,7 @@ def read_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
             f"values without keys"
         ) from error
     except Exception as error:  # PyYAML, yacs and Detectron2 raise a dozen kinds
-        raise InputError(f"config file {config_file} cannot be used: {one_line(error)}") from error
+        raise InputError(f"config file {config_file} cannot be used: {one_line(error)}{_own_keys(error)}") from error
     finally:
         vars(cfg).pop("load_yaml_with_base", None)
     try:
@@ -74,9 +74,16 @@ def read_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise InputError(
             f"config overrides {' '.join(overrides)!r}: {one_line(error)}. Give pairs, KEY VALUE, with keys that the "
-            f"config has"
+            f"config has{_own_keys(error)}"
         ) from error
     return cfg
+
+
+def _own_keys(error):
+    return (
+        ". Keys of your own project have to be among Detectron2's defaults: a file that --import runs adds them to "
+        "detectron2.config.defaults._C"
+    ) * ("Non-existent" in str(error))
 
 
 def load_any_config(config_file: str, overrides: Sequence[str] = ()) -> Config:

@@ -100,8 +100,8 @@ class GroupNorm(nn.GroupNorm):
         if self.num_channels % num_groups:
             raise InputError(
                 f"{self.norm_name()} cannot follow {weight_layer}: its {self.num_channels} output channels do not "
-                f"divide into {num_groups} groups. Choose a divisor of {self.num_channels}, or PGN, which always "
-                f"takes one."
+                f"divide into {num_groups} groups. Choose a divisor of {self.num_channels}, or PGN or GN/<c>, which "
+                f"always take one."
             )
         self.num_groups = num_groups
         self.in_channels = in_channels

@@ -83,9 +83,10 @@ def convert_norms(
         raise unknown_norm(norm, OURS)
     if calibrate is not None:
         calibrated = _copied(model)  # because the calibration may fail
-        if _convert(calibrated, norm, example_inputs)[0]:
+        if _convert(calibrated, norm, example_inputs, "calibrated")[0]:
             calibrate_norms(calibrated, model, calibrate)
-    number, level, said = _convert(model, norm, example_inputs)
+    affine = "weight 1, bias 0" if calibrate is None else "calibrated"
+    number, level, said = _convert(model, norm, example_inputs, affine)
     logging.getLogger(__name__).log(level, said)
     if calibrate is not None and number == 0:
         logging.getLogger(__name__).warning("convert_norms: nothing is calibrated, because no norm was converted")
@@ -108,8 +109,9 @@ def _copied(model):
         ) from error
 
 
-def _convert(model, norm, example_inputs):
-    """Change the norms. Returns how many, and the level and the text of what the log says."""
+def _convert(model, norm, example_inputs, affine):
+    """Change the norms. Returns how many, and the level and the text of what the log says; ``affine``: what it says of
+    a fresh one."""
     places = find_places(model, example_inputs)
     changes: list[_Change] = []
     left: dict[str, str] = {}  # why other norms are left, by their names
@@ -134,7 +136,7 @@ def _convert(model, norm, example_inputs):
         # norms of Detectron2's heads that take turns, and have one affine for all
         if type(module).__name__ == "CycleBatchNormList" and made.issuperset(module):
             _begin_anew(module.weight, module.bias)
-    return len(changes), *_report(norm, already, changes, left, example_inputs is not None)
+    return len(changes), *_report(norm, already, changes, left, example_inputs is not None, affine)
 
 
 def _cannot_be_replaced(old, place):
@@ -274,7 +276,7 @@ def _begin_anew(weight, bias):
 _TRAINING_SIZE = "give example_inputs of the size that you train on"
 
 
-def _report(norm, already, changes, left, has_run):
+def _report(norm, already, changes, left, has_run, affine):
     """The level and the text of the line that says what became of each norm."""
     fresh = sum(change.is_fresh for change in changes)
     became = [(change.name, change.old) for change in changes]
@@ -283,7 +285,9 @@ def _report(norm, already, changes, left, has_run):
         "were not reached by example_inputs and follow the layer registered before them": [
             c.name for c in changes if has_run and c.place.producers and not c.place.shapes
         ],
-        "have no groups until bind_norms or a training step": [n for n, m in became if not m.is_bound()],
+        "have no groups until bind_norms, or a training step that shows their layer": [
+            n for n, m in became if not m.is_bound()
+        ],
         "follow a layer that cannot be standardized": [
             n for n, m in became if norm.endswith(WS) and not m.weight_standardization
         ],
@@ -298,7 +302,7 @@ def _report(norm, already, changes, left, has_run):
     }
     for name, why in left.items():
         listed.setdefault(f"are left: {why}", []).append(name)
-    said = [f"{len(changes)} norms are {norm} now, {fresh} of them with a fresh affine (weight 1, bias 0)"]
+    said = [f"{len(changes)} norms are {norm} now, {fresh} of them with a fresh affine ({affine})"]
     said += [f"{already} were before"] * bool(already)
     said += [f"{len(names)} {what} ({abbreviated(names, most=12)})" for what, names in listed.items() if names]
     level = logging.INFO if already and not changes and not left else logging.WARNING

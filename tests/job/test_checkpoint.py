@@ -65,6 +65,21 @@ def test_group_norm_weights_and_batch_norm_models_are_no_warning(tmp_path, caplo
     assert warnings_of_loading(model("MODEL.RESNETS.NORM", "FrozenBN"), bn, caplog) == []
 
 
+def test_new_norms_behind_trained_layers_are_one_warning(tmp_path, caplog):
+    """As where a detector of the zoo gets norms in its FPN, which was trained without any."""
+    detector = model("MODEL.FPN.NORM", "")
+    torch.save({"model": detector.state_dict()}, tmp_path / "detector.pth")
+    caplog.set_level(logging.WARNING, logger="gng_d2")
+    Checkpointer(model("MODEL.FPN.NORM", "GN1")).resume_or_load(str(tmp_path / "detector.pth"), resume=False)
+    (message,) = [text for text in messages(caplog) if "trained without a norm" in text]
+    assert message.startswith("8 norms (backbone.fpn_lateral2.norm and 7 more) are not in ")  # 2 at each of 4 levels
+    caplog.clear()
+    torch.save({"model": detector.backbone.bottom_up.state_dict()}, tmp_path / "backbone.pth")
+    alone = model("MODEL.FPN.NORM", "GN1")
+    Checkpointer(alone.backbone.bottom_up).resume_or_load(str(tmp_path / "backbone.pth"), resume=False)
+    assert [text for text in messages(caplog) if "trained without a norm" in text] == []
+
+
 @pytest.mark.parametrize("heuristics", [False, True])
 def test_batch_norms_with_statistics(heuristics, tmp_path, caplog):
     """As torchvision's R-50.pkl and every Detectron2 checkpoint of a BN model."""

@@ -1,11 +1,13 @@
 """--import: a user's code runs first, once, in our process and in those that a job starts."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import quick_models
 import ready_process
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 
 from gng_d2.errors import InputError
@@ -69,6 +71,38 @@ def test_what_cannot_be_imported_is_named(tmp_path):
     path.touch()
     with pytest.raises(InputError, match="has the name of another module, 'json'.*Rename the file"):
         import_modules([str(path)])
+
+
+def test_a_package_in_the_working_folder(user, tmp_path, monkeypatch):
+    """By its name, as a program in this folder finds it. Its files alone cannot import each other."""
+    package = tmp_path / "gng_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import data")
+    (package / "data.py").write_text("from .other import VALUE")
+    (package / "other.py").write_text("VALUE = 3")
+    monkeypatch.chdir(tmp_path)
+    for name in ("__init__", "data"):
+        with pytest.raises(InputError, match=f"{name}.py is a part of a package.*folder above the package"):
+            import_modules([str(package / f"{name}.py")])
+    import_modules(["gng_package", "gng_package.data"])
+    assert sys.modules["gng_package"].data.VALUE == 3
+    for name in [name for name in sys.modules if name.startswith("gng_package")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_keys_of_a_users_project(user, tmp_path, monkeypatch):
+    """The file that the page on own data shows."""
+    page = Path("docs/own-data.md").read_text()
+    (shown,) = re.findall(r"^```{code-block} python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    config = tmp_path / "own.yaml"
+    config.write_text("MODEL: {MYNET: {NORM: PGN}}")
+    for given in ((str(config),), (CONFIG, ["MODEL.MYNET.NORM", "GN"])):
+        with pytest.raises(InputError, match=r"MODEL.MYNET.*a file that --import runs adds them to detectron2.config"):
+            load_config(*given)
+    user("my_project", "def add_my_config(cfg):\n    cfg.MODEL.MYNET = type(cfg)({'NORM': 'GN'})\n")
+    monkeypatch.setattr("detectron2.config.defaults._C", get_cfg())
+    import_modules([user("gng_user", shown)])
+    assert load_config(str(config)).MODEL.MYNET.NORM == "PGN"
 
 
 def test_errors_of_a_users_code_are_their_own(user, tmp_path):

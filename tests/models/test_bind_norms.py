@@ -259,7 +259,7 @@ def test_what_rests_on_registration_and_cannot_be_seen_is_unbound_and_listed(cap
     assert unbound_norms(model) == ["norm"] and type(model.decoy) is nn.Conv2d
     model = convert_norms(BehindNumpy(nn.BatchNorm2d(8)), "PGN", image(64))
     assert unbound_norms(model) == ["norm"]
-    assert "1 have no groups until bind_norms or a training step (norm)" in caplog.text
+    assert "1 have no groups until bind_norms, or a training step that shows their layer (norm)" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -360,7 +360,9 @@ def default_norm_keys(cfg: CfgNode) -> list[str]:
     model = build_on_meta(cfg)
     keys = [key for key in chosen if norms_of_key(cfg, key, model)[1]]
     if not keys:
-        raise InputError("the config has no norm that is GN, GN<k> or PGN: name the keys to vary with --norm-keys")
+        raise InputError(
+            "the config has no norm that is GN, GN<k> or PGN: name the keys to vary, such as --norm-keys MODEL.FPN.NORM"
+        )
     return keys
 
 
