@@ -4,6 +4,7 @@ Paper: Kim et al., "On the Ideal Number of Groups for Isometric Gradient Propaga
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,7 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
         sigma: standard deviation of the input.
 
     Raises:
-        ValueError: the name is unknown, or sigma is not positive.
+        ValueError: the name is unknown, or sigma is not positive and finite.
 
     Examples::
         >>> forward, backward = activation_gains("relu")  # both are 1/2, up to rounding
@@ -53,16 +54,20 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
         activation = ACTIVATIONS[activation.lower()]
     elif isinstance(activation, nn.Module):
         activation = copy.deepcopy(activation).double()  # its parameters
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive, not {sigma!r}")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite, not {sigma!r}")
+    with torch.inference_mode(False), torch.enable_grad():
+        return _integrate(activation, sigma)
+
+
+def _integrate(activation, sigma):
     # cells that meet at 0, where activations have their kinks
     z = (torch.arange(_NODES, dtype=torch.float64) + 0.5) * (2 * _DEVIATIONS / _NODES) - _DEVIATIONS
     probability = torch.exp(-(z**2) / 2)
     probability /= probability.sum()
     x = (sigma * z).requires_grad_()
-    with torch.enable_grad():
-        y = activation(x.clone())  # which it may write to
-        (slope,) = torch.autograd.grad(y.sum(), x)
+    y = activation(x.clone())  # which it may write to
+    (slope,) = torch.autograd.grad(y.sum(), x)
     forward = (probability * y.detach() ** 2).sum() / sigma**2
     backward = (probability * slope**2).sum()
     return float(forward), float(backward)

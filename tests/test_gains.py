@@ -51,5 +51,12 @@ def test_bad_input():
         activation_gains("reul")
     with pytest.raises(ValueError, match="sigma"):
         activation_gains("relu", 0)
+    with pytest.raises(ValueError, match="finite"):
+        activation_gains("relu", math.inf)
     with torch.no_grad():
         assert activation_gains("RELU") == activation_gains("relu")
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        assert activation_gains("relu") == activation_gains("relu", 2.0) == pytest.approx((0.5, 0.5))

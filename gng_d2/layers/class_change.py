@@ -10,6 +10,10 @@ from types import FunctionType
 
 from torch import nn
 
+from gng_d2.errors import InputError
+
+from .module_path import module_path
+
 
 class StandIn:
     """The mixin of ways that replace one method of the class that they wrap.
@@ -49,13 +53,32 @@ class StandIn:
 
 
 def add(module: nn.Module, way: type) -> None:
-    """Have ``module`` run in ``way`` too."""
+    """Have ``module`` run in ``way`` too.
+
+    Raises:
+        InputError: as :func:`check_changeable`.
+    """
+    check_changeable(module)
     module.__class__ = _class_of(original_class(module), {*ways_of(module), way})
 
 
 def remove(module: nn.Module, way: type) -> None:
-    """Have ``module`` no longer run in ``way``."""
+    """Have ``module`` no longer run in ``way``.
+
+    Raises:
+        InputError: as :func:`check_changeable`.
+    """
+    check_changeable(module)
     module.__class__ = _class_of(original_class(module), {*ways_of(module)} - {way})
+
+
+def check_changeable(module: nn.Module) -> None:
+    """Raise an InputError if PyTorch has put a subclass on top of the ways of ``module``."""
+    if ways_of(module) and type(module) not in ways_of(module).values():
+        raise InputError(
+            f"{module_path(module)}: how it runs cannot be changed, because its class is {type(module).__name__} now. "
+            f"Remove its parametrizations, or make the change before torch.nn.utils.parametrize or fully_shard"
+        )
 
 
 def has(module: nn.Module, way: type) -> bool:
@@ -73,8 +96,14 @@ def original_class(module: nn.Module) -> type:
 
 
 def ways_of(module: nn.Module) -> dict[type, type]:
-    """The ways of ``module`` from the outermost on, each with the class that it made."""
+    """The ways of ``module`` from the outermost on, each with the class that it made.
+
+    A subclass that PyTorch has put on top of them (parametrize, fully_shard) runs in these ways too. One of the user's
+    may run in another.
+    """
     ways, cls = {}, type(module)
+    while cls.__module__.startswith("torch.") and not {"_way_of_running", "forward"} & vars(cls).keys():
+        cls = cls.__bases__[-1]
     while way := vars(cls).get("_way_of_running"):
         ways[way] = cls
         cls = cls.__bases__[-1]

@@ -184,7 +184,8 @@ class _Pair:
             first = inner.get("drop", inner["act"])  # timm has drop since 0.6
             yield first.register_forward_pre_hook(lambda _, args: stop(*args))
         else:
-            yield self.reference.register_forward_hook(lambda _, args, output: stop(output))
+            # before hooks of the user's, which the norm of the model has too
+            yield self.reference.register_forward_hook(lambda _, args, output: stop(output), prepend=True)
 
     def take(self, passes: list[tuple[Pass, Pass]]) -> None:
         """Take the norm's input and the reference's output from passes that have stopped there."""

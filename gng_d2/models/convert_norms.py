@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated, one_line
 from gng_d2.groups import practical_num_groups
-from gng_d2.layers.class_change import has
+from gng_d2.layers.class_change import check_changeable, has
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
 from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
 from gng_d2.layers.kinds import NO_LAYER, num_channels
@@ -191,6 +191,9 @@ class _Change:
                 f"convert_norms: {name} has weight standardization, and {norm} has none. Which convolution has to lose "
                 f"it is seen only when the model runs: give example_inputs that reach it"
             )
+        for producer in place.producers or () if lost else ():
+            if producer.layer:
+                check_changeable(producer.layer)
         if self.groups is None and place.producers is not None:
             n_in = place.producers[0].n_in if place.producers else width
             self.groups = practical_num_groups(n_in, width, self.new.gain_ratio)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import has
+from gng_d2.layers.class_change import has, ways_of
 from gng_d2.layers.ws_conv import WSConv2d, plain_class, unstandardize
 from gng_d2.ops import standardize_weight
 
@@ -45,9 +45,9 @@ def fold_weight_standardization(model: nn.Module) -> nn.Module:
     for layer in layers:
         raw = layer.weight
         if raw not in folded:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # the new parameter is an ordinary one
                 weight = torch.empty_like(raw).copy_(standardize_weight(raw))  # keeps the layout of raw
-            folded[raw] = nn.Parameter(weight, raw.requires_grad)
+                folded[raw] = nn.Parameter(weight, raw.requires_grad)
         layer.weight = folded[raw]
         unstandardize(layer)
         layer.weight_standardization_folded = True
@@ -63,7 +63,8 @@ def _obstacle(layer):
     """Why a plain convolution would not compute what ``layer`` computes; None if it would."""
     if parametrize.is_parametrized(layer):
         return "it is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations first"
-    if not has(layer, WSConv2d) or {"forward", "_conv_forward"} & vars(layer).keys():
+    is_subclass = type(layer) not in ways_of(layer).values()
+    if is_subclass or not has(layer, WSConv2d) or {"forward", "_conv_forward"} & vars(layer).keys():
         return f"its forward may not be that of WSConv2d (it is a {type(layer).__name__}). Fold the model before that"
     if layer._parameters.get("weight") is None:
         return (

@@ -38,6 +38,7 @@ class KeptOutputs:
     def __init__(self):
         self._is_changed: dict[tuple, bool | None] = {}  # by kind; None: no run with it has been watched
         self._is_new = True
+        self.runs = 0
 
     def policy(self) -> Callable:
         """The policy of a checkpoint of one run, and of its recomputation."""

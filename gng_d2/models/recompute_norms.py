@@ -8,6 +8,7 @@ from inspect import signature
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint as torch_checkpoint
@@ -75,8 +76,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         for module in model.modules():
             if has(module, _Recomputed):
                 remove(module, _Recomputed)
-                for name in ("_kept", "_runs"):
-                    module.__dict__.pop(name, None)
+                module.__dict__.pop("_kept", None)
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
         raise InputError(
@@ -88,7 +88,7 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         raise InputError(
             f"recompute_norms: {type(model).__name__} has no module that holds convolutions with norms of single "
             f"images (GroupNorm, LayerNorm). FrozenBN keeps nothing that could be computed again; BatchNorm and "
-            f"spectral norm must not run twice"
+            f"spectral norm must not run twice; a torch.fx GraphModule runs all of its ops at once"
         )
     for _, module in chains:
         add(module, _Recomputed)
@@ -118,7 +118,8 @@ def _chains(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     if not norms or is_of_single_images(module):
         return
     has_convolutions = any(isinstance(m, _ConvNd) for m in module.modules())
-    runs_them = _has_forward(module) and type(module).__name__ not in _WRAPPERS and _own_norms(module) == norms
+    is_wrapper = type(module).__name__ in _WRAPPERS or isinstance(module, GraphModule) or "forward" in vars(module)
+    runs_them = _has_forward(module) and not is_wrapper and _own_norms(module) == norms
     if runs_them and has_convolutions and not _changes_itself(module):
         yield name, module
         return
@@ -167,8 +168,7 @@ class _Recomputed(StandIn):
     """A module that keeps little of what it computes, and computes it again in the backward pass."""
 
     order = 2
-    _kept = None  # KeptOutputs; torch.jit.script reads annotations
-    _runs = 0
+    _kept = None  # KeptOutputs, which replicas of DataParallel share; torch.jit.script reads annotations
 
     @classmethod
     def method_of(cls, wrapped):
@@ -182,8 +182,10 @@ class _Recomputed(StandIn):
         tensors = tensors_in((args, kwargs))
         if not tensors or not any(t.requires_grad for ts in (tensors, self.parameters()) for t in ts):
             return method(*args, **kwargs)
-        is_checked = self._runs < _CHECKED_AT_FIRST or self._runs % _CHECKED_EVERY == 0
-        self._runs += 1
+        if self._kept is None:  # a slice of a Sequential is of its class
+            self._kept = KeptOutputs()
+        is_checked = self._kept.runs < _CHECKED_AT_FIRST or self._kept.runs % _CHECKED_EVERY == 0
+        self._kept.runs += 1
         return _Run(self, method, is_checked, tensors).start(args, kwargs)
 
 
@@ -192,7 +194,7 @@ class _Run:
 
     def __init__(self, module, method, is_checked, inputs):
         self._module, self._method, self._is_checked, self._inputs = module, method, is_checked, inputs
-        self._device_type = inputs[0].device.type
+        self._versions = None  # until the first run has ended
         self._kernels = enabled_kernels()  # when it runs again, the switch may stand otherwise
         self._before = State(module)
 
@@ -208,8 +210,7 @@ class _Run:
             return torch_checkpoint.checkpoint(self, *leaves, use_reentrant=False, context_fn=contexts)
 
     def __call__(self, *leaves):
-        casts = CastsOfWeights() if torch.is_autocast_enabled(self._device_type) else nullcontext()
-        with casts, set_kernels_enabled(self._kernels):
+        with CastsOfWeights(), set_kernels_enabled(self._kernels):
             if self._arguments is not None:
                 return self._first()
             now = State(self._module)
@@ -240,6 +241,11 @@ class _Run:
         )
 
     def _again(self, args, kwargs):
+        if self._versions is None:
+            raise InputError(
+                f"{module_path(self._module)}: it takes gradients through itself while it runs, and cannot be computed "
+                f"again for them. Leave it out: recompute_norms(that_module, enable=False)"
+            )
         if versions_of(self._before.tensors()) != self._versions:
             raise InputError(
                 f"{module_path(self._module)}: its weights changed before the backward pass, or its buffers, and it is "

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from torch.utils._pytree import tree_flatten
 
-_CONTAINERS = list, dict, OrderedDict, defaultdict
+_CONTAINERS = list, dict, OrderedDict, defaultdict, Counter
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -40,7 +40,7 @@ class State:
                 continue
             if container.keys() != before.keys():
                 container.clear()
-            container.update(before)
+            dict.update(container, before)  # a Counter's own adds
         random.setstate(self._python)
         np.random.set_state(self._numpy)
 

@@ -149,14 +149,18 @@ def _launch(device_index):
         _nothing_kernel[(1,)](torch.zeros(1, device=f"cuda:{device_index}"))
 
 
+_PROXY = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)  # of make_fx; PyTorch 2.0 has none
+
+
 def is_transformed() -> bool:
-    """Whether torch.jit.trace, torch.export, torch.func or forward-mode differentiation is at work."""
+    """Whether torch.jit.trace, torch.export, make_fx, torch.func or forward-mode differentiation is at work."""
     if is_compiling():
         return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or (_PROXY is not None and torch._C._get_dispatch_mode(_PROXY) is not None)
     )
 
 

@@ -81,10 +81,10 @@ def _activate(
 ) -> Tensor:
     """What follows the norm, in PyTorch's ops. ``inplace``: ``y`` may be changed, as models do that have these ops."""
     if residual is not None:
-        if inplace and residual.shape == y.shape and residual.dtype == y.dtype:
+        if inplace and residual.shape == y.shape:
             y += residual
         else:
-            y = y + residual
+            y = (y + residual).to(y.dtype)  # as in place: under autocast the shortcut may be float32
     if activation is None:
         return y
     if activation == "relu":

@@ -7,9 +7,12 @@ from itertools import permutations
 import pytest
 import torch
 from detectron2.layers import Conv2d
+from needs import PARAMETRIZED_WEIGHT_NORM
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from gng_d2 import WSConv2d
+from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, has, original_class, remove
 from gng_d2.layers.ws_conv import standardize, unstandardize
 from gng_d2.ops import standardize_weight
@@ -99,3 +102,21 @@ def test_what_no_plain_convolution_computes_stays_standardized():
     add(layer, Fused)
     remove(layer, WSConv2d)
     assert original_class(layer) is WSConv2d and has(layer, WSConv2d) and has(layer, Fused)
+
+
+@PARAMETRIZED_WEIGHT_NORM
+def test_below_a_subclass_that_pytorch_put_on_top_the_ways_are_seen_and_stay():
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5)
+    for way in WAYS:
+        on(layer, way)
+    before = layer(x)
+    parametrizations.weight_norm(layer)
+    assert original_class(layer) is nn.Conv2d and all(has(layer, way) for way in WAYS)
+    torch.testing.assert_close(layer(x), before)
+    for change in (add, remove):
+        with pytest.raises(InputError, match="cannot be changed.* is ParametrizedRecomputedFused.*before torch"):
+            change(layer, Fused)
+    parametrize.remove_parametrizations(layer, "weight")
+    for way in WAYS:
+        off(layer, way)
+    assert type(layer) is nn.Conv2d

@@ -736,3 +736,12 @@ def test_mobilenet_with_imagenet_weights_survives():
     fresh = convert_norms(copy.deepcopy(reference), "GN1", inputs[:1]).eval()
     lost = fresh.features[18][1](fresh.features[18][0](fresh.features[:18](inputs)))
     assert (ours - theirs).norm() < 0.5 * (lost - theirs).norm()
+
+
+def test_a_hook_that_both_networks_have_is_not_counted_twice():
+    """It acts on the batch norm's output in the reference, and on the group norm's after the calibration."""
+    reference, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).eval(), images()
+    reference[1].running_var.fill_(0.3)
+    reference[1].register_forward_hook(lambda module, args, output: 2 * output)
+    model = convert_norms(copy.deepcopy(reference), "GN1", x, calibrate=x)
+    torch.testing.assert_close(*(m(x).std((0, 2, 3)) for m in (model, reference)), atol=1e-3, rtol=1e-3)

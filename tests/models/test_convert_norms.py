@@ -8,11 +8,12 @@ import torchvision
 from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from needs import needs_torch
+from needs import PARAMETRIZED_WEIGHT_NORM, needs_torch
 from survey_timm import brute_force_groups, check, fed_by, is_norm, randomize
 from timm import layers as timm_layers
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
@@ -603,3 +604,22 @@ def test_norm_layer(make):
         str(m).replace("Act", "") for m in converted.modules() if isinstance(m, PracticalGroupNorm)
     ]
     assert not gng_d2.unbound_norms(model)
+
+
+@PARAMETRIZED_WEIGHT_NORM
+def test_a_parametrized_convolution_stays_standardized_or_is_an_error():
+    x = torch.randn(2, 8, 6, 6)
+
+    def model():
+        made = nn.Sequential(nn.Conv2d(8, 16, 3), PracticalGroupNorm(16, weight_standardization=True))
+        parametrizations.weight_norm(made[0])
+        return made
+
+    converted = model()
+    before = converted(x)
+    with pytest.raises(InputError, match="0: how it runs cannot be changed.*Remove its parametrizations"):
+        convert_norms(converted, "GN/8", x)
+    assert torch.equal(converted(x), before)
+    again = bind_norms(convert_norms(converted, "PGN+WS", x), x)
+    assert again[1].weight_standardization and torch.equal(again(x), before)
+    assert norm_table(again)[0].weight_standardized

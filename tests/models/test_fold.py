@@ -328,3 +328,12 @@ def test_a_backbone():
     assert not [m for m in folded.modules() if isinstance(m, WSConv2d)]
     for name, feature in folded(images).items():
         torch.testing.assert_close(feature, before[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_folded_in_inference_mode_can_be_trained():
+    model = own_conv()
+    with torch.inference_mode():
+        fold_weight_standardization(model)
+    model(X).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    model.load_state_dict(model.state_dict())

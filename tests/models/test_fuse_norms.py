@@ -21,9 +21,10 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from needs import COMPILE, EXPORT, HALF, LOOK, RECOMPUTE
+from needs import COMPILE, EXPORT, HALF, LOOK, PARAMETRIZED_WEIGHT_NORM, RECOMPUTE
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_map
 from torchvision.ops import Conv2dNormActivation
 
@@ -549,3 +550,24 @@ def test_what_is_traced_or_compiled_runs_the_forward_of_its_own(ops):
     for run in ways.values():
         torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
     assert len(ops) == count > 0
+
+
+@PARAMETRIZED_WEIGHT_NORM
+def test_a_weight_that_is_parametrized_later(ops):
+    """PyTorch puts a subclass on top of the fused class."""
+    conv = Conv2d(8, 8, 3, padding=1, bias=False, norm=get_norm("PGN+WS", 8), activation=F.relu)
+    x = torch.randn(2, 8, 6, 6)
+    expected = conv(x)
+    parametrizations.weight_norm(fuse_norms(conv), dim=None)  # a scale of all weights, of which the norm knows nothing
+    torch.testing.assert_close(conv(x), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="how it runs cannot be changed"):
+        fuse_norms(conv, enable=False)
+
+
+def test_a_shortcut_in_float32_leaves_the_block_in_autocasts_type():
+    block = convert_norms(torchvision.models.resnet.BasicBlock(16, 16), "GN/4", torch.randn(2, 16, 8, 8))
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, fused = block(x), fuse_norms(block)(x)
+    assert plain.dtype == fused.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, plain, atol=0.1, rtol=0.05)

@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 import random
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -23,11 +24,12 @@ from detectron2.modeling.roi_heads import mask_head
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from needs import RECOMPUTE
+from needs import PARAMETRIZED_WEIGHT_NORM, RECOMPUTE
 from recorder import Recorder
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
@@ -461,10 +463,10 @@ def test_a_second_run_that_computes_something_else_is_an_error_that_names_the_bl
 
 def test_outputs_are_compared_in_the_first_runs_and_then_in_one_of_a_thousand():
     block = recompute_norms(Block(lambda block, x: x))
-    compared = [bool(block(images()[:1]).mean().backward()) or block._runs for _ in range(2)]
+    compared = [bool(block(images()[:1]).mean().backward()) or block._kept.runs for _ in range(2)]
     assert compared == [1, 2]
     for runs, differs in ((2, True), (3, False), (999, False), (1000, True), (2000, True)):
-        block._runs, block.scale = runs, drawn_from(itertools.count(1).__next__)
+        block._kept.runs, block.scale = runs, drawn_from(itertools.count(1).__next__)
         loss = block(images()).mean()
         with pytest.raises(InputError) if differs else nullcontext():
             loss.backward()
@@ -482,7 +484,7 @@ def test_no_tensor_is_held_to_compare_outputs():
     model, inputs = recompute_norms(chain()), images()
     model(inputs).sum().backward()
     sizes = [bytes_left(lambda: model(inputs))[1] for _ in range(4)]
-    assert model._runs == 5 and len(set(sizes)) == 1  # the last runs are not compared
+    assert model._kept.runs == 5 and len(set(sizes)) == 1  # the last runs are not compared
 
 
 def test_an_optimizer_that_steps_before_the_backward_pass_is_an_error():
@@ -945,3 +947,80 @@ def test_a_comparison_passes_it_on_and_refuses_norms_without_use(shapes, tmp_pat
     assert "--recompute-norms" in comparison.command(comparison.runs[0])
     with pytest.raises(InputError, match="PanopticFPN has no module that holds convolutions with norms"):
         comparison.check()
+
+
+def test_a_slice_of_a_block():
+    model, x = chain(), images()
+    expected = gradients(copy.deepcopy(model)[:4], x)
+    assert_same(gradients(recompute_norms(model)[:4], x), expected)
+
+
+def test_a_block_that_takes_gradients_while_it_runs_is_named():
+    def penalty(block, y):
+        (slope,) = torch.autograd.grad(y.sum(), block.conv.weight, retain_graph=True)
+        return y * slope.square().mean()
+
+    model = recompute_norms(nn.ModuleDict({"stem": Block(penalty)}))
+    with pytest.raises(InputError, match="stem: it takes gradients through itself while it runs"):
+        model["stem"](images())
+
+
+def test_autocast_of_its_own_inside_one_that_is_off():
+    """The casts of weights live as long as the outer one, so a second run finds those of the first."""
+
+    class Own(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    def grads(model):
+        with torch.autocast("cpu", enabled=False):
+            loss = (model(x) + model(2 * x)).square().mean()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    model, x = Own(*chain()), images()
+    expected = grads(copy.deepcopy(model))
+    recompute_norms(model)
+    for _ in range(3):
+        assert all(map(torch.equal, grads(model), expected))
+
+
+def test_a_forward_of_the_instance_is_not_taken():
+    model = nn.ModuleDict({"patched": chain(), "other": chain()})
+    model["patched"].forward = nn.Sequential(*model["patched"]).forward
+    assert recomputed_modules(recompute_norms(model)) == ["other"]
+
+
+def test_a_graph_module_is_an_error():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()))
+    with pytest.raises(InputError, match="a torch.fx GraphModule runs all of its ops at once"):
+        recompute_norms(graph)
+
+
+def test_replicas_of_data_parallel_count_as_one():
+    model = recompute_norms(chain())
+    for _ in range(4):
+        replica = model._replicate_for_data_parallel()
+        replica._parameters = dict(model._parameters)
+        replica(images())
+    assert model._kept.runs == 4
+
+
+@PARAMETRIZED_WEIGHT_NORM
+def test_below_a_subclass_of_pytorch_it_is_still_named():
+    model = recompute_norms(nn.ModuleDict({"a": Block(lambda block, y: y)}))
+    parametrize.register_parametrization(model["a"], "steps", nn.Identity())
+    assert recomputed_modules(model) == ["a"]
+    with pytest.raises(InputError, match="how it runs cannot be changed"):
+        recompute_norms(model, enable=False)
+
+
+def test_a_counter_counts_once():
+    def tally(block, y):
+        block.seen["runs"] += 1
+        return y
+
+    model = recompute_norms(Block(tally))
+    model.seen = Counter()
+    gradients(model, images())
+    assert model.seen == Counter(runs=1)
