@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from inspect import signature
 
 import torch
@@ -26,6 +26,8 @@ from .second_run import State, differ, sums_of, versions_of
 
 # The runs of a block whose output is compared with that of its recomputation: the first ones, and then one of so many.
 _CHECKED_AT_FIRST, _CHECKED_EVERY = 3, 1000
+# A Sequential of more norms runs again in parts. A residual block has up to 4, and a part keeps more than a block.
+_NORMS_AT_ONCE = 4
 # they run a model and do more: they prepare gradients, or compile
 _WRAPPERS = "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"
 
@@ -37,9 +39,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     takes; weight standardization keeps a copy of each weight. Each smallest module that runs a chain of convolutions
     and norms (a residual block, a head, a lateral convolution) then keeps its input, the outputs of its expensive
     convolutions and the statistics of norms that our kernels run, and computes the rest again when its gradients are
-    wanted:
-    :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. Gradients are the same bits wherever the ops
-    are deterministic, under autocast too.
+    wanted: :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. A long ``Sequential`` (the features of
+    a VGG) does so in parts. Gradients are the same bits wherever the ops are deterministic, under autocast too.
 
     It acts in training mode and where gradients are computed. Parameters, buffers, hooks and the keys of the
     state_dict stay; the class of a module is replaced by a subclass of it, so that copies and pickles work. What
@@ -186,7 +187,27 @@ class _Recomputed(StandIn):
             self._kept = KeptOutputs()
         is_checked = self._kept.runs < _CHECKED_AT_FIRST or self._kept.runs % _CHECKED_EVERY == 0
         self._kept.runs += 1
+        if method.__func__ is nn.Sequential.forward and sum(map(is_of_single_images, self)) > _NORMS_AT_ONCE:
+            return _run_in_parts(self, is_checked, *args, **kwargs)
         return _Run(self, method, is_checked, tensors).start(args, kwargs)
+
+
+def _run_in_parts(sequential, is_checked, input):
+    """Run a long Sequential in parts, each of which is computed again by itself. A part begins at a norm, because the
+    norm's input is the output of a convolution and kept anyway."""
+    first, *parts = [[]]
+    for module in sequential:
+        if is_of_single_images(module):
+            parts.append([])
+        (parts[-1] if parts else first).append(module)
+    output = reduce(_call, first, input)
+    for part in parts:
+        output = _Run(sequential, partial(reduce, _call, part), is_checked, tensors_in(output)).start((output,), {})
+    return output
+
+
+def _call(x, module):
+    return module(x)
 
 
 class _Run:

@@ -1024,3 +1024,23 @@ def test_a_counter_counts_once():
     model.seen = Counter()
     gradients(model, images())
     assert model.seen == Counter(runs=1)
+
+
+@pytest.mark.parametrize("norms, last_first", [(4, False), (5, True)])
+def test_a_long_sequential_runs_again_in_parts(norms, last_first):
+    """As the features of a VGG: so the outputs of all its norms are never there at the same time."""
+    blocks = [(nn.Conv2d(8, 8, 3, padding=1), GroupNorm(2, 8), nn.ReLU(inplace=True)) for _ in range(norms)]
+    blocks.insert(2, (nn.MaxPool2d(2), nn.Dropout(0.2)))
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), *itertools.chain(*blocks)), images()
+    expected = gradients(model, x)
+    assert recomputed_modules(recompute_norms(model)) == [""]
+    own, ran = [module for module in model if isinstance(module, GroupNorm)], []
+    for number, norm in enumerate(own):
+        norm.register_forward_hook(lambda *_, number=number: ran.append(number))
+    for _ in range(3):
+        ran.clear()
+        assert_same(gradients(model, x), expected)
+        assert ran[:norms] == list(range(norms))
+        assert ran[norms:] == list(range(norms))[:: -1 if last_first else 1]
+    y = model(input=x)
+    assert y.shape == (2, 8, 8, 8)
