@@ -86,7 +86,13 @@ class _Graph:
         else:
             return UNKNOWN
         return layer_output(
-            op, (n_in, shape[1]), self.origin(weight, index), lambda: self.origin(*source), shape, value
+            op,
+            (n_in, shape[1]),
+            self.origin(weight, index),
+            lambda: self.origin(*source),
+            shape,
+            value,
+            node._saved_groups,
         )
 
 

@@ -25,6 +25,7 @@ class Origin(NamedTuple):
     parameters: int = 0  # 2: a parameter, or a view of one; 1: made of parameters without a weight layer
     value: Any = None  # identifies the tensor; its views and copies have the same value
     source: Callable[[], "Origin"] | None = None  # for a layer's output: returns the origin of the layer's input
+    conv_groups: int = 1  # for a convolution's output: into how many groups it divides the channels
 
 
 # the origin of a frozen part, an input or a plain number in training, which cannot tell these apart
@@ -37,6 +38,7 @@ _KEPT = set(
     "view unsafeview reshapealias transpose t permute squeeze unsqueeze expand alias clone detach liftfresh tocopy "
     "copy neg flip roll nativedropout fuseddropout".split()
 )
+_VIEWS = set("view unsafeview reshapealias".split())
 # ops that take or add some values: channels, or only positions
 _CUTS = set(
     "slice select split splitwithsizes unsafesplit unsafesplitwithsizes unbind asstrided index indexselect "
@@ -98,10 +100,12 @@ def layer_output(
     source: Callable[[], Origin],
     shape: tuple[int, ...],
     value: Any,
+    conv_groups: int = 1,
 ) -> Origin:
     """The origin of the output of a weight layer with ``sizes`` (n_in, n_out)."""
     parameter = weight.value if weight.parameters == 2 else None
-    return Origin(Producer(op, *sizes, None, parameter), shape, shape, frozenset((value,)), 0, value, source)
+    made = Producer(op, *sizes, None, parameter)
+    return Origin(made, shape, shape, frozenset((value,)), 0, value, source, conv_groups)
 
 
 def _layers(operands):
@@ -128,7 +132,19 @@ def _kept(op, operand, shape):
         n_out, before = made.n_out, operand.shape
         whole = n_out in shape and (before[1:2] == shape[1:2] == (n_out,) or shape.count(n_out) >= before.count(n_out))
         made = made if whole else Producer(op)
+    elif op_kind(op) in _VIEWS and _is_layer(operand) and _unfolds_images(operand, shape):
+        made = made._replace(n_in=made.n_in // shape[0], n_out=made.n_out // shape[0])
     return operand._replace(made=made, shape=shape, size=_size_before(operand.size, shape))
+
+
+def _unfolds_images(convolution, shape):
+    """Whether a view of ``shape`` gives each image the channels that a convolution in groups computed for it.
+
+    So do timm's CondConv2d and StyleGAN's convolutions, in which each image has weights of its own.
+    """
+    before, n_out = convolution.shape, convolution.made.n_out
+    folded = sorted(before[:2]) == [1, n_out] and before[2:] == shape[2:]
+    return folded and shape[0] > 1 and shape[0] * shape[1] == n_out and convolution.conv_groups % shape[0] == 0
 
 
 def _size_before(size, shape):

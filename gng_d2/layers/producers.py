@@ -122,14 +122,15 @@ class _Watch(TorchDispatchMode):
             self._write(tensor, self._origin(op, operands, given, tensor))
         for tensor in tensors_in(out):
             if not any(tensor is t for t in written):
-                self._note(tensor, self._origin(op, operands, given, tensor))
+                groups = args[8] if op == "convolution" else 1
+                self._note(tensor, self._origin(op, operands, given, tensor, groups))
         return out
 
-    def _origin(self, op, operands, given, out):
+    def _origin(self, op, operands, given, out, conv_groups=1):
         shape, value = tuple(out.shape), object()
         if _CONVOLUTION.search(op):
             source, weight = operands[:2]
-            found = layer_output(op, (given[0].shape[1], shape[1]), weight, lambda: source, shape, value)
+            found = layer_output(op, (given[0].shape[1], shape[1]), weight, lambda: source, shape, value, conv_groups)
         elif _EMPTY.search(op):
             found = Origin(None, shape, shape, value=value)  # something that is not seen may be written there
         else:

@@ -3,12 +3,14 @@
 from collections import OrderedDict
 
 import pytest
+import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from needs import needs_torch
+from needs import LOOK, needs_torch
 from survey_timm import brute_force_groups
 from torch import nn
+from torch.nn import functional as F
 
 from gng_d2 import PracticalGroupNorm, convert_norms
 from gng_d2.errors import InputError
@@ -179,3 +181,48 @@ def test_norms_that_the_run_does_not_reach_are_listed(caplog):
     model.append(Auxiliary(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)))
     convert_norms(model, "PGN", IMAGE)
     assert "1 were not reached by example_inputs and follow the layer registered before them (2.1)" in caplog.text
+
+
+class PerImage(nn.Module):
+    """A weight for each image, applied by one convolution in as many groups as images, as in StyleGAN2."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(n_out, n_in, 3, 3)), nn.Linear(4, n_in)
+        self.norm = nn.BatchNorm2d(n_out)
+
+    def forward(self, x, style):
+        weight = self.weight * self.style(style)[:, None, :, None, None]
+        y = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), padding=1, groups=len(x))
+        return self.norm(y.view(len(x), -1, *y.shape[2:]))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_weights_for_each_image_are_a_layer_for_any_number_of_images(number):
+    def inputs(number):
+        return torch.randn(number, 64, 6, 6), torch.randn(number, 4)
+
+    models = [
+        (PerImage(64, 16), inputs),
+        (timm.layers.CondConv2d(64, 16, 3, num_experts=2), lambda n: (inputs(n)[0], torch.rand(n, 2))),
+    ]
+    for model, draw in models:
+        if not isinstance(model, PerImage):
+            model.norm = nn.BatchNorm2d(16)
+            model.register_forward_hook(lambda module, args, output: module.norm(output))
+        convert_norms(model, "PGN", draw(number))
+        assert model.norm.in_channels == 64 and model.norm.num_groups == 16
+        for others in (1, 2, 4):  # training looks too
+            model.train()(*draw(others)).sum().backward()
+
+
+@LOOK
+def test_channels_that_become_images_are_no_layer_of_their_own():
+    """A convolution that is not divided into groups mixes them."""
+
+    class Split(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).view(2 * len(x), 8, 4, 4))
+
+    model = convert_norms(Split(nn.Conv2d(64, 16, 3), nn.BatchNorm2d(8)), "PGN", torch.randn(1, 64, 6, 6))
+    assert model[1].num_groups == 1 and model[1].in_channels != 32
