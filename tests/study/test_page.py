@@ -185,6 +185,19 @@ def test_what_the_trained_norms_receive():
     assert mean(shares("GN1+WS", inner)) > 0.9 * mean(shares("GN1", inner)), "not prevented"
 
 
+def test_constant_channels_are_not_what_costs_ap_in_a_detector():
+    def shares(run, part=""):
+        rows = [row for row in rows_of("bccd_collapse") if row.run == run and row.under_test and part in row.name]
+        return [mean(row.constant for row in rows if row.seed == seed) for seed in range(3)]
+
+    assert all(few > 2 * many for few, many in zip(shares("GN1"), shares("GN/1")))
+    assert all(some >= few for some, few in zip(shares("GN"), shares("GN1"))), "as large"
+    ap = {row.norm: row.mean for row in rows_of("bccd_plain") if row.metric == "AP"}
+    assert max(ap, key=ap.get) == "GN"
+    for run in ("GN", "GN1"):
+        assert all(a < b < c for a, b, c in zip(*(shares(run, f"res{stage}") for stage in (3, 4, 5))))
+
+
 def test_little_is_measured_in_convolutions_where_the_formula_sees_much():
     rows = [row for row in rows_of("theory_sweep") if row.equation == "B" and row.layer == "conv3x3"]
     assert max(row.paper for row in rows) == 5 and max(row.empirical for row in rows) < 1.5
