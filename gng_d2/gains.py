@@ -52,8 +52,6 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
         if activation.lower() not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}, or give a callable")
         activation = ACTIVATIONS[activation.lower()]
-    elif isinstance(activation, nn.Module):
-        activation = copy.deepcopy(activation).double()  # its parameters
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be positive and finite, not {sigma!r}")
     with torch.inference_mode(False), torch.enable_grad():
@@ -61,6 +59,8 @@ def activation_gains(activation: str | Callable[[Tensor], Tensor], sigma: float 
 
 
 def _integrate(activation, sigma):
+    if isinstance(activation, nn.Module):
+        activation = copy.deepcopy(activation).double()  # its parameters
     # cells that meet at 0, where activations have their kinks
     z = (torch.arange(_NODES, dtype=torch.float64) + 0.5) * (2 * _DEVIATIONS / _NODES) - _DEVIATIONS
     probability = torch.exp(-(z**2) / 2)

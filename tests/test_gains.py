@@ -60,3 +60,5 @@ def test_bad_input():
 def test_in_inference_mode():
     with torch.inference_mode():
         assert activation_gains("relu") == activation_gains("relu", 2.0) == pytest.approx((0.5, 0.5))
+        assert activation_gains(torch.nn.PReLU()) == activation_gains("prelu")
+    assert activation_gains(torch.nn.PReLU()) == activation_gains("prelu")

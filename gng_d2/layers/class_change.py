@@ -72,9 +72,25 @@ def remove(module: nn.Module, way: type) -> None:
     module.__class__ = _class_of(original_class(module), {*ways_of(module)} - {way})
 
 
+def remove_everywhere(model: nn.Module, way: type) -> list[nn.Module]:
+    """Have no module of ``model`` run in ``way``, or raise an InputError and change nothing. Returns those that did."""
+    modules = [module for module in model.modules() if has(module, way)]
+    for module in modules:
+        check_changeable(module)
+    for module in modules:
+        remove(module, way)
+    return modules
+
+
+def is_changeable(module: nn.Module) -> bool:
+    """Whether ways can be added and removed: PyTorch has put no subclass on top of those that ``module`` has."""
+    ways = ways_of(module)
+    return not ways or type(module) in ways.values()
+
+
 def check_changeable(module: nn.Module) -> None:
-    """Raise an InputError if PyTorch has put a subclass on top of the ways of ``module``."""
-    if ways_of(module) and type(module) not in ways_of(module).values():
+    """Raise an InputError if ``module`` is not :func:`is_changeable`."""
+    if not is_changeable(module):
         raise InputError(
             f"{module_path(module)}: how it runs cannot be changed, because its class is {type(module).__name__} now. "
             f"Remove its parametrizations, or make the change before torch.nn.utils.parametrize or fully_shard"

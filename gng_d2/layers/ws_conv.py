@@ -14,7 +14,7 @@ from gng_d2.errors import InputError
 from gng_d2.ops import standardize_weight
 from gng_d2.ops.backends import HAS_DETECTRON2
 
-from .class_change import add, has, original_class, remove
+from .class_change import add, has, is_changeable, original_class, remove
 from .fx_leaf import call_as_leaf
 from .module_path import module_path
 
@@ -117,7 +117,7 @@ def standardize(layer: nn.Module, norm_name: str) -> None:
 
 def can_be_standardized(layer: nn.Module) -> bool:
     """Whether the class of ``layer`` is exactly ``nn.Conv2d`` or Detectron2's ``Conv2d``, or it is standardized."""
-    return original_class(layer) in (Conv2d, nn.Conv2d, WSConv2d)
+    return has(layer, WSConv2d) or (original_class(layer) in (Conv2d, nn.Conv2d, WSConv2d) and is_changeable(layer))
 
 
 def check_standardizable(layer: nn.Module, norm_name: str) -> None:

@@ -111,7 +111,7 @@ def _copied(model):
 
 def _convert(model, norm, example_inputs, affine):
     """Change the norms. Returns how many, and the level and the text of what the log says; ``affine``: what it says of
-    a fresh one."""
+    a new one."""
     places = find_places(model, example_inputs)
     changes: list[_Change] = []
     left: dict[str, str] = {}  # why other norms are left, by their names
@@ -305,7 +305,7 @@ def _report(norm, already, changes, left, has_run, affine):
     }
     for name, why in left.items():
         listed.setdefault(f"are left: {why}", []).append(name)
-    said = [f"{len(changes)} norms are {norm} now, {fresh} of them with a fresh affine ({affine})"]
+    said = [f"{len(changes)} norms are {norm} now, {fresh} of them with a new affine ({affine})"]
     said += [f"{already} were before"] * bool(already)
     said += [f"{len(names)} {what} ({abbreviated(names, most=12)})" for what, names in listed.items() if names]
     level = logging.INFO if already and not changes and not left else logging.WARNING

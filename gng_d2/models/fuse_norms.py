@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import StandIn, add, has, original_class, remove, ways_of
+from gng_d2.layers.class_change import StandIn, add, check_changeable, has, original_class, remove_everywhere, ways_of
 from gng_d2.layers.group_norm import GroupNorm
 from gng_d2.layers.ws_conv import Conv2d, WSConv2d
 from gng_d2.ops import group_norm, standardize_weight
@@ -88,9 +88,7 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         'FusedSequential'
     """
     if not enable:
-        for module in model.modules():
-            if has(module, _Fused):
-                remove(module, _Fused)
+        remove_everywhere(model, _Fused)
         return model
     fused = {name: norms for name, module in model.named_modules() if (norms := _fused_norms(module))}
     if not fused:
@@ -100,6 +98,8 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
             f"Sequential). If its norms are others, call gng_d2.convert_norms first"
         )
     modules = dict(model.named_modules())
+    for name in fused:
+        check_changeable(modules[name])
     for name in fused:
         add(modules[name], _Fused)
     done = {norm for norms in fused.values() for norm in norms}

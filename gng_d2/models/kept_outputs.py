@@ -35,10 +35,11 @@ class KeptOutputs:
     the images. A kind that no run has been watched with is computed again.
     """
 
+    runs = 0  # of the module so far; models that were pickled before have none of their own
+
     def __init__(self):
         self._is_changed: dict[tuple, bool | None] = {}  # by kind; None: no run with it has been watched
         self._is_new = True
-        self.runs = 0
 
     def policy(self) -> Callable:
         """The policy of a checkpoint of one run, and of its recomputation."""

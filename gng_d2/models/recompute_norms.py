@@ -15,7 +15,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gng_d2.errors import InputError
-from gng_d2.layers.class_change import StandIn, add, has, remove
+from gng_d2.layers.class_change import StandIn, add, check_changeable, has, remove_everywhere
 from gng_d2.layers.kinds import is_of_single_images
 from gng_d2.layers.module_path import module_path
 from gng_d2.layers.running import tensors_in
@@ -36,11 +36,12 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     """Make ``model`` keep no outputs of norms, activations and cheap convolutions for the backward pass.
 
     A norm keeps its input, and the convolution after it the norm's output, which is twice what a frozen batch norm
-    takes; weight standardization keeps a copy of each weight. Each smallest module that runs a chain of convolutions
-    and norms (a residual block, a head, a lateral convolution) then keeps its input, the outputs of its expensive
-    convolutions and the statistics of norms that our kernels run, and computes the rest again when its gradients are
-    wanted: :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. A long ``Sequential`` (the features of
-    a VGG) does so in parts. Gradients are the same bits wherever the ops are deterministic, under autocast too.
+    takes; weight standardization keeps a copy of each weight. Each smallest module that runs a chain of
+    convolutions and norms (a residual block, a head, a lateral convolution) then keeps its input, the outputs of
+    its expensive convolutions and the statistics of norms that our kernels run, and computes the rest again when
+    its gradients are wanted: :func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`. A long
+    ``Sequential`` of convolutions and norms (the features of a VGG) does so in parts, unless its norms are fused.
+    Gradients are the same bits wherever the ops are deterministic, under autocast too.
 
     It acts in training mode and where gradients are computed. Parameters, buffers, hooks and the keys of the
     state_dict stay; the class of a module is replaced by a subclass of it, so that copies and pickles work. What
@@ -53,8 +54,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     thousandth its output is compared with that of its first run. Hooks of modules inside it run twice.
 
     Gradients can be taken through a block once. A second backward after ``retain_graph=True``, double backward, and
-    losses that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time", from the
-    second step on at the latest: in the first one a block keeps nothing that could be used up.
+    losses that take gradients twice through the same block raise PyTorch's "Trying to backward an extra time" where the
+    block keeps something that the first one uses up, as most do from their second step on.
 
     Args:
         model: changed in place, before or after DistributedDataParallel wraps it.
@@ -74,10 +75,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         ['stem']
     """
     if not enable:
-        for module in model.modules():
-            if has(module, _Recomputed):
-                remove(module, _Recomputed)
-                module.__dict__.pop("_kept", None)
+        for module in remove_everywhere(model, _Recomputed):
+            module.__dict__.pop("_kept", None)
         return model
     if not hasattr(torch_checkpoint, "create_selective_checkpoint_contexts"):
         raise InputError(
@@ -91,6 +90,8 @@ def recompute_norms(model: nn.Module, enable: bool = True) -> nn.Module:
             f"images (GroupNorm, LayerNorm). FrozenBN keeps nothing that could be computed again; BatchNorm and "
             f"spectral norm must not run twice; a torch.fx GraphModule runs all of its ops at once"
         )
+    for _, module in chains:
+        check_changeable(module)
     for _, module in chains:
         add(module, _Recomputed)
         module._kept = KeptOutputs()

@@ -40,7 +40,8 @@ class State:
                 continue
             if container.keys() != before.keys():
                 container.clear()
-            dict.update(container, before)  # a Counter's own adds
+            for key, value in before.items():  # the update of a Counter would add
+                container[key] = value
         random.setstate(self._python)
         np.random.set_state(self._numpy)
 

@@ -153,7 +153,8 @@ _PROXY = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None
 
 
 def is_transformed() -> bool:
-    """Whether torch.jit.trace, torch.export, make_fx, torch.func or forward-mode differentiation is at work."""
+    """Whether torch.jit.trace, torch.export, torch.func, forward-mode differentiation or make_fx (without its
+    pre_dispatch) is at work."""
     if is_compiling():
         return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
     return (

@@ -87,7 +87,7 @@ def test_a_package_in_the_working_folder(user, tmp_path, monkeypatch):
     import_modules(["gng_package", "gng_package.data"])
     assert sys.modules["gng_package"].data.VALUE == 3
     for name in [name for name in sys.modules if name.startswith("gng_package")]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
 
 
 def test_keys_of_a_users_project(user, tmp_path, monkeypatch):

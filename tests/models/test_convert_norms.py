@@ -5,7 +5,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
-from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
+from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from needs import PARAMETRIZED_WEIGHT_NORM, needs_torch
@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import gng_d2
-from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms, norm_table
+from gng_d2 import GroupNorm, PracticalGroupNorm, bind_norms, convert_norms, fuse_norms, norm_table
 from gng_d2.errors import InputError
 
 # whole models
@@ -623,3 +623,9 @@ def test_a_parametrized_convolution_stays_standardized_or_is_an_error():
     again = bind_norms(convert_norms(converted, "PGN+WS", x), x)
     assert again[1].weight_standardization and torch.equal(again(x), before)
     assert norm_table(again)[0].weight_standardized
+    fused = fuse_norms(
+        convert_norms(nn.Sequential(Conv2d(8, 16, 3, norm=nn.BatchNorm2d(16), activation=F.relu)), "GN1")
+    )
+    parametrizations.weight_norm(fused[0])
+    convert_norms(fused, "PGN+WS", x)  # cannot be standardized, which the log says
+    assert fused[0].norm.norm_name() == "PGN" and not isinstance(fused[0], gng_d2.WSConv2d)

@@ -6,7 +6,7 @@ import io
 import itertools
 import pickle
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from functools import partial
 
@@ -1015,15 +1015,17 @@ def test_below_a_subclass_of_pytorch_it_is_still_named():
         recompute_norms(model, enable=False)
 
 
-def test_a_counter_counts_once():
+@pytest.mark.parametrize("kind", [Counter, OrderedDict])
+def test_a_dict_of_another_kind_is_written_once(kind):
     def tally(block, y):
-        block.seen["runs"] += 1
+        block.seen["runs"] = block.seen.get("runs", 0) + 1
+        block.seen[len(block.seen)] = 1
         return y
 
     model = recompute_norms(Block(tally))
-    model.seen = Counter()
+    model.seen = kind(a=2)
     gradients(model, images())
-    assert model.seen == Counter(runs=1)
+    assert list(model.seen.items()) == [("a", 2), ("runs", 1), (2, 1)]
 
 
 @pytest.mark.parametrize("norms, last_first", [(4, False), (5, True)])

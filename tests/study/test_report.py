@@ -201,14 +201,14 @@ def test_each_metric_of_each_test_set_is_read_and_restored(results, values, smal
     kept = Path(comparison.output, "results.json").rename(tmp_path / "kept.json")
     shutil.rmtree(comparison.output)
     restore_runs(comparison, str(kept))
-    assert run_results(run, 5, sets).values == found.values
+    assert run_results(run, 5, sets).values == found.values and comparison.state(run).status == "finished"
 
 
 def test_a_seed_that_detects_nothing_is_said(line_of):
     rows = summarize({"GN": {s: {"AP": 40.0} for s in range(3)}, "PGN": {0: {"AP": None}, 1: {"AP": 41.0}}}, {})
     text = report.table(rows)
     assert line_of(text, "PGN  ") == ["PGN", "2", "-"] and line_of(text, "PGN - GN") == ["PGN - GN", "2", "-"]
-    assert "a seed without a value, because its model detects nothing" in text
+    assert "or the models of some seeds detect nothing" in text
     assert "single seed" not in text and "interval" not in text
 
 
@@ -221,8 +221,10 @@ def test_the_report_says_what_all_runs_had(tmp_path, shapes):
 
     keys = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM"]
     text = written("GN", "BN", "PGN", keys=keys, fuse_norms=True, calibrate_norms=64)
-    assert "each norm as MODEL.RESNETS.NORM, MODEL.FPN.NORM, with +WS in MODEL.RESNETS.NORM, but BN without it." in text
+    assert (
+        "each norm as MODEL.RESNETS.NORM, MODEL.FPN.NORM, +WS added in MODEL.RESNETS.NORM, but BN without it." in text
+    )
     assert "Options: --fuse-norms --calibrate-norms 64 --num-gpus 1 --num-machines 1 MODEL.FPN.NORM GN." in text
     text = written("GN", "", keys=keys[:1])
-    assert "each norm as MODEL.RESNETS.NORM, with +WS, but no norm without it." in text
+    assert "each norm as MODEL.RESNETS.NORM, +WS added in MODEL.RESNETS.NORM, but no norm without it." in text
     assert "each norm as MODEL.FPN.NORM." in written("GN", keys=keys[1:])

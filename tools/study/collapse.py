@@ -143,11 +143,11 @@ def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[
     batches = [batch for batch, _ in zip(loader, range(images))]
     on_meta = build_on_meta(cfg)
     under_test = {path for key in keys for path in norms_of_key(cfg, key, on_meta)[1]}
-    norm = ", ".join(sorted({norm_in_text(value) for key, value in leaves(cfg) if key in keys}))
+    norm, seed = _norm_and_seed(cfg, keys)
     return [
         CollapseRow(
             run=norm,
-            seed=cfg.SEED,
+            seed=seed,
             name=name,
             under_test=name in under_test,
             constant=found.constant(),
@@ -158,6 +158,10 @@ def measure_run(config: str, weights: str, keys: set[str], images: int) -> list[
         )
         for name, found in measure(model, batches).items()
     ]
+
+
+def _norm_and_seed(cfg, keys):
+    return ", ".join(sorted({norm_in_text(value) for key, value in leaves(cfg) if key in keys})), cfg.SEED
 
 
 def _mixtures(norm):
@@ -238,12 +242,13 @@ def main(args) -> None:
         raise InputError(f"--images {args.images}: images are compared, so there must be two or more")
     import_modules(args.imports)
     prepare_outputs(args.json, args.plot)
-    rows, measured = [], {}
-    for config, weights, keys in tqdm([run for folder in args.runs for run in runs_with_weights(folder)], unit="run"):
-        of_run = measure_run(config, weights, keys, args.images)
-        rows += of_run
-        for other in {measured.setdefault((row.run, row.seed), weights) for row in of_run} - {weights}:
+    runs = [run for folder in args.runs for run in runs_with_weights(folder)]
+    known = {}
+    for config, weights, keys in runs:
+        other = known.setdefault(_norm_and_seed(load_config(config), keys), weights)
+        if other != weights:
             raise InputError(f"--runs: {other} and {weights} have the same norms and the same seed. Measure them apart")
+    rows = [row for run in tqdm(runs, unit="run") for row in measure_run(*run, args.images)]
     write_rows(args.json, rows)
     if args.plot:
         plot(rows, args.plot)

@@ -25,7 +25,7 @@ from detectron2.engine import DefaultTrainer
 
 from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
-from gng_d2.job.config import load_config, norm_keys
+from gng_d2.job.config import check_weights, load_config, norm_keys
 from gng_d2.job.engine import setup_job
 from gng_d2.job.files import atomic_open, prepare_outputs
 from gng_d2.job.imports import import_modules
@@ -78,7 +78,7 @@ class Run(NamedTuple):
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def log(self, state: RunState) -> str:
+    def log_hint(self, state: RunState) -> str:
         """Where to read why the run failed, if it did and has a log: " (PATH)"."""
         path = self.path("output.txt")
         return f" ({path})" * (state.status == "failed" and os.path.isfile(path))
@@ -295,16 +295,21 @@ class Comparison:
         """
         model = build_on_meta(self.cfg)
         for key in self.keys:
-            if not norms_of_key(self.cfg, key, model)[1]:
+            changed = {"not known"}
+            with suppress(InputError):  # of a head that builds with neither GN nor BN
+                changed = norms_of_key(self.cfg, key, model)[1]
+            if not changed:
                 raise InputError(f"--norm-keys {key}: this model has no norm that is made by that key")
         for norm in self.norms:
             cfg = self.norm_cfg(norm)
             model = build_on_meta(cfg)
             check_norm_keys(cfg, model)
+            if norm != self.norms[0]:
+                check_weights(cfg)  # warns of FrozenBN without weights
             for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
                 if wanted:
                     change(model)
-        with tempfile.TemporaryDirectory() as folder:  # once, as all else is the same under each norm
+        with tempfile.TemporaryDirectory() as folder:  # once, as the data and all else are the same under each norm
             overrides = [*self.overrides, *self.norm_overrides(self.norms[0]), "OUTPUT_DIR", folder]
             options = {"world_size": self.world_size, "calibrate_norms": self.calibrate_norms}
             setup_job(self.config_file, overrides, **options)
@@ -329,10 +334,11 @@ class Comparison:
             InputError: they are of another one; says in what they differ.
         """
         path = os.path.join(self.output, "comparison.yaml")
-        there = _read_settings(path) if os.path.exists(path) else self.settings()
+        if not os.path.exists(path):
+            return
         differ = {
             key: pair
-            for name, pair in differences(there, self.settings()).items()
+            for name, pair in differences(_read_settings(path), self.settings()).items()
             if (key := name.removeprefix("config.")) not in NEUTRAL  # which folders of older versions have
         }
         if differ:

@@ -294,14 +294,13 @@ def _detectors_from_weights(results):
     for bed, metric in (("CamVid", "mIoU"), ("BCCD", "AP")):
         for affine, name in (("as loaded", "pretrained"), ("calibrated", "calibrated")):
             values = regret.read_values(results, [f"{bed.lower()}_{name}"], metric)
-            columns[f"{bed} {metric}, {affine}"] = {norm: _with_seeds(of.values()) for norm, of in values.items()}
+            columns[f"{bed} {metric}, {affine}"] = {norm: _with_seeds([*of.values()]) for norm, of in values.items()}
     norms = dict.fromkeys(norm for column in columns.values() for norm in column)
     lines = [[norm, *(column.get(norm, "") for column in columns.values())] for norm in norms]
     return markdown(lines, ["norm of the backbone", *columns])
 
 
 def _with_seeds(values):
-    values = [value for value in values if value is not None]
     return f"{mean_with_interval(values)} ({number_of_seeds(len(values))})" if values else "-"
 
 

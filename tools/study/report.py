@@ -175,7 +175,7 @@ def table(rows: list[ComparisonRow]) -> str:
         markdown(results, ["norm", "seeds", *metrics]),
         "Mean ± standard deviation over seeds, after the last iteration."
         + " total_loss: mean over the last tenth of the iterations." * (rows[0].metric == LOSS)
-        + " A dash: not measured, or there is a seed without a value, because its model detects nothing."
+        + " A dash: not measured, or the models of some seeds detect nothing."
         * any("-" in line for line in [*results, *differences]),
     ]
     most = max(row.difference_seeds for row in rows)
@@ -328,13 +328,14 @@ def restore_runs(comparison: Comparison, path: str) -> None:
     if others:
         raise InputError(
             f"--finished: {path} holds results of another comparison, which must not mix with these: its config or its "
-            f"number of processes differs (recipe {', '.join(sorted(others))}; here it is {recipe})"
+            f"number of processes differs, or an older version wrote it (recipe {', '.join(sorted(others))}; here it "
+            f"is {recipe})"
         )
     for run in comparison.runs:
         of_run = [row for row in rows if row.norm == run.norm and run.seed in row.seeds]
         if not of_run or comparison.state(run).status == "finished":
             continue
-        records = {}
+        records = {comparison.last_iteration: {"iteration": comparison.last_iteration}}
         for row in of_run:
             name, value = metrics.get(row.metric, row.metric), row.values[row.seeds.index(run.seed)]
             points = (row.curves or {}).get(str(run.seed), [])
@@ -368,7 +369,8 @@ def _text(comparison, states, rows, machines):
         ]
         if rows[0].metric == LOSS and comparison.cfg.DATASETS.TEST:
             parts.append("The losses are compared, because the evaluation has none of the metrics that are known here.")
-    parts += ["\n".join(f"- {run}: {state}{run.log(state)}" for run, state in unfinished.items())] * bool(unfinished)
+    lines = [f"- {run}: {state}{run.log_hint(state)}" for run, state in unfinished.items()]
+    parts += ["\n".join(lines)] * bool(lines)
     others = comparison.other_runs()
     parts += [f"Not in this report, because they were not asked for: {', '.join(others)}."] * bool(others)
     return "\n\n".join(parts) + "\n"
@@ -380,9 +382,7 @@ def _varied(comparison):
     if not comparison.standardized:
         return text
     without = [norm for norm in comparison.norms if not any(WS in word for word in comparison.norm_overrides(norm))]
-    some = comparison.standardized < set(comparison.keys)
     return (
-        f"{text}, with {WS}"
-        + f" in {', '.join(sorted(comparison.standardized))}" * some
+        f"{text}, {WS} added in {', '.join(sorted(comparison.standardized))}"
         + f", but {', '.join(map(norm_in_text, without))} without it" * bool(without)
     )

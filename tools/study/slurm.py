@@ -148,7 +148,8 @@ class Slurm:
         try:
             queue = _squeue()
         except InputError as error:
-            return {run: RunState(state.status, str(error)) for run, state in self._states.items()}
+            waiting = {run: s for run, s in self._states.items() if s.status in ("queued", "running")}
+            return self._states | {run: RunState(state.status, str(error)) for run, state in waiting.items()}
         self._states.update({run: self._state(run, queue.get(job)) for run, job in self._jobs.items()})
         return dict(self._states)
 

@@ -58,7 +58,7 @@ class StatusTable:
         done = self._total if state.status == "finished" else self._comparison.iterations_done(run)
         seconds = last_record(run.path("metrics.json")).get("eta_seconds") if state.status == "running" else None
         left = "" if seconds is None else str(datetime.timedelta(seconds=int(seconds)))
-        return str(run), state.status, done, left, (state.reason or "") + run.log(state)
+        return str(run), state.status, done, left, (state.reason or "") + run.log_hint(state)
 
     def _draw(self, lines):
         width, height = shutil.get_terminal_size()
