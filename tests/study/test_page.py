@@ -155,9 +155,6 @@ def test_gn_has_the_smallest_regret_of_our_norms_and_the_numbers_are_those_of_ch
     values = {norm: line_of(table, norm)[-1] for norm in ("GN", "PGN", "GN/16", "GN1", "GN/1")}
     first, second = re.findall(r"^\| (\S+)", table, re.MULTILINE)[1:3]
     mixed = float(line_of(table, first)[-1].partition(" ")[0])
-    camvid = pages.regret.read_values("docs/results", ["camvid_semantic_fpn"], "mIoU")
-    on_the_same_seeds = mean(camvid["GN/1"][seed] - camvid["GN"][seed] for seed in range(3)) - mixed
-    assert 0.15 <= on_the_same_seeds < 0.25
     assert (first, second) == ("MIX-fixed", "GN") and 0.05 <= float(values["GN"].partition(" ")[0]) - mixed < 0.15
     regrets = {norm: f"{float(cell.partition(' ')[0]):.1f}" for norm, cell in values.items()}
     choosing = " ".join(Path("docs/choosing-g.md").read_text().split())
