@@ -217,7 +217,7 @@ class Checkpointer(DetectionCheckpointer):
         if new:
             logging.getLogger(__name__).warning(
                 f"{len(new)} norms ({abbreviated(new, most=1)}) are not in {self._reading}, and the layers before them "
-                f"are: these were trained without a norm, and compute something else behind which it does not fit. "
+                f"are: they were trained without a norm, and a new one changes what the model computes. "
                 f"Where you start from a whole model, keep the NORM keys with which it was trained"
             )
 

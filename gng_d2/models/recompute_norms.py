@@ -196,13 +196,13 @@ class _Recomputed(StandIn):
 def _run_in_parts(sequential, is_checked, input):
     """Run a long Sequential in parts, each of which is computed again by itself. A part begins at a norm, because the
     norm's input is the output of a convolution and kept anyway."""
-    first, *parts = [[]]
+    parts = [[]]
     for module in sequential:
         if is_of_single_images(module):
             parts.append([])
-        (parts[-1] if parts else first).append(module)
-    output = reduce(_call, first, input)
-    for part in parts:
+        parts[-1].append(module)
+    output = reduce(_call, parts[0], input)
+    for part in parts[1:]:
         output = _Run(sequential, partial(reduce, _call, part), is_checked, tensors_in(output)).start((output,), {})
     return output
 

@@ -293,19 +293,14 @@ class Comparison:
         Raises:
             InputError: it could not; says why.
         """
-        model = build_on_meta(self.cfg)
-        for key in self.keys:
-            changed = {"not known"}
-            with suppress(InputError):  # of a head that builds with neither GN nor BN
-                changed = norms_of_key(self.cfg, key, model)[1]
-            if not changed:
-                raise InputError(f"--norm-keys {key}: this model has no norm that is made by that key")
         for norm in self.norms:
             cfg = self.norm_cfg(norm)
             model = build_on_meta(cfg)
+            if norm == self.norms[0]:
+                self._check_keys(cfg, model)
+            else:  # a warning of FrozenBN without weights; for the first norm setup_job gives it
+                check_weights(cfg)
             check_norm_keys(cfg, model)
-            if norm != self.norms[0]:
-                check_weights(cfg)  # warns of FrozenBN without weights
             for wanted, change in ((self.recompute_norms, recompute_norms), (self.fuse_norms, fuse_norms)):
                 if wanted:
                     change(model)
@@ -313,6 +308,15 @@ class Comparison:
             overrides = [*self.overrides, *self.norm_overrides(self.norms[0]), "OUTPUT_DIR", folder]
             options = {"world_size": self.world_size, "calibrate_norms": self.calibrate_norms}
             setup_job(self.config_file, overrides, **options)
+
+    def _check_keys(self, cfg, model):
+        for key in self.keys:
+            try:
+                changed = norms_of_key(cfg, key, model)[1]
+            except InputError:  # of a head that builds with neither GN nor BN
+                continue
+            if not changed:
+                raise InputError(f"--norm-keys {key}: this model has no norm that is made by that key")
 
     def claim_output(self) -> None:
         """Make the folder, or check that the runs in it are of this comparison.
