@@ -48,6 +48,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def set_threads():
+    """Sets the number of PyTorch's threads, which is what it was after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def _limited_file_size(size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -33,9 +33,6 @@ def register():
 
 
 @pytest.fixture
-def threads():
+def threads(set_threads):
     """PyTorch has four threads: none of them would idle in 32 groups, and some would in one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    set_threads(4)
