@@ -12,7 +12,7 @@ from torch import nn
 
 from .gains import activation_gains
 from .groups import ideal_num_groups, isometry_ratio, practical_num_groups
-from .layers import GroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
+from .layers import GroupNorm, LearnedGroupNorm, PracticalGroupNorm, WSConv2d, unbound_norms
 from .layers.binding import install_binding_hook
 from .layers.norm_names import extend_get_norm
 from .models.bind_norms import bind_norms
@@ -27,6 +27,7 @@ from .ops.backends import HAS_DETECTRON2
 
 __all__ = [
     "GroupNorm",
+    "LearnedGroupNorm",
     "PracticalGroupNorm",
     "WSConv2d",
     "activation_gains",

@@ -321,7 +321,7 @@ def check_norms(model: nn.Module, checkpoint: Mapping, path: str) -> None:
     differ = []
     for name in {**here, **there}:
         if name in here and name in there:
-            unbound = isinstance(modules[name], GroupNorm) and not modules[name].num_groups
+            unbound = isinstance(modules[name], GroupNorm) and here[name]["num_groups"] is None
             same = unbound or fits(there[name], here[name])
         elif name in here:
             same = name in with_weights or not modules[name].state_dict()

@@ -90,14 +90,14 @@ class GroupNorm(nn.GroupNorm):
         self.in_channels: int | None = None
         self.weight_layer: str | None = None
 
-    def groups_after(self, in_channels: int) -> int:
-        """The number of groups that it has after a layer with ``in_channels`` inputs."""
+    def groups_after(self, in_channels: int) -> int | None:
+        """The number of groups that it has after a layer with ``in_channels`` inputs; None if it has several sizes."""
         return self.num_groups
 
     def bind(self, in_channels: int, weight_layer: str) -> None:
         """Follow the layer that ``weight_layer`` describes and that has ``in_channels`` inputs."""
         num_groups = self.groups_after(in_channels)
-        if self.num_channels % num_groups:
+        if num_groups and self.num_channels % num_groups:
             raise InputError(
                 f"{self.norm_name()} cannot follow {weight_layer}: its {self.num_channels} output channels do not "
                 f"divide into {num_groups} groups. Choose a divisor of {self.num_channels}, or PGN or GN/<c>, which "
@@ -113,9 +113,14 @@ class GroupNorm(nn.GroupNorm):
         self.in_channels = self.weight_layer = None
         self.follows_registration = False
 
+    def lacks(self) -> str | None:
+        """What it still lacks from its weight layer, so that it cannot run; None if nothing."""
+        lacks_weight = self.weight_standardization and self.weight_layer is None
+        return "there is no weight to standardize" if lacks_weight else None
+
     def is_bound(self) -> bool:
         """Whether it has what it needs from its weight layer, so that it can run."""
-        return self.num_groups is not None and not (self.weight_standardization and self.weight_layer is None)
+        return self.lacks() is None
 
     def norm_name(self) -> str:
         """The name by which a config asks for this norm, for instance "GN16+WS"."""
@@ -158,7 +163,7 @@ class GroupNorm(nn.GroupNorm):
                 look(self, input)
         if not self.is_bound():
             raise self.unbound_error()
-        groups, channels = self.num_groups, self.num_channels
+        groups, channels = self.num_groups or 1, self.num_channels
         size = input.size(1) if input.dim() > 1 else 0
         if (type(size) is int and size != channels) or channels % groups:  # while tracing, size is a tensor
             raise self._shape_error(input.shape)
@@ -173,14 +178,13 @@ class GroupNorm(nn.GroupNorm):
 
     def unbound_error(self, reason: str = "") -> InputError:
         """The error of a norm that cannot run without a weight layer. ``reason`` says what was found instead."""
-        lacks = "its number of groups is not known" if self.num_groups is None else "there is no weight to standardize"
         return InputError(
             f"{module_path(self)}: this {self.norm_name()} never met a weight layer with {self.num_channels} output "
-            f"channels, so {lacks}{reason and ', and ' + reason}. {MEND}"
+            f"channels, so {self.lacks()}{reason and ', and ' + reason}. {MEND}"
         )
 
     def _shape_error(self, shape):
-        if self.num_channels % self.num_groups:
+        if self.num_groups and self.num_channels % self.num_groups:
             wrong = f"num_groups={self.num_groups} does not divide num_channels={self.num_channels}"
         else:
             wrong = f"it takes inputs (N, {self.num_channels}, *), not {tuple(shape)}"
@@ -273,6 +277,9 @@ class PracticalGroupNorm(GroupNorm):
 
     def norm_name(self) -> str:
         return "PGN" + WS * self.weight_standardization
+
+    def lacks(self) -> str | None:
+        return "its number of groups is not known" if self.num_groups is None else super().lacks()
 
     def needs_layer(self) -> bool:
         return True

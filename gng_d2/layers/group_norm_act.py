@@ -6,6 +6,7 @@ from torch.fx import Proxy
 
 from .fx_leaf import call_as_leaf
 from .group_norm import GroupNorm, PracticalGroupNorm
+from .learned_group_norm import LearnedGroupNorm
 
 
 class _WithActivation:
@@ -22,3 +23,14 @@ class GroupNormAct(_WithActivation, GroupNorm):
 
 class PracticalGroupNormAct(_WithActivation, PracticalGroupNorm):
     """:class:`PracticalGroupNorm`, then ``drop``, then ``act``, as in timm's GroupNormAct."""
+
+
+class LearnedGroupNormAct(_WithActivation, LearnedGroupNorm):
+    """:class:`LearnedGroupNorm`, then ``drop``, then ``act``, as in timm's GroupNormAct."""
+
+
+WITH_ACTIVATION = {
+    GroupNorm: GroupNormAct,
+    PracticalGroupNorm: PracticalGroupNormAct,
+    LearnedGroupNorm: LearnedGroupNormAct,
+}

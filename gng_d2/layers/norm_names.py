@@ -12,14 +12,16 @@ from gng_d2.errors import InputError
 from gng_d2.groups import nearest_divisor
 
 from .group_norm import GroupNorm, PracticalGroupNorm
+from .learned_group_norm import LearnedGroupNorm
 from .ws_conv import WS
 
 # <k>: any number of groups, <c>: of channels in each group
-_BASES = ("PGN", "GN<k>", "GN/<c>", "GN")
+_BASES = ("PGN", "LGN", "GN<k>", "GN/<c>", "GN")
 OURS = (*_BASES, *(name + WS for name in _BASES))
 THEIRS = ("LN", "BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")  # Detectron2's
 KNOWN_NORMS = (*OURS, *THEIRS)
 
+_CLASSES = {"PGN": PracticalGroupNorm, "LGN": LearnedGroupNorm}
 _NAMES = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN", "LayerNorm": "LN"}
 
 
@@ -28,6 +30,7 @@ def norm_from_name(name: str) -> Callable | None:
 
     ============  =================================================================
     ``PGN``       :class:`~gng_d2.layers.PracticalGroupNorm`
+    ``LGN``       :class:`~gng_d2.layers.LearnedGroupNorm`
     ``GN``        :class:`~gng_d2.layers.GroupNorm` with 32 groups
     ``GN<k>``     the same with k groups
     ``GN/<c>``    the same with c channels in each group; ``GN/1`` is instance norm
@@ -38,12 +41,12 @@ def norm_from_name(name: str) -> Callable | None:
         >>> norm_from_name("GN16+WS")(64)
         GroupNorm(num_channels=64, num_groups=16, in_channels=None, eps=1e-05, affine=True, weight_standardization=True)
     """
-    match = re.fullmatch(r"(PGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
+    match = re.fullmatch(r"(PGN|LGN|GN([1-9]\d*)?|GN/([1-9]\d*))(\+WS)?", name)
     if match is None:
         return None
     base, groups, channels, standardized = match.groups()
-    if base == "PGN":
-        make = PracticalGroupNorm
+    if base in _CLASSES:
+        make = _CLASSES[base]
     elif channels:
         make = partial(_with_channels_per_group, int(channels))
     else:

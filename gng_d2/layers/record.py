@@ -23,11 +23,12 @@ Record = dict[str, object]
 def norm_record(norm: nn.Module) -> Record:
     """The record of one of our norms.
 
-    Its keys are ``num_groups`` and ``in_channels`` (None if unknown), and ``weight_standardized``: True, False, or
-    "folded" if the standardized weights were written into the convolution.
+    Its keys are ``num_groups`` (None if unknown, "learned" if it has groups of all sizes), ``in_channels`` (None if
+    unknown), and ``weight_standardized``: True, False, or "folded" if the standardized weights were written into the
+    convolution.
     """
     return {
-        "num_groups": norm.num_groups,
+        "num_groups": "learned" if norm.num_groups is None and norm.is_bound() else norm.num_groups,
         "in_channels": norm.in_channels,
         "weight_standardized": "folded" if norm.weight_standardization_folded else norm.weight_standardization,
     }
@@ -67,7 +68,8 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
         if norm.norm_name() != "GN":
             _log_once(load, logging.INFO, f"{name}: its groups were not checked, because its weights have no record")
         return
-    takes = norm.num_groups is None and record["num_groups"] is not None and not norm.weight_standardization
+    is_bound_by_groups = isinstance(record["num_groups"], int) and not norm.weight_standardization
+    takes = is_bound_by_groups and not norm.is_bound()
     if takes:
         norm.num_groups, norm.weight_layer = record["num_groups"], _RECORD
         n_in = record.get("in_channels")
@@ -104,4 +106,4 @@ def describe_record(record: Record | None) -> str:
     if record["num_groups"] is None:
         return "a norm without groups"
     standardized = {True: " and WS", "folded": " and folded WS"}.get(record["weight_standardized"], "")
-    return f"{record['num_groups']} group{'s' * (record['num_groups'] > 1)}{standardized}"
+    return f"{record['num_groups']} group{'s' * (record['num_groups'] != 1)}{standardized}"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gng_d2.errors import InputError, abbreviated
-from gng_d2.layers import GroupNorm
+from gng_d2.layers import GroupNorm, LearnedGroupNorm
 from gng_d2.layers.kinds import num_channels
 from gng_d2.layers.running import unchanged, uncompiled
+from gng_d2.ops.learned_group_norm import learned_group_norm
 
 from .passes import Pass, run_in_step
 
@@ -204,8 +205,7 @@ class _Pair:
                     f"calibrate_norms: the input {tuple(input.shape)} of {self.name} has one number in each group. "
                     f"Give larger images"
                 )
-            normalized = F.group_norm(input.double(), self.norm.num_groups, eps=self.norm.eps)
-            sums = _sums(normalized, output.to(input.device, torch.float64))
+            sums = _sums(_normalized(self.norm, input.double()), output.to(input.device, torch.float64))
             self.sums = sums if self.sums is None else self.sums + sums
             self._smallest = max(SMALLEST_DEVIATION, torch.finfo(input.dtype).eps)
         if self.sums is None:
@@ -252,6 +252,13 @@ class _Pair:
         limit = LARGEST_WEIGHT * gamma.abs().max()
         weight = torch.where(is_dead, 0, gamma.sign() * (y_std / x_std.clamp(min=self._smallest)).clamp(max=limit))
         return weight, y - weight * x
+
+
+def _normalized(norm, x):
+    """What ``norm`` makes of x without its affine."""
+    if isinstance(norm, LearnedGroupNorm):
+        return learned_group_norm(x, norm.weights(), eps=norm.eps)
+    return F.group_norm(x, norm.num_groups, eps=norm.eps)
 
 
 def _sums(x, y):

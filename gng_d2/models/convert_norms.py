@@ -11,10 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from gng_d2.errors import InputError, abbreviated, one_line
-from gng_d2.groups import practical_num_groups
 from gng_d2.layers.class_change import check_changeable, has
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
-from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
+from gng_d2.layers.group_norm_act import WITH_ACTIVATION
 from gng_d2.layers.kinds import NO_LAYER, num_channels
 from gng_d2.layers.norm_names import OURS, norm_from_name, norm_name, unknown_norm
 from gng_d2.layers.ws_conv import WS, WSConv2d, can_be_standardized, unstandardize
@@ -52,7 +51,7 @@ def convert_norms(
 
     Args:
         model: any model. Convert it before it is wrapped (DDP), compiled, or copied (EMA).
-        norm: a name of ours: ``PGN``, ``GN``, ``GN<k>``, ``GN/<c>``, or one of them with ``+WS``. A layer that
+        norm: a name of ours: ``PGN``, ``LGN``, ``GN``, ``GN<k>``, ``GN/<c>``, or one of them with ``+WS``. A layer that
             cannot be standardized (anything but a plain Conv2d) keeps its weight, and is listed.
         example_inputs: what :func:`~gng_d2.bind_norms` takes: the model is run on it once, without gradients, and each
             norm learns its weight layer from the tensor that reaches it. A norm that no single layer feeds (after a
@@ -196,7 +195,7 @@ class _Change:
                 check_changeable(producer.layer)
         if self.groups is None and place.producers is not None:
             n_in = place.producers[0].n_in if place.producers else width
-            self.groups = practical_num_groups(n_in, width, self.new.gain_ratio)
+            self.groups = self.new.groups_after(n_in)
         if place.is_pooled:
             if self.numbers_in_a_group() < NUMBERS_IN_A_GROUP:
                 most = max(width * math.prod(place.size) // NUMBERS_IN_A_GROUP, 1)
@@ -246,19 +245,26 @@ class _Change:
         if self.is_fresh:
             _begin_anew(*affine.values())
         trains = not layers or any(p.requires_grad for layer in layers for p in layer.parameters())
+        own = {key: p for key, p in self.new._parameters.items() if key not in affine}
+        for key, parameter in own.items():
+            like = (
+                {} if affine["weight"] is None else {"device": affine["weight"].device, "dtype": affine["weight"].dtype}
+            )
+            before = state["_parameters"].get(key)
+            own[key] = nn.Parameter(parameter.detach().to(**like), trains) if before is None else before
         for key, tensor in affine.items():
             if tensor is not None and not isinstance(tensor, nn.Parameter):
                 affine[key] = nn.Parameter(tensor, requires_grad=trains)
         cls = type(self.new)
         if "act" in norm._modules:
             state["_modules"].setdefault("drop", nn.Identity())  # timm has it since 0.6
-            cls = PracticalGroupNormAct if cls is PracticalGroupNorm else GroupNormAct
+            cls = WITH_ACTIVATION[cls]
         vars(norm).clear()
         # the model may read attributes such as a batch norm's num_features
         kept = {key: value for key, value in state.items() if key not in _ATTRIBUTES or key in vars(nn.Module())}
         vars(norm).update({**vars(self.new), **kept})
         norm.__class__ = cls
-        norm._parameters, norm._buffers, norm._non_persistent_buffers_set = affine, {}, set()
+        norm._parameters, norm._buffers, norm._non_persistent_buffers_set = {**affine, **own}, {}, set()
         norm.affine = affine["weight"] is not None
         if had_ws and not norm.weight_standardization:
             for layer in filter(lambda layer: has(layer, WSConv2d), layers):

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from gng_d2.errors import InputError
 from gng_d2.layers.class_change import StandIn, add, check_changeable, has, original_class, remove_everywhere, ways_of
 from gng_d2.layers.group_norm import GroupNorm
+from gng_d2.layers.learned_group_norm import LearnedGroupNorm
 from gng_d2.layers.ws_conv import Conv2d, WSConv2d
 from gng_d2.ops import group_norm, standardize_weight
 from gng_d2.ops.backends import is_compiling, is_transformed
@@ -226,6 +227,8 @@ def _is_convolution(step):
 
 def _is_group_norm(step):
     forwards = nn.GroupNorm.forward, GroupNorm.forward
+    if isinstance(step, LearnedGroupNorm):
+        return False  # the op has no groups of several sizes
     return isinstance(step, nn.GroupNorm) and original_class(step).forward in forwards
 
 

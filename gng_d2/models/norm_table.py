@@ -1,5 +1,6 @@
 """A model's norms, their groups and the paper's K, before it trains."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import partial
@@ -8,9 +9,9 @@ from tabulate import tabulate
 from torch import nn
 
 from gng_d2.groups import ideal_num_groups, isometry_ratio
-from gng_d2.layers import GroupNorm, WSConv2d
+from gng_d2.layers import GroupNorm, LearnedGroupNorm, WSConv2d
 from gng_d2.layers.binding import named_norms
-from gng_d2.layers.kinds import NO_LAYER, layer_sizes, num_groups
+from gng_d2.layers.kinds import NO_LAYER, layer_sizes, num_channels, num_groups
 from gng_d2.layers.norm_names import norm_name
 
 
@@ -24,6 +25,7 @@ class NormRow:
     n_in: int | None  # input channels of that layer; the norm's own width where no single layer feeds it
     n_out: int | None  # output channels of that layer
     num_groups: int | None
+    channels_per_group: int | tuple[float, ...] | None  # of LGN geometric means: in its mean, in its variance
     ideal_num_groups: float | None  # Eq. 32
     isometry_ratio: float | None  # K, Eq. 31: the gradient's variance before the block over that after it
     weight_standardized: bool
@@ -37,19 +39,21 @@ class CalibratedNormRow(NormRow):
 
 
 class NormTable(list[NormRow]):
-    """Rows of :func:`norm_table`. It prints as a table, which also has the channels in each group."""
+    """Rows of :func:`norm_table`. It prints as a table."""
 
-    _HEADERS = {"num_groups": "groups", "ideal_num_groups": "ideal", "isometry_ratio": "K", "weight_standardized": "WS"}
+    _HEADERS = {
+        "num_groups": "groups",
+        "channels_per_group": "channels/group",
+        "ideal_num_groups": "ideal",
+        "isometry_ratio": "K",
+        "weight_standardized": "WS",
+    }
 
     def __str__(self):
         calibrated = any(isinstance(row, CalibratedNormRow) for row in self)
         names = [field.name for field in fields(CalibratedNormRow if calibrated else NormRow)]
         lines = [[getattr(row, name, None) for name in names] for row in self]
-        at = names.index("num_groups") + 1
-        for row, line in zip(self, lines):
-            line.insert(at, row.n_out // row.num_groups if row.n_out and row.num_groups else None)
-        headers = [self._HEADERS.get(name, name) for name in names]
-        return tabulate(lines, [*headers[:at], "channels/group", *headers[at:]], missingval="-")
+        return tabulate(lines, [self._HEADERS.get(name, name) for name in names], missingval="-")
 
 
 def norm_table(model: nn.Module) -> NormTable:
@@ -82,10 +86,18 @@ def _row(name, norm, layer_name, layer):
         n_in=n_in,
         n_out=n_out,
         num_groups=groups,
+        channels_per_group=_channels_per_group(norm, groups),
         ideal_num_groups=None if n_in is None else ideal_num_groups(n_in, n_out, gain_ratio),
         isometry_ratio=None if n_in is None or not groups else isometry_ratio(n_in, n_out, groups, gain_ratio),
         weight_standardized=standardized,
     )
+
+
+def _channels_per_group(norm, groups):
+    if isinstance(norm, LearnedGroupNorm) and not norm.logits.is_meta:
+        mixtures = norm.mixtures().values()
+        return tuple(round(math.prod(size**weight for size, weight in of.items()), 1) for of in mixtures)
+    return None if groups is None else num_channels(norm) // groups
 
 
 def norm_summary(model: nn.Module) -> str:

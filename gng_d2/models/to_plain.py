@@ -3,7 +3,7 @@
 from torch import nn
 
 from gng_d2.errors import InputError
-from gng_d2.layers import GroupNorm, PracticalGroupNorm, unbound_norms
+from gng_d2.layers import GroupNorm, LearnedGroupNorm, PracticalGroupNorm, unbound_norms
 from gng_d2.layers.class_change import has, original_class
 from gng_d2.layers.group_norm_act import GroupNormAct, PracticalGroupNormAct
 from gng_d2.layers.ws_conv import Conv2d, WSConv2d
@@ -48,6 +48,10 @@ def to_plain(model: nn.Module) -> nn.Module:
     norms = {module: name for name, module in model.named_modules() if isinstance(module, GroupNorm)}
     convolutions = [module for module in model.modules() if has(module, WSConv2d)]
     for norm, name in norms.items():
+        if isinstance(norm, LearnedGroupNorm):
+            raise InputError(
+                f"to_plain: PyTorch has no norm that computes what {name or 'the model'} does, which is LGN"
+            )
         if original_class(norm) not in (GroupNorm, PracticalGroupNorm, GroupNormAct, PracticalGroupNormAct):
             raise InputError(
                 f"to_plain: {name or 'the model'} is a {type(norm).__name__}, a subclass of a norm of gng_d2 that may "

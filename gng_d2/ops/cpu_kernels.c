@@ -33,6 +33,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct { double mean, m2; } moments_t; /* m2: sum of squared differences from the mean */
 typedef struct { double dy, dy_x; } sums_t;    /* of dy, and of dy times (x - mean) or (x - mean) rstd */
+typedef struct { double x, constant; } factors_t;   /* dx is dy scale + (x - mean) x + constant */
 typedef struct { float mean, scale, shift; } map_t; /* from x to (x - mean) scale + shift */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -139,13 +140,28 @@ INLINE float passed_back(float dy, float x, map_t map, const float *kept, int ac
   return dy * (sigmoid * (1 + t * (1 - sigmoid)));
 }
 
-/* In two halves at once, as each addition waits for the one before it. */
+INLINE moments_t moments_of_short_piece(const float *x, int64_t n) {
+  float sum = 0, rest = 0, m2 = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += x[i];
+  float shift = sum / n; /* squares alone would lose the variance of values with a large mean */
+#pragma omp simd reduction(+ : rest, m2)
+  for (int64_t i = 0; i < n; i++) {
+    float difference = x[i] - shift;
+    rest += difference, m2 += difference * difference;
+  }
+  double correction = rest;
+  return (moments_t){shift + correction / n, m2 - correction * correction / n};
+}
+
+/* From some length on in two halves at once, as each addition waits for the one before it. */
 VECTORIZED static moments_t moments_of_piece(const float *x, int64_t n) {
+  if (n < 1024) return moments_of_short_piece(x, n);
   float sum = n % 2 ? x[n - 1] : 0, other_sum = 0;
   const float *other_x = x + n / 2;
 #pragma omp simd reduction(+ : sum, other_sum)
   for (int64_t i = 0; i < n / 2; i++) sum += x[i], other_sum += other_x[i];
-  float shift = (sum + other_sum) / n; /* squares alone would lose the variance of values with a large mean */
+  float shift = (sum + other_sum) / n;
   float rest = n % 2 ? x[n - 1] - shift : 0, other_rest = 0, m2 = rest * rest, other_m2 = 0;
 #pragma omp simd reduction(+ : rest, m2, other_rest, other_m2)
   for (int64_t i = 0; i < n / 2; i++) {
@@ -205,6 +221,7 @@ VECTORIZED static void differentiate(float *dx, const float *dy, const float *x,
 
 static moments_t merge(const moments_t *piece_moments, int64_t pieces, int64_t size, int64_t piece) {
   moments_t whole = {0, 0};
+  if (pieces == 1) return *piece_moments;
   for (int64_t i = 0; i < pieces; i++) whole.mean += piece_moments[i].mean * smaller(piece, size - i * piece);
   whole.mean /= size;
   for (int64_t i = 0; i < pieces; i++) {
@@ -259,37 +276,63 @@ void gng_d2_group_norm_apply(const void *x, const float *mean, const float *rstd
   }
 }
 
-/* The same shapes; partial: (images, channels + groups). With an activation, `kept` is null or what was added to the
-   normalized x, of RELU the output, and dresidual takes the gradient of what was added. */
+/* The sums of each row, and in `passed`, if there is one, what passes the activation. Every thread of a team calls this. */
+static void sum_rows(const void *dy, const void *x, const float *mean, const float *rstd, const float *weight,
+                     const float *bias, const void *kept, void *passed, sums_t *sums_of_row, int64_t rows, int64_t channels,
+                     int64_t positions, int64_t per_group, int64_t piece, int64_t type, int64_t activation) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    float buffers[4][piece];
+    map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
+    sums_t sums = {0, 0};
+    for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
+      int64_t n = smaller(piece, end - i);
+      sums_t more = sums_of_piece(place(passed, i, type, buffers[0]), load(dy, i, n, type, buffers[1]),
+                                  load(x, i, n, type, buffers[2]), n, map, load(kept, i, n, type, buffers[3]),
+                                  activation);
+      store(passed, i, n, type, buffers[0]);
+      sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
+    }
+    sums_of_row[row] = sums;
+  }
+}
+
+/* dx of each row, with the factors of its group. Every thread of a team calls this. dx may be dy. */
+static void differentiate_rows(const void *dy, const void *x, const float *mean, const float *rstd, const float *weight,
+                               const float *bias, const factors_t *factors, void *dx, int64_t rows, int64_t channels,
+                               int64_t positions, int64_t per_group, int64_t piece, int64_t type, int64_t activation) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    float buffers[3][piece];
+    map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
+    factors_t f = factors[row / per_group];
+    for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
+      int64_t n = smaller(piece, end - i);
+      differentiate(place(dx, i, type, buffers[0]), load(dy, i, n, type, buffers[1]), load(x, i, n, type, buffers[2]), n,
+                    map, f.x, f.constant, activation);
+      store(dx, i, n, type, buffers[0]);
+    }
+  }
+}
+
+/* The same shapes; row_sums: (images, channels); factors: (images, groups). With an activation, `kept` is null or what was
+   added to the normalized x, of RELU the output, and dresidual takes the gradient of what was added. */
 void gng_d2_group_norm_gradients(const void *dy, const void *x, const float *mean, const float *rstd, const float *weight,
                                  const float *bias, const void *kept, void *dx, float *dweight, float *dbias,
-                                 void *dresidual, sums_t *partial, int64_t images, int64_t channels, int64_t positions,
-                                 int64_t groups, int64_t piece, int64_t type, int64_t activation, int threads) {
-  int64_t per_group = channels / groups;
+                                 void *dresidual, sums_t *row_sums, factors_t *factors, int64_t images, int64_t channels,
+                                 int64_t positions, int64_t groups, int64_t piece, int64_t type, int64_t activation,
+                                 int threads) {
+  int64_t per_group = channels / groups, rows = images * channels;
   void *passed = kept ? dresidual : activation == SILU ? dx : NULL;
-  sums_t *group_sums = partial + images * channels;
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < images * channels; row++) {
-      float buffers[4][piece];
-      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
-      sums_t sums = {0, 0};
-      for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        int64_t n = smaller(piece, end - i);
-        sums_t more = sums_of_piece(place(passed, i, type, buffers[0]), load(dy, i, n, type, buffers[1]),
-                                    load(x, i, n, type, buffers[2]), n, map, load(kept, i, n, type, buffers[3]),
-                                    activation);
-        store(passed, i, n, type, buffers[0]);
-        sums.dy += more.dy, sums.dy_x += more.dy_x * rstd[row / per_group];
-      }
-      partial[row] = sums;
-    }
+    sum_rows(dy, x, mean, rstd, weight, bias, kept, passed, row_sums, rows, channels, positions, per_group, piece, type,
+             activation);
 #pragma omp for schedule(static) nowait
     for (int64_t channel = 0; channel < channels; channel++) {
       sums_t sums = {0, 0};
-      for (int64_t row = channel; row < images * channels; row += channels)
-        sums.dy += partial[row].dy, sums.dy_x += partial[row].dy_x;
+      for (int64_t row = channel; row < rows; row += channels)
+        sums.dy += row_sums[row].dy, sums.dy_x += row_sums[row].dy_x;
       dbias[channel] = sums.dy, dweight[channel] = sums.dy_x;
     }
 #pragma omp for schedule(static)
@@ -297,23 +340,140 @@ void gng_d2_group_norm_gradients(const void *dy, const void *x, const float *mea
       sums_t sums = {0, 0};
       for (int64_t row = group * per_group; row < (group + 1) * per_group; row++) {
         double scale = weight ? weight[row % channels] : 1;
-        sums.dy += scale * partial[row].dy, sums.dy_x += scale * partial[row].dy_x;
+        sums.dy += scale * row_sums[row].dy, sums.dy_x += scale * row_sums[row].dy_x;
       }
-      group_sums[group] = sums;
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < images * channels; row++) {
-      float buffers[3][piece];
-      int64_t group = row / per_group;
-      map_t map = map_of_row(row, mean, rstd, weight, bias, channels, per_group);
       double share = -rstd[group] / (double)(per_group * positions);
-      float x_factor = share * rstd[group] * group_sums[group].dy_x, constant = share * group_sums[group].dy;
-      for (int64_t i = row * positions, end = i + positions; i < end; i += piece) {
-        int64_t n = smaller(piece, end - i);
-        differentiate(place(dx, i, type, buffers[0]), load(passed ? passed : dy, i, n, type, buffers[1]),
-                      load(x, i, n, type, buffers[2]), n, map, x_factor, constant, passed ? NO_ACTIVATION : activation);
-        store(dx, i, n, type, buffers[0]);
+      factors[group] = (factors_t){share * rstd[group] * sums.dy_x, share * sums.dy};
+    }
+    differentiate_rows(passed ? passed : dy, x, mean, rstd, weight, bias, factors, dx, rows, channels, positions, per_group,
+                       piece, type, passed ? NO_ACTIVATION : activation);
+  }
+}
+
+/* Learned group norm, in whose arrays each channel of each image has its own mean and rstd: groups of one channel. */
+void gng_d2_row_sums(const void *dy, const void *x, const float *mean, const float *rstd, sums_t *sums, int64_t rows,
+                     int64_t positions, int64_t piece, int64_t type, int threads) {
+#pragma omp parallel num_threads(threads)
+  sum_rows(dy, x, mean, rstd, NULL, NULL, NULL, NULL, sums, rows, rows, positions, 1, piece, type, NO_ACTIVATION);
+}
+
+void gng_d2_row_gradients(const void *dy, const void *x, const float *mean, const float *rstd, const float *weight,
+                          const factors_t *factors, void *dx, int64_t images, int64_t channels, int64_t positions,
+                          int64_t piece, int64_t type, int threads) {
+#pragma omp parallel num_threads(threads)
+  differentiate_rows(dy, x, mean, rstd, weight, NULL, factors, dx, images * channels, channels, positions, 1, piece, type,
+                     NO_ACTIVATION);
+}
+
+/* Groups of sizes[k] channels are level k; level 0 is the channels, the last level one group of all, and each group consists
+   of groups of the level before. The arrays of mixed moments hold all levels, one behind the other: 2 channels at most. */
+
+/* Of one image: mean and variance of the groups of each level, from those of its channels. */
+VECTORIZED static void moments_of_levels(float *mean, float *variance, const int64_t *sizes, int64_t count,
+                                         int64_t channels) {
+  for (int64_t k = 0; k + 1 < count; k++) {
+    int64_t n = channels / sizes[k], ratio = sizes[k + 1] / sizes[k];
+    float *next_mean = mean + n, *next_variance = variance + n;
+    for (int64_t group = 0; group < n / ratio; group++, mean += ratio, variance += ratio) {
+      float sum = 0, within = 0, between = 0;
+      for (int64_t i = 0; i < ratio; i++) sum += mean[i], within += variance[i];
+      sum /= ratio;
+      for (int64_t i = 0; i < ratio; i++) between += (mean[i] - sum) * (mean[i] - sum);
+      next_mean[group] = sum, next_variance[group] = (within + between) / ratio;
+    }
+  }
+}
+
+/* For each channel, in place: the sums over the levels of `factors` times what its group has. */
+VECTORIZED static void mix(float *values, const float *factors, const int64_t *sizes, int64_t count, int64_t channels) {
+  float *next = values;
+  for (int64_t k = 0; k + 1 < count; k++) next += channels / sizes[k];
+  *next *= factors[count - 1];
+  for (int64_t k = count - 2; k >= 0; k--) {
+    int64_t n = channels / sizes[k], ratio = sizes[k + 1] / sizes[k];
+    float *level = next - n;
+    for (int64_t group = 0; group < n / ratio; group++)
+      for (int64_t i = 0; i < ratio; i++) level[group * ratio + i] = factors[k] * level[group * ratio + i] + next[group];
+    next = level;
+  }
+}
+
+/* Of one image, whose moments of all levels are `mean` and `variance`: replaces the gradients of the mixed moments by those of
+   the channels' own, and writes those of the two mixtures. */
+VECTORIZED static void mix_backward(float *dmean, float *dvariance, const float *mean, const float *variance,
+                                    const float *of_mean, const float *of_variance, const int64_t *sizes, int64_t count,
+                                    int64_t channels, float *dof_mean, float *dof_variance) {
+  int64_t at = 0;
+  for (int64_t k = 0; k < count; k++) {
+    int64_t n = channels / sizes[k], ratio = k + 1 < count ? sizes[k + 1] / sizes[k] : 1;
+    double sum_mean = 0, sum_variance = 0;
+    for (int64_t i = at; i < at + n; i++) sum_mean += dmean[i] * mean[i], sum_variance += dvariance[i] * variance[i];
+    dof_mean[k] = sum_mean, dof_variance[k] = sum_variance;
+    if (k + 1 == count) break;
+    for (int64_t group = 0; group < n / ratio; group++) {
+      float of_group = 0, other = 0;
+      for (int64_t i = at + group * ratio; i < at + (group + 1) * ratio; i++) of_group += dmean[i], other += dvariance[i];
+      dmean[at + n + group] = of_group, dvariance[at + n + group] = other;
+    }
+    at += n;
+  }
+  float through_mean[2 * channels]; /* the part of dmean that passes the variances of groups */
+  dmean[at] *= of_mean[count - 1] / channels, dvariance[at] *= of_variance[count - 1] / channels, through_mean[at] = 0;
+  for (int64_t k = count - 2; k >= 0; k--) {
+    int64_t n = channels / sizes[k], ratio = sizes[k + 1] / sizes[k], next = at;
+    at -= n;
+    for (int64_t group = next; group < next + n / ratio; group++)
+      for (int64_t i = at + (group - next) * ratio; i < at + (group - next + 1) * ratio; i++) {
+        through_mean[i] = through_mean[group] + 2 * dvariance[group] * (mean[i] - mean[group]);
+        dmean[i] = of_mean[k] / sizes[k] * dmean[i] + dmean[group];
+        dvariance[i] = of_variance[k] / sizes[k] * dvariance[i] + dvariance[group];
       }
+  }
+  for (int64_t c = 0; c < channels; c++) dmean[c] += through_mean[c];
+}
+
+static void read_moments(const float *own_mean, const float *own_rstd, float *mean, float *variance, int64_t channels) {
+  for (int64_t c = 0; c < channels; c++) mean[c] = own_mean[c], variance[c] = 1 / (own_rstd[c] * own_rstd[c]); /* with eps */
+}
+
+/* mean, rstd: (images, channels), of each channel; mixtures: (2, count), of the mean and of the variance; sizes: (count), the
+   channels in a group; mixed_mean, mixed_rstd: (images, channels) */
+void gng_d2_mix_moments(const float *mean, const float *rstd, const float *mixtures, const int64_t *sizes, float *mixed_mean,
+                        float *mixed_rstd, int64_t images, int64_t channels, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t first = 0; first < images * channels; first += channels) {
+    float means[2 * channels], variances[2 * channels];
+    read_moments(mean + first, rstd + first, means, variances, channels);
+    moments_of_levels(means, variances, sizes, count, channels);
+    mix(means, mixtures, sizes, count, channels);
+    mix(variances, mixtures + count, sizes, count, channels);
+    for (int64_t c = 0; c < channels; c++)
+      mixed_mean[first + c] = means[c], mixed_rstd[first + c] = 1 / sqrtf(variances[c]);
+  }
+}
+
+/* sums: (images, channels), of gng_d2_row_sums with the mixed moments; dmixtures: (images, 2, count) */
+void gng_d2_mix_moments_backward(const sums_t *sums, const float *mean, const float *rstd, const float *mixed_mean,
+                                 const float *mixed_rstd, const float *weight, const float *mixtures, const int64_t *sizes,
+                                 factors_t *factors, float *dmixtures, int64_t images, int64_t channels, int64_t positions,
+                                 int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t image = 0; image < images; image++) {
+    float means[2 * channels], variances[2 * channels], dmean[2 * channels], dvariance[2 * channels];
+    int64_t first = image * channels;
+    read_moments(mean + first, rstd + first, means, variances, channels);
+    moments_of_levels(means, variances, sizes, count, channels);
+    for (int64_t c = 0; c < channels; c++) {
+      float scale = mixed_rstd[first + c] * (weight ? weight[c] : 1);
+      dmean[c] = -scale * sums[first + c].dy;
+      dvariance[c] = -.5f * scale * mixed_rstd[first + c] * sums[first + c].dy_x;
+    }
+    float *dof_mean = dmixtures + image * 2 * count;
+    mix_backward(dmean, dvariance, means, variances, mixtures, mixtures + count, sizes, count, channels, dof_mean,
+                 dof_mean + count);
+    for (int64_t c = 0; c < channels; c++) {
+      double x_factor = 2.0 * dvariance[c] / positions, shift = mixed_mean[first + c] - means[c];
+      factors[first + c] = (factors_t){x_factor, dmean[c] / positions + x_factor * shift};
     }
   }
 }

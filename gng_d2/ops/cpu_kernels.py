@@ -15,7 +15,11 @@ _POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "group_norm_statistics": [_POINTER] * 4 + [_INTEGER] * 4 + [_NUMBER],
     "group_norm_apply": [_POINTER] * 7 + [_INTEGER] * 7,
-    "group_norm_gradients": [_POINTER] * 12 + [_INTEGER] * 7,
+    "group_norm_gradients": [_POINTER] * 13 + [_INTEGER] * 7,
+    "row_sums": [_POINTER] * 5 + [_INTEGER] * 4,
+    "row_gradients": [_POINTER] * 7 + [_INTEGER] * 5,
+    "mix_moments": [_POINTER] * 6 + [_INTEGER] * 3,
+    "mix_moments_backward": [_POINTER] * 10 + [_INTEGER] * 4,
     "standardize": [_POINTER] * 2 + [_INTEGER] * 2 + [_NUMBER],
     "standardize_backward": [_POINTER] * 3 + [_INTEGER] * 2 + [_NUMBER],
 }

@@ -19,7 +19,7 @@ _MIN_POSITIONS = 512  # for fewer, the calls for short rows take the time
 # where none of PyTorch's threads idles, ours is faster in the caches
 _MIN_SHARE, _MAX_CACHED = 2**18, 2**21
 _MIN_FUSED = 2**19  # where none idles, fewer elements lie in the caches, and the passes that are saved cost nothing
-_PIECE = 4096  # elements that the first cache holds
+PIECE = 4096  # elements that the first cache holds
 ACTIVATIONS = (None, "relu", "silu")  # in the order of the C file
 
 
@@ -55,8 +55,8 @@ def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     groups = len(x) * num_groups
     size = x.numel() // groups
     mean, rstd = (x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
-    moments = x.new_empty((groups * math.ceil(size / _PIECE), 2), dtype=torch.float64)
-    numbers = groups, size, _PIECE, DTYPES.index(x.dtype), eps
+    moments = x.new_empty((groups * math.ceil(size / PIECE), 2), dtype=torch.float64)
+    numbers = groups, size, PIECE, DTYPES.index(x.dtype), eps
     cpu_kernels.call("group_norm_statistics", (x, mean, rstd, moments), *numbers)
     return mean, rstd
 
@@ -105,9 +105,9 @@ def backward(
     dx = torch.empty_like(x)
     dresidual = None if kept is None else torch.empty_like(x)
     dweight, dbias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    sums = x.new_empty((images * (channels + num_groups), 2), dtype=torch.float64)
+    sums, factors = (x.new_empty((images * rows, 2), dtype=torch.float64) for rows in (channels, num_groups))
     of_forward = dy, x, mean, rstd, _in_float32(weight), _in_float32(bias), kept
-    tensors = *of_forward, dx, dweight, dbias, dresidual, sums
+    tensors = *of_forward, dx, dweight, dbias, dresidual, sums, factors
     cpu_kernels.call("group_norm_gradients", tensors, *_numbers(x, num_groups, activation))
     return dx, dweight, dbias, dresidual
 
@@ -119,4 +119,4 @@ def _in_float32(parameter):
 def _numbers(x, num_groups, activation):
     images, channels = x.shape[:2]
     positions = x.numel() // (images * channels)
-    return images, channels, positions, num_groups, _PIECE, DTYPES.index(x.dtype), ACTIVATIONS.index(activation)
+    return images, channels, positions, num_groups, PIECE, DTYPES.index(x.dtype), ACTIVATIONS.index(activation)

@@ -19,6 +19,7 @@ from gng_d2.models.norm_table import norm_table
 
 def test_our_names():
     assert type(get_norm("PGN", 64)) is gng_d2.PracticalGroupNorm
+    assert type(get_norm("LGN", 64)) is gng_d2.LearnedGroupNorm
     for name, groups in [("GN1", 1), ("GN16", 16), ("GN64", 64)]:
         norm = get_norm(name, 64)
         assert isinstance(norm, nn.GroupNorm) and norm.num_groups == groups
@@ -80,7 +81,7 @@ def test_detectron2s_own_stay_as_they_are():
 def test_unknown_name_lists_the_known_and_the_nearest(name, near):
     with pytest.raises(
         ValueError,
-        match=rf"unknown norm '{re.escape(name)}'; did you mean '{re.escape(near)}.*PGN, GN<k>, GN/<c>.*FrozenBN",
+        match=rf"unknown norm '{re.escape(name)}'; did you mean '{re.escape(near)}.*PGN, LGN, GN<k>, GN/<c>.*FrozenBN",
     ):
         get_norm(name, 64)
 

@@ -77,7 +77,7 @@ def test_larger_than_the_caches(shape):
 @pytest.mark.parametrize("piece", [1, 2, 7, 63, 126, 1000])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_groups_of_several_pieces(groups, piece, monkeypatch):
-    monkeypatch.setattr(group_norm_cpu, "_PIECE", piece)
+    monkeypatch.setattr(group_norm_cpu, "PIECE", piece)
     x, weight, bias = draw(2, 6, 9, 7, mean=3)
     mean, rstd = group_norm_cpu.statistics(x, groups, 1e-5)
     y = group_norm_cpu.apply(x, mean, rstd, weight, bias, groups)
