@@ -14,10 +14,11 @@ from gng_d2 import GroupNorm
 from gng_d2.errors import InputError
 from gng_d2.job.build import build
 from gng_d2.job.checkpoint import Checkpointer
+from gng_d2.layers import LearnedGroupNorm
+from gng_d2.ops import group_sizes
 from study import collapse
 from study.collapse import CollapseRow
 from study.comparison import Run, RunState
-from study.mixture_norm import MixtureNorm
 from study.rows import read_rows
 
 
@@ -52,9 +53,9 @@ def test_lost_means_of_images(groups):
     left = [[m - fmean(image[c // size * size :][:size]) for c, m in enumerate(image)] for image in means]
     own, kept = (sum(map(pvariance, zip(*images))) for images in (means, left))
     assert measured(GroupNorm(groups, 8), calls).lost() == pytest.approx(1 - kept / own, abs=1e-12)
-    norm = MixtureNorm(8, rate=10)
+    norm = LearnedGroupNorm(8)
     with torch.no_grad():
-        norm.logits[0, norm.sizes.index(size)] = 100
+        norm.logits[0, group_sizes(8).index(size)] = 100
     assert measured(norm, calls).lost() == pytest.approx(1 - kept / own, abs=1e-6)
 
 
@@ -85,19 +86,19 @@ def test_table(line_of):
 def test_mixture_table(line_of):
     """The geometric mean of 1 and 4 channels with equal weights is 2."""
     rows = [
-        replace(row("MIX", seed, 0.2), mixtures=[[1, first, 0.0], [4, 1 - first, 1.0]])
+        replace(row("LGN", seed, 0.2), mixtures=[[1, first, 0.0], [4, 1 - first, 1.0]])
         for seed, first in ((0, 0.25), (1, 0.75))
     ]
-    cells = line_of(collapse.mixture_table([*rows, row("GN", 0, 0.2)]), "MIX")
-    assert cells == ["MIX", "head", "2", "2.0 (0.50, 0.50)", "4.0 (0.00, 1.00)"]
+    cells = line_of(collapse.mixture_table([*rows, row("GN", 0, 0.2)]), "LGN")
+    assert cells == ["LGN", "head", "2", "2.0 (0.50, 0.50)", "4.0 (0.00, 1.00)"]
 
 
 def test_mixtures_are_those_that_the_norm_learned():
-    norm = MixtureNorm(4, rate=10)
+    norm = LearnedGroupNorm(4)
     with torch.no_grad():
         norm.logits.copy_(torch.tensor([[100, 0, 0], [0, 0, 100]]))
     assert collapse._mixtures(norm) == [(1, 1, 0), (2, 0, 0), (4, 0, 1)]
-    assert collapse._mixtures(MixtureNorm(4)) is None and collapse._mixtures(nn.GroupNorm(2, 4)) is None
+    assert collapse._mixtures(norm.requires_grad_(False)) is None and collapse._mixtures(nn.GroupNorm(2, 4)) is None
 
 
 def test_other_folders_are_refused(reproduce, tmp_path):

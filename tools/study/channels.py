@@ -11,6 +11,7 @@ from itertools import groupby
 from matplotlib.figure import Figure
 
 from command_line import add_outputs
+from gng_d2.errors import InputError
 from gng_d2.job.build import build_on_meta
 from gng_d2.job.config import load_config
 from gng_d2.job.files import prepare_outputs, save_figure
@@ -39,7 +40,9 @@ def measure(norms: list[str]) -> list[ChannelsRow]:
     for norm in norms:
         words = [*BOX_HEAD, *(word for key in KEYS for word in (key, norm))]
         found = norm_table(build_on_meta(load_config(CONFIG, words)))
-        of_norm = [ChannelsRow(norm, row.name, _part(row.name), row.n_out // row.num_groups) for row in found]
+        if any(row.channels_per_group is None for row in found):
+            raise InputError(f"--norms: {norm} has no one number of channels in a group before it is trained")
+        of_norm = [ChannelsRow(norm, row.name, _part(row.name), row.channels_per_group) for row in found]
         rows += sorted(of_norm, key=lambda row: _PARTS.index(row.part))  # the FPN is built before the backbone
     return rows
 

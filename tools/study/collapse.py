@@ -10,7 +10,7 @@ constant  the share of the power of its input that is the same for all images an
 lost      the share of the variance of a channel's mean from image to image that goes when the norm subtracts the mean
           of the channel's group. A norm with 1 channel in a group loses all of it
 
-The rows of a norm of study/mixture_norm.py that learns its mixtures have these mixtures too.
+The rows of LGN, which learns its mixtures, have these mixtures too.
 """
 
 import os
@@ -35,6 +35,7 @@ from gng_d2.job.engine import Trainer
 from gng_d2.job.files import prepare_outputs, save_figure
 from gng_d2.job.imports import import_modules
 from gng_d2.job.norm_keys import norms_of_key
+from gng_d2.layers import LearnedGroupNorm
 
 from .comparison import finished_runs
 from .rows import leaves, machine, markdown, mean_and_std, norm_in_text, write_rows
@@ -56,14 +57,9 @@ class CollapseRow:
 
 
 class Collapse:
-    """Sums over the inputs that a norm has received, and the two shares that follow from them.
+    """Sums over the inputs that a group norm has received, and the two shares that follow from them."""
 
-    Args:
-        norm: a GroupNorm, or a norm with a method ``subtracted``, which takes the channels' means, (N, C), and returns
-            what the norm subtracts from each channel.
-    """
-
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: nn.GroupNorm):
         self.norm = norm
         self.numbers, self.total, self.squares = 0, 0, 0
         self.means = []
@@ -86,15 +82,19 @@ class Collapse:
         return 1 - (kept.square().sum() / power).item() if power > 0 else None
 
     def _subtracted(self, means):
-        if not isinstance(self.norm, nn.GroupNorm):
-            return self.norm.subtracted(means)
-        groups = means.unflatten(1, (self.norm.num_groups, -1))
-        return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
+        """What the norm subtracts from each channel, (N, C), if the channels have these ``means``."""
+        norm = self.norm
+        if isinstance(norm, LearnedGroupNorm):
+            mixture = norm.mixtures()["mean"]
+        else:
+            mixture = {norm.num_channels // norm.num_groups: 1}
+        groups = [(weight, means.unflatten(1, (-1, size))) for size, weight in mixture.items()]
+        return sum(weight * of.mean(2, keepdim=True).expand_as(of).flatten(1) for weight, of in groups)
 
 
 def measure(model: nn.Module, batches: Iterable) -> dict[str, Collapse]:
     """Run ``model`` on ``batches``, and return what each norm that it reaches has received, by the norm's path."""
-    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.GroupNorm) or hasattr(m, "subtracted"))
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.GroupNorm))
     found = {name: Collapse(norm) for name, norm in norms}
     hooks = [c.norm.register_forward_pre_hook(lambda _, args, c=c: c.add(args[0])) for c in found.values()]
     training = model.training
@@ -165,9 +165,10 @@ def _norm_and_seed(cfg, keys):
 
 
 def _mixtures(norm):
-    if not hasattr(norm, "logits"):
+    if not isinstance(norm, LearnedGroupNorm) or not norm.logits.requires_grad:
         return None
-    return list(zip(norm.sizes, *(weights.tolist() for weights in norm.mixtures())))
+    mean, variance = norm.mixtures().values()
+    return [(size, mean[size], variance[size]) for size in mean]
 
 
 def _by_run(rows):

@@ -261,12 +261,10 @@ class Comparison:
         for norm in self.norms:
             rows = tables.get(norm, [])
             groups = Counter(row.num_groups or row.norm for row in rows)
-            known = [
-                row.n_out // row.num_groups for row in rows if row.name in under_test and row.num_groups and row.n_out
-            ]
+            tested = [row.channels_per_group for row in rows if row.name in under_test]
             facts[norm] = NormFacts(
                 groups=", ".join(f"{count} x {group}" for group, count in groups.items()),
-                channels_per_group=sorted(Counter(known).items()),
+                channels_per_group=sorted(Counter(filter(None, tested)).items()),
                 paper=paper_values(self.norm_cfg(norm)),
             )
         return facts

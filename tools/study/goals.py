@@ -11,6 +11,7 @@ from .norm_cost import NormCostRow
 from .rows import markdown
 
 _LARGE = 64e6  # bytes
+_LEARNED = 1.15
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,24 @@ def norm_goals(rows: list[NormCostRow]) -> list[Goal]:
     """Those of the norms alone, from the rows of one run of norm-cost."""
     alone = [row for row in rows if row.after == "nothing"]
     return [no_slower_than_gn32(alone), five_times_at_one_group(alone), share_of_copy_bandwidth(alone)]
+
+
+def learned_goals(rows: list[NormCostRow]) -> list[Goal]:
+    """Those of the norm that learns its groups, from the rows of norm-cost. The sum over the inputs is what counts."""
+    goals = []
+    for direction in ("forward", "forward+backward"):
+        goal = f"LGN to PyTorch's GN at G = 32, {direction}: {_LEARNED} times at most"
+        learned = [row for row in rows if (row.implementation, row.direction) == ("learned", direction)]
+        if not learned:
+            goals.append(Goal(goal, None))
+            continue
+        native = sum(row.milliseconds / row.ratio_to_native_gn32 for row in learned)
+        ratio = sum(row.milliseconds for row in learned) / native
+        worst = max(learned, key=lambda row: row.ratio_to_native_gn32)
+        highest = f"{worst.ratio_to_native_gn32:.2f} at most ({_named(worst)})"
+        text = f"{ratio:.2f} in the sum over {len(learned)} inputs, {highest}"
+        goals.append(Goal(goal, text, ratio <= _LEARNED))
+    return goals
 
 
 def fused_goals(rows: list[NormCostRow]) -> list[Goal]:

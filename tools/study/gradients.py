@@ -233,7 +233,7 @@ def measure(model: nn.Module, batch: list[dict], seed: int = 0, device: str = "c
     rows, measured = [], {}  # measured: groups of all norms -> blocks
     for setup, groups in tqdm(setups.items(), unit="setup"):
         for name, (norm, _) in norms.items():
-            if isinstance(norm, nn.GroupNorm):
+            if _has_groups(norm):
                 norm.num_groups = groups.get(name, configured[name].num_groups)
         table = {row.name: row for row in norm_table(model)}
         key = tuple(row.num_groups for row in table.values())
@@ -246,9 +246,13 @@ def measure(model: nn.Module, batch: list[dict], seed: int = 0, device: str = "c
     return rows
 
 
+def _has_groups(norm):
+    return isinstance(norm, nn.GroupNorm) and norm.num_groups is not None  # LGN has groups of all sizes
+
+
 def _other_groups(norms):
     """Setup -> name of a group norm -> groups, where they divide its channels."""
-    shapes = {name: layer_shape(layer) for name, (norm, layer) in norms.items() if isinstance(norm, nn.GroupNorm)}
+    shapes = {name: layer_shape(layer) for name, (norm, layer) in norms.items() if _has_groups(norm)}
     return {
         setup: {name: choose(*shape) for name, shape in shapes.items() if choose(*shape)}
         for setup, choose in GROUP_CHOICES.items()

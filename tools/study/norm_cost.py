@@ -2,9 +2,9 @@
 
 All implementations run in turn, in one run: times are medians, to be read as ratios. Each norm has the groups that
 PGN gives it; `native` is PyTorch's op at the same groups, `native_gn32` at 32. `frozen_bn` is the affine map of each
-channel alone, `our_kernels` never picks PyTorch's op as `ours` does. On CUDA the cache is flushed before each call, and
-the compiled forms of PyTorch's op are timed too; on a CPU each call follows one of itself. Other packages
-(Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
+channel alone, `learned` is LGN, `our_kernels` never picks PyTorch's op as `ours` does. On CUDA the cache is flushed
+before each call, and the compiled forms of PyTorch's op are timed too; on a CPU each call follows one of itself. Other
+packages (Liger-Kernel, apex, SGLang's, which adds a SiLU and has no backward) are timed where they are installed.
 
 A row's fraction_of_copy_bandwidth counts one pass over the tensor for each time that group norm must read or write
 the data of a tensor larger than the caches: 3 forward (moments, read, write), 8 with the backward (sums: 2,
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from command_line import add_outputs
 from gng_d2.job.files import prepare_outputs
-from gng_d2.ops import cpu_kernels, set_kernels_enabled
+from gng_d2.ops import cpu_kernels, group_sizes, learned_group_norm, set_kernels_enabled
 from gng_d2.ops.group_norm import _backend, _GroupNorm, group_norm
 
 from .detector_norms import detector_norms
@@ -97,6 +97,15 @@ def _var_mean(x, num_groups, weight, bias):
     return z * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
 
 
+def _learned(x, num_groups, weight, bias):
+    return learned_group_norm(x, _mixtures(x.shape[1], x.device, x.dtype), weight, bias, _EPS)
+
+
+@cache
+def _mixtures(channels, device, dtype):
+    return torch.ones(2, len(group_sizes(channels)), device=device, dtype=dtype).softmax(1).requires_grad_()
+
+
 def _liger(x, num_groups, weight, bias, op):
     return op(x, weight, bias, x.shape[1], num_groups, _EPS)
 
@@ -136,6 +145,7 @@ def implementations(device: str) -> dict[str, tuple[Callable, bool]]:
     known = {
         "native": (F.group_norm, True),
         "ours": (group_norm, True),
+        "learned": (_learned, True),
         "frozen_bn": (_frozen_batch_norm, True),
         "var_mean": (_var_mean, True),
     }

@@ -115,6 +115,10 @@ def _fused_norms(rows):
     return "\n\n".join([norm_cost.table(rows), goals.table(goals.fused_goals(rows)), goals.what_bounds(rows)])
 
 
+def _learned_norm(rows):
+    return "\n\n".join([norm_cost.table(rows), goals.table(goals.learned_goals(rows))])
+
+
 def _steps_on_a_cpu(rows):
     return "\n\n".join([step_cost.table(rows), goals.table([goals.recomputed_step(rows)])])
 
@@ -216,7 +220,7 @@ SECTIONS = {
     ),
     "camvid_collapse": _experiment(collapse, collapse.CollapseRow, f"collapse {_BEDS} --runs PLAIN_DIR WS_DIR {_PLOT}"),
     "camvid_mixtures": _comparison(
-        f"{_MIXTURES} {_CAMVID} --norms MIX MIX-uniform MIX-fixed MIX-fixed-last MIX-shared "
+        f"{_MIXTURES} {_CAMVID} --norms LGN MIX-uniform MIX-fixed MIX-fixed-last MIX-shared "
         "--seeds 0 1 2 3 4 --output DIR",
         "NAME_curves.png",
         beside=("camvid_semantic_fpn", "GN", "GN/1"),
@@ -231,7 +235,7 @@ SECTIONS = {
         "NAME_curves.png",
     ),
     "bccd_plain": _comparison(
-        f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 MIX --seeds 0 1 2 --output DIR {_WITHOUT_WS}",
+        f"{_MIXTURES} {_BCCD} --norms GN GN1 GN/1 LGN MIX-shared --seeds 0 1 2 3 4 --output DIR {_WITHOUT_WS}",
         "NAME_curves.png",
     ),
     "bccd_collapse": _experiment(collapse, collapse.CollapseRow, f"collapse {_MIXTURES} --runs DIR {_PLOT}"),
@@ -241,7 +245,7 @@ SECTIONS = {
         beside=("bccd_faster_rcnn", "GN", "GN/1"),
     ),
     "bccd_box_head": _comparison(
-        f"{_MIXTURES} {_BCCD} --norm-keys MODEL.ROI_BOX_HEAD.NORM --norms MIX --seeds 0 1 2 --output DIR",
+        f"{_BEDS} {_BCCD} --norm-keys MODEL.ROI_BOX_HEAD.NORM --norms LGN --seeds 0 1 2 --output DIR",
         "NAME_curves.png",
         beside=("bccd_faster_rcnn", "GN"),
     ),
@@ -261,6 +265,11 @@ SECTIONS = {
         _fused_norms,
         f"reproduce.py norm-cost --after relu add_relu --implementations frozen_bn --seconds 0.15 {_JSON}",
     ),
+    "learned_norm_cpu": Section(
+        norm_cost.NormCostRow,
+        _learned_norm,
+        f"reproduce.py norm-cost --implementations learned --seconds 0.15 {_JSON}",
+    ),
     "kernel_tests_cuda": Section(kernel_tests.KernelTestRow, kernel_tests.table, "gpu.py"),
     "benchmark_norm_cuda": Section(norm_cost.NormCostRow, _norms_on_a_gpu, "gpu.py"),
     "benchmark_train_cpu": Section(
@@ -276,7 +285,7 @@ def _regrets(results):
     camvid = regret.read_values(results, ("camvid_semantic_fpn", "camvid_mixtures"), "mIoU")
     bccd = regret.read_values(results, ("bccd_faster_rcnn", "bccd_mixtures"), "AP")
     plain = regret.read_values(results, ["bccd_plain"], "AP")  # without weight standardization, as CamVid's head
-    bccd |= {norm: values for norm, values in plain.items() if norm == "MIX"}
+    bccd |= {norm: values for norm, values in plain.items() if norm == "LGN"}
     if not camvid or not bccd:
         return "Not measured, because it needs the comparisons on both sets."
     return regret.table({"CamVid": camvid, "BCCD": bccd})
