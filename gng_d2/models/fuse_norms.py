@@ -96,7 +96,7 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
         raise InputError(
             f"fuse_norms: {type(model).__name__} has no group norm that an activation or a shortcut follows in a "
             f"module whose forward is known (Detectron2's Conv2d, ResNet and FPN, torchvision's and timm's ResNets, "
-            f"Sequential). If its norms are others, call gng_d2.convert_norms first"
+            f"Sequential). If its norms are others, call gng_d2.convert_norms first. LGN is not fused"
         )
     modules = dict(model.named_modules())
     for name in fused:

@@ -71,6 +71,16 @@ def test_a_step_is_held_against_pytorchs_ops_in_its_own_table(norm):
     assert goals.no_slower_step([row, replace(theirs, kernels=True)], norm).reached is None
 
 
+def test_of_the_norm_that_learns_its_groups_the_sum_over_the_inputs_counts():
+    large = replace(NORM, implementation="learned", milliseconds=1.0, ratio_to_native_gn32=1.0)
+    small = replace(large, shape=[1, 64, 25, 38], milliseconds=0.3, ratio_to_native_gn32=3.0)
+    forward, both = goals.learned_goals([NORM, large, small])
+    assert forward.met is False
+    assert forward.reached.startswith("1.18 in the sum over 2 inputs, 3.00 at most (1x64x25x38")
+    assert goals.learned_goals([replace(large, direction="forward+backward")])[1].met
+    assert both.reached is None and both.met is None
+
+
 def test_a_fused_step_is_held_against_frozen_bn():
     goal = goals.ratio_to_frozen_bn([STEP, replace(STEP, norm="PGN", ratio_to_frozen_bn=9.0)])
     assert (goal.reached, goal.met) == ("1.25 (pfpn, float32, 2 images)", None)
