@@ -163,6 +163,8 @@ def test_mean_and_variance_over_different_groups():
     assert f"`MIX-fixed` is ahead of instance norm by {fixed}, which is within seed noise." in results
     assert f"With the first three seeds alone it was {of_three}, and two" in results and is_ahead(of_three)
     assert f"`LGN` is ahead by {learned}, within seed noise" in results
+    assert round(mean(values["LGN"][:3]) - mean(values_of("camvid_ws")["GN/1+WS"]), 1) == 0, "a difference of 0.0"
+    assert max(map(mean, values_of("camvid_ws").values())) == mean(values_of("camvid_ws")["GN/1+WS"])
     to_gn, to_best = (mean(values["LGN"]) - mean(values[norm]) for norm in ("GN", "GN/1"))
     assert f"is {to_gn:.1f} mIoU ahead of `GN` on CamVid and {to_best:.1f} ahead of instance norm, both" in choosing
     assert f"instance norm by {fixed}, within" in choosing
