@@ -42,7 +42,7 @@ def learned_group_norm(
 
     where :math:`M_k` and :math:`V_k` are mean and variance over groups of k channels of an image, as in group norm, and
     a and b are the two mixtures. Statistics are computed in float32 at least, and the output has the input's type. On a
-    CPU kernels compute it, of one pass over the data more than instance norm's neither forward nor backward.
+    CPU our kernels compute it, which pass over the data as often as those of instance norm.
 
     Args:
         mixtures: of the mean and of the variance, each with one weight for each of :func:`group_sizes` of C. The
@@ -75,8 +75,9 @@ def _in_plain_ops(
     eps: float,
 ) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
-    mean = wide.flatten(2).mean(2)
-    variance = (wide.flatten(2) - mean.unsqueeze(2)).square().mean(2)
+    rows = wide.unsqueeze(-1).flatten(2)  # of an input (N, C) too
+    mean = rows.mean(2)
+    variance = (rows - mean.unsqueeze(2)).square().mean(2)
     mixed_mean, mixed_variance = torch.zeros_like(mean), torch.zeros_like(mean)
     for i, size in enumerate(group_sizes(x.shape[1])):
         of_channels, within = mean.unflatten(1, (-1, size)), variance.unflatten(1, (-1, size))
