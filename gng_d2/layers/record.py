@@ -68,8 +68,7 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
         if norm.norm_name() != "GN":
             _log_once(load, logging.INFO, f"{name}: its groups were not checked, because its weights have no record")
         return
-    is_bound_by_groups = isinstance(record["num_groups"], int) and not norm.weight_standardization
-    takes = is_bound_by_groups and not norm.is_bound()
+    takes = isinstance(record["num_groups"], int) and not norm.weight_standardization and not norm.is_bound()
     if takes:
         norm.num_groups, norm.weight_layer = record["num_groups"], _RECORD
         n_in = record.get("in_channels")

@@ -245,13 +245,11 @@ class _Change:
         if self.is_fresh:
             _begin_anew(*affine.values())
         trains = not layers or any(p.requires_grad for layer in layers for p in layer.parameters())
-        own = {key: p for key, p in self.new._parameters.items() if key not in affine}
-        for key, parameter in own.items():
-            like = (
-                {} if affine["weight"] is None else {"device": affine["weight"].device, "dtype": affine["weight"].dtype}
-            )
-            before = state["_parameters"].get(key)
-            own[key] = nn.Parameter(parameter.detach().to(**like), trains) if before is None else before
+        own = {
+            key: state["_parameters"].get(key, nn.Parameter(_like(parameter.detach(), affine["weight"]), trains))
+            for key, parameter in self.new._parameters.items()
+            if key not in affine
+        }
         for key, tensor in affine.items():
             if tensor is not None and not isinstance(tensor, nn.Parameter):
                 affine[key] = nn.Parameter(tensor, requires_grad=trains)
@@ -272,6 +270,10 @@ class _Change:
         if producers is not None:
             bind_to_producers(norm, producers)
             norm.follows_registration = not was_seen
+
+
+def _like(tensor, weight):
+    return tensor if weight is None else tensor.to(weight)
 
 
 def _begin_anew(weight, bias):
