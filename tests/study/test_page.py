@@ -153,7 +153,7 @@ def test_unit_blocks_pass_on_the_same_share_under_any_groups():
 def test_gn_has_the_smallest_regret_of_our_norms_and_the_numbers_are_those_of_choosing_g(line_of):
     table = pages.COMPUTED["regrets"]("docs/results")
     values = {norm: line_of(table, norm)[-1] for norm in ("GN", "PGN", "GN/16", "GN1", "GN/1")}
-    assert re.findall(r"^\| (\S+)", table, re.MULTILINE)[1:4] == ["LGN", "MIX-fixed", "GN"]
+    assert re.findall(r"^\| (\S+)", table, re.MULTILINE)[1:5] == ["LGN", "MIX-shared", "MIX-fixed", "GN"]
     regrets = {norm: f"{float(cell.partition(' ')[0]):.1f}" for norm, cell in values.items()}
     choosing = " ".join(Path("docs/choosing-g.md").read_text().split())
     said = "`GN` {GN}, PGN {PGN}, `GN/16` {GN/16}, G = 1 {GN1} and `GN/1` {GN/1}.".format(**regrets)
@@ -161,6 +161,8 @@ def test_gn_has_the_smallest_regret_of_our_norms_and_the_numbers_are_those_of_ch
     assert said in choosing and f"ahead of it by {mixed:.1f}, which is its regret" in choosing
     (low, high), *others = (map(float, re.findall(r"[\d.]+", cell)[1:]) for cell in values.values())
     assert high > max(low for low, _ in others), "the interval of GN overlaps each of the others'"
+    (of_shared,) = re.findall(r"to ([\d.]+)\)", line_of(table, "MIX-shared")[-1])
+    assert float(of_shared) > low, "overlaps GN's"
     *shortfalls, learned = line_of(table, "LGN")[1:]
     assert all(cell.startswith("-") for cell in shortfalls), "ahead of the best number of groups on both sets"
     assert 0 < float(learned.rpartition(" ")[2].rstrip(")")) < low, "above 0, but not to GN's"

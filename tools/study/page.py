@@ -285,7 +285,7 @@ def _regrets(results):
     camvid = regret.read_values(results, ("camvid_semantic_fpn", "camvid_mixtures"), "mIoU")
     bccd = regret.read_values(results, ("bccd_faster_rcnn", "bccd_mixtures"), "AP")
     plain = regret.read_values(results, ["bccd_plain"], "AP")  # without weight standardization, as CamVid's head
-    bccd |= {norm: values for norm, values in plain.items() if norm == "LGN"}
+    bccd |= {norm: values for norm, values in plain.items() if norm in ("LGN", "MIX-shared")}
     if not camvid or not bccd:
         return "Not measured, because it needs the comparisons on both sets."
     return regret.table({"CamVid": camvid, "BCCD": bccd})
