@@ -19,6 +19,7 @@ KEYS = [
     "n_in",
     "n_out",
     "num_groups",
+    "channels_per_group",
     "ideal_num_groups",
     "isometry_ratio",
     "weight_standardized",
@@ -59,6 +60,7 @@ def test_panoptic_fpn_as_configured():
     head = [row for row in table if row.name.startswith("sem_seg_head")]
     assert sorted((r.n_in, r.n_out, r.num_groups) for r in head) == [(128, 128, 1)] * 3 + [(256, 128, 32)] * 4
     assert all(r.norm == "PGN" and r.layer + ".norm" == r.name for r in head)
+    assert all(r.channels_per_group == 128 // r.num_groups for r in head)
     assert {r.isometry_ratio for r in head} == {1, 1.03125} and {r.ideal_num_groups for r in head} == {32, 0}
     backbone = [row for row in table if row.name.startswith("backbone")]
     assert len(backbone) == 53

@@ -5,7 +5,7 @@ import torch
 from needs import KERNELS
 from torch.nn import functional as F
 
-from gng_d2.ops import cpu_kernels
+from gng_d2.ops import cpu_kernels, learned_group_norm
 from study import norm_cost
 from study.norm_cost import NormCostRow
 from study.rows import read_rows, write_rows
@@ -85,6 +85,8 @@ def test_implementations_compute_group_norm():
         expected = F.group_norm(x, 3, weight, bias)
         if name == "frozen_bn":
             expected = F.batch_norm(x, torch.zeros(12), torch.ones(12), weight, bias, eps=0)
+        elif name == "learned":
+            expected = learned_group_norm(x, torch.full((2, 4), 1 / 4), weight, bias)
         torch.testing.assert_close(function(x, 3, weight, bias), expected)
 
 
