@@ -130,6 +130,10 @@ class GroupNorm(nn.GroupNorm):
             name = "GN" if self.num_groups == 32 else f"GN{self.num_groups}"
         return name + WS * self.weight_standardization
 
+    def recorded_groups(self) -> int | str | None:
+        """What a checkpoint's record says of its groups; None if they are not known."""
+        return self.num_groups
+
     def needs_layer(self) -> bool:
         """Whether it depends on which weight layer it follows."""
         return self.weight_standardization

@@ -28,7 +28,7 @@ def norm_record(norm: nn.Module) -> Record:
     convolution.
     """
     return {
-        "num_groups": "learned" if norm.num_groups is None and norm.is_bound() else norm.num_groups,
+        "num_groups": norm.recorded_groups(),
         "in_channels": norm.in_channels,
         "weight_standardized": "folded" if norm.weight_standardization_folded else norm.weight_standardization,
     }
@@ -75,7 +75,8 @@ def take_record(norm: Any, state_dict: Mapping, prefix: str, local_metadata: Map
         if n_in and norm.groups_after(n_in) == norm.num_groups:
             norm.in_channels = n_in
     there, here = describe_record(record), norm_record(norm)
-    if not fits(record, {**here, "num_groups": here["num_groups"] or record["num_groups"]}):
+    unknown = here["num_groups"] is None and isinstance(record["num_groups"], int)
+    if not fits(record, {**here, "num_groups": record["num_groups"] if unknown else here["num_groups"]}):
         here = describe_record(here)
         _log_once(load, logging.WARNING, f"{name}: {here} here, {there} where its weights were trained")
     elif takes and norm.in_channels is None:

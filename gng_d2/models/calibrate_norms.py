@@ -127,7 +127,7 @@ def _check_affines(pairs, of_reference):
     for name, pair in pairs.items():
         if pair.norm is pair.reference or not of_reference.isdisjoint(pair.norm.parameters(recurse=False)):
             raise InputError(f"calibrate_norms: model and reference share the norm {name}. Copy the model first")
-        for parameter in pair.norm.parameters(recurse=False):
+        for parameter in (p for p in pair.own_affine() if p is not None):
             if owners.setdefault(parameter, name) != name:
                 raise InputError(
                     f"calibrate_norms: the norms {owners[parameter]} and {name} share a parameter, but each needs an "
@@ -218,7 +218,7 @@ class _Pair:
     def why_left(self) -> str | None:
         if self.sums is None:
             return "were not reached by inputs"
-        if None in self._own_affine():
+        if None in self.own_affine():
             return "have no weight and bias of their own"
         return f"saw fewer than {FEWEST_NUMBERS} numbers in a channel" if self.sums[0, 0] < FEWEST_NUMBERS else None
 
@@ -226,13 +226,13 @@ class _Pair:
         """Write the affine that follows from the sums, and return whether it changed."""
         before = self._effective_affine()
         if self.why_left() is None:
-            for parameter, value in zip(self._own_affine(), self._fitted_affine()):
+            for parameter, value in zip(self.own_affine(), self._fitted_affine()):
                 parameter.copy_(value)
         after = self._effective_affine()
         self.error = _relative_error(self.sums, *after)
         return not all(torch.allclose(a, b, 1e-4, 1e-4) for a, b in zip(before, after))
 
-    def _own_affine(self):
+    def own_affine(self):
         """The parameters weight and bias, each None if there is none, or if it is computed."""
         return [self.norm._parameters.get(name) for name in ("weight", "bias")]
 

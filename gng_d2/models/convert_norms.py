@@ -15,6 +15,7 @@ from gng_d2.layers.class_change import check_changeable, has
 from gng_d2.layers.group_norm import GroupNorm, PracticalGroupNorm
 from gng_d2.layers.group_norm_act import WITH_ACTIVATION
 from gng_d2.layers.kinds import NO_LAYER, num_channels
+from gng_d2.layers.learned_group_norm import LearnedGroupNorm
 from gng_d2.layers.norm_names import OURS, norm_from_name, norm_name, unknown_norm
 from gng_d2.layers.ws_conv import WS, WSConv2d, can_be_standardized, unstandardize
 
@@ -43,11 +44,11 @@ def convert_norms(
     It is for models whose norms cannot be chosen by name: those of torchvision, timm, segmentation_models_pytorch, or
     your own. Each norm is changed in place, as PyTorch's lazy modules are. A norm used in two places stays one norm,
     and parameters stay the same objects, with their device, dtype and ``requires_grad``, so that an optimizer made
-    before stays valid. Its eps, mode, hooks, and timm's activation and dropout stay too. Affine weights are kept where
-    they mean the same: those of a group norm, and those that are all 0 (a block that begins as its shortcut). Any other
-    affine begins at weight 1 and bias 0. Where it was a buffer (FrozenBatchNorm), it trains if the weight layer does.
-    Layer norms, instance norms, and norms whose class has another forward are left as they are. One line of the log
-    says what became of each norm.
+    before stays valid; LGN has new ones, ``logits``, which it does not know. Its eps, mode, hooks, and timm's
+    activation and dropout stay too. Affine weights are kept where they mean the same: those of a group norm, and those
+    that are all 0 (a block that begins as its shortcut). Any other affine begins at weight 1 and bias 0. Where it was a
+    buffer (FrozenBatchNorm), it trains if the weight layer does. Layer norms, instance norms, and norms whose class has
+    another forward are left as they are. One line of the log says what became of each norm.
 
     Args:
         model: any model. Convert it before it is wrapped (DDP), compiled, or copied (EMA).
@@ -173,7 +174,9 @@ class _Change:
         eps = getattr(old, "eps", 1e-5)  # DETR's FrozenBatchNorm2d has none
         options = {"gain_ratio": getattr(old, "gain_ratio", 1.0)} if norm.removesuffix(WS) == "PGN" else {}
         made = norm_from_name(norm if self._can_be_standardized() else norm.removesuffix(WS))
-        self.new = made(width, eps=eps, affine=False, **options)
+        numbers = [*old._parameters.values(), *old._buffers.values()]
+        like = next((t for t in numbers if t is not None and t.is_floating_point()), torch.empty(0, device="cpu"))
+        self.new = made(width, eps=eps, affine=False, device=like.device, dtype=like.dtype, **options)
         self.groups = self.new.num_groups
         if self.groups and width % self.groups:
             raise InputError(
@@ -197,7 +200,7 @@ class _Change:
             n_in = place.producers[0].n_in if place.producers else width
             self.groups = self.new.groups_after(n_in)
         if place.is_pooled:
-            if self.numbers_in_a_group() < NUMBERS_IN_A_GROUP:
+            if self.groups and self.numbers_in_a_group() < NUMBERS_IN_A_GROUP:
                 most = max(width * math.prod(place.size) // NUMBERS_IN_A_GROUP, 1)
                 fewer = max(divisor for divisor in range(1, most + 1) if width % divisor == 0)
                 if fewer < self.groups:
@@ -212,7 +215,8 @@ class _Change:
         return bool(layers) and all(map(can_be_standardized, layers))
 
     def numbers_in_a_group(self):
-        groups, size = self.new.num_groups or self.groups, self.place.size
+        groups = 1 if isinstance(self.new, LearnedGroupNorm) else self.new.num_groups or self.groups
+        size = self.place.size
         return self.new.num_channels // groups * math.prod(size) if groups and size else math.inf
 
     def shape(self):
@@ -245,8 +249,11 @@ class _Change:
         if self.is_fresh:
             _begin_anew(*affine.values())
         trains = not layers or any(p.requires_grad for layer in layers for p in layer.parameters())
+        own_trains = (
+            state["_parameters"]["weight"].requires_grad if state["_parameters"].get("weight") is not None else trains
+        )
         own = {
-            key: state["_parameters"].get(key, nn.Parameter(_like(parameter.detach(), affine["weight"]), trains))
+            key: state["_parameters"].get(key, parameter.requires_grad_(own_trains))
             for key, parameter in self.new._parameters.items()
             if key not in affine
         }
@@ -270,10 +277,6 @@ class _Change:
         if producers is not None:
             bind_to_producers(norm, producers)
             norm.follows_registration = not was_seen
-
-
-def _like(tensor, weight):
-    return tensor if weight is None else tensor.to(weight)
 
 
 def _begin_anew(weight, bias):

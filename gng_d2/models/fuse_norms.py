@@ -113,7 +113,8 @@ def fuse_norms(model: nn.Module, enable: bool = True) -> nn.Module:
     logging.getLogger(__name__).info(
         f"fused: {len(done)} of {total} group norms, in "
         + ", ".join(f"{name or 'the model'} ({original_class(modules[name]).__name__})" for name in fused)
-        + ("; not fused, as no activation or shortcut follows in a known forward: " + ", ".join(left)) * bool(left)
+        + ("; not fused, as they are LGN or no activation or shortcut follows in a known forward: " + ", ".join(left))
+        * bool(left)
     )
     return model
 

@@ -13,6 +13,7 @@ from gng_d2.layers import GroupNorm, LearnedGroupNorm, WSConv2d
 from gng_d2.layers.binding import named_norms
 from gng_d2.layers.kinds import NO_LAYER, layer_sizes, num_channels, num_groups
 from gng_d2.layers.norm_names import norm_name
+from gng_d2.ops.backends import is_ordinary
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class NormRow:
     n_in: int | None  # input channels of that layer; the norm's own width where no single layer feeds it
     n_out: int | None  # output channels of that layer
     num_groups: int | None
-    channels_per_group: int | tuple[float, ...] | None  # of LGN geometric means: in its mean, in its variance
+    channels_per_group: int | tuple[float, ...] | None  # LGN: the geometric means over its two mixtures
     ideal_num_groups: float | None  # Eq. 32
     isometry_ratio: float | None  # K, Eq. 31: the gradient's variance before the block over that after it
     weight_standardized: bool
@@ -94,7 +95,7 @@ def _row(name, norm, layer_name, layer):
 
 
 def _channels_per_group(norm, groups):
-    if isinstance(norm, LearnedGroupNorm) and not norm.logits.is_meta:
+    if isinstance(norm, LearnedGroupNorm) and is_ordinary(norm.logits) and not norm.logits.is_meta:
         mixtures = norm.mixtures().values()
         return tuple(round(math.prod(size**weight for size, weight in of.items()), 1) for of in mixtures)
     return None if groups is None else num_channels(norm) // groups

@@ -78,7 +78,7 @@ def apply(
         - weight, bias: :math:`(C)`
     """
     y = torch.empty_like(x)
-    tensors = x, mean, rstd, _in_float32(weight), _in_float32(bias), residual, y
+    tensors = x, mean, rstd, in_float32(weight), in_float32(bias), residual, y
     cpu_kernels.call("group_norm_apply", tensors, *_numbers(x, num_groups, activation))
     return y
 
@@ -106,14 +106,14 @@ def backward(
     dresidual = None if kept is None else torch.empty_like(x)
     dweight, dbias = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     sums, factors = (x.new_empty((images * rows, 2), dtype=torch.float64) for rows in (channels, num_groups))
-    of_forward = dy, x, mean, rstd, _in_float32(weight), _in_float32(bias), kept
+    of_forward = dy, x, mean, rstd, in_float32(weight), in_float32(bias), kept
     tensors = *of_forward, dx, dweight, dbias, dresidual, sums, factors
     cpu_kernels.call("group_norm_gradients", tensors, *_numbers(x, num_groups, activation))
     return dx, dweight, dbias, dresidual
 
 
-def _in_float32(parameter):
-    return None if parameter is None else parameter.float()
+def in_float32(parameter):
+    return None if parameter is None else parameter.float().contiguous()
 
 
 def _numbers(x, num_groups, activation):

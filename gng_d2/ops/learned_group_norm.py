@@ -9,9 +9,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from gng_d2.errors import InputError
+
 from . import cpu_kernels, group_norm_cpu
 from .backends import HAS_OPS, is_compiling, is_ordinary, is_plain, kernels_may_run
 from .checks import check_memory, fault_of, memory_format, refuse
+
+_MOST_CHANNELS = 2**13  # the kernels hold what an image's channels have on the stack of a thread
 
 
 def group_sizes(num_channels: int) -> list[int]:
@@ -46,13 +50,16 @@ def learned_group_norm(
 
     Args:
         mixtures: of the mean and of the variance, each with one weight for each of :func:`group_sizes` of C. The
-            weights of a mixture add up to 1.
+            weights of a mixture have to add up to 1.
         input, weight, bias, eps: as in :func:`torch.nn.functional.group_norm`.
 
     Shape:
         - input, output: :math:`(N, C, *)`
         - mixtures: :math:`(2, K)`
         - weight, bias: :math:`(C)`
+
+    Raises:
+        InputError: the mixtures have another shape.
 
     Examples::
         >>> x, sizes = torch.randn(2, 6, 8, 8), group_sizes(6)
@@ -74,17 +81,21 @@ def _in_plain_ops(
     bias: Optional[Tensor],  # noqa: UP045
     eps: float,
 ) -> Tensor:
+    channels = x.shape[1]
+    sizes = group_sizes(channels)
+    if list(mixtures.shape) != [2, len(sizes)]:
+        raise InputError(f"mixtures has shape {list(mixtures.shape)}; {channels} channels need (2, {len(sizes)})")
     wide = x if x.dtype == torch.float64 else x.float()
-    rows = wide.unsqueeze(-1).flatten(2)  # of an input (N, C) too
-    mean = rows.mean(2)
-    variance = (rows - mean.unsqueeze(2)).square().mean(2)
+    # no flattening: ONNX cannot infer a size from an input without images
+    variance, mean = torch.var_mean(wide.unsqueeze(-1), list(range(2, x.dim() + 1)), correction=0)
     mixed_mean, mixed_variance = torch.zeros_like(mean), torch.zeros_like(mean)
-    for i, size in enumerate(group_sizes(x.shape[1])):
-        of_channels, within = mean.unflatten(1, (-1, size)), variance.unflatten(1, (-1, size))
+    for i, size in enumerate(sizes):
+        of_channels = mean.unflatten(1, (channels // size, size))
+        within = variance.unflatten(1, (channels // size, size))
         of_group = of_channels.mean(2, keepdim=True)
         of_variance = (within + (of_channels - of_group).square()).mean(2, keepdim=True)
-        mixed_mean = mixed_mean + mixtures[0, i] * of_group.expand_as(within).flatten(1)
-        mixed_variance = mixed_variance + mixtures[1, i] * of_variance.expand_as(within).flatten(1)
+        mixed_mean = mixed_mean + mixtures[0, i] * of_group.expand_as(within).reshape(mean.shape)
+        mixed_variance = mixed_variance + mixtures[1, i] * of_variance.expand_as(within).reshape(mean.shape)
     scale = torch.rsqrt(mixed_variance + eps)
     if weight is not None:
         scale = scale * weight
@@ -106,7 +117,9 @@ def _kernels_take(x, mixtures, weight, bias):
         and all(t.device.type == "cpu" and not t.is_neg() and t.numel() for t in tensors)
         and x.dtype in group_norm_cpu.DTYPES
         and x.dim() > 2
-        and all(t.dtype in (x.dtype, torch.float32) for t in (weight, bias) if t is not None)
+        and x.shape[1] <= _MOST_CHANNELS
+        and mixtures.shape == (2, len(group_sizes(x.shape[1])))
+        and all(t.shape == x.shape[1:2] and t.dtype in (x.dtype, torch.float32) for t in tensors[2:])
     )
 
 
@@ -116,6 +129,7 @@ class _LearnedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mixtures, weight, bias, eps):
         channels = x.shape[1]
+        check_memory(mixtures)
         if is_plain(x, weight, bias):  # the dispatcher takes a tenth of the time
             statistics, apply = group_norm_cpu.statistics, group_norm_cpu.apply
         else:
@@ -123,27 +137,31 @@ class _LearnedGroupNorm(torch.autograd.Function):
             statistics, apply = ops.group_norm_statistics.default, ops.group_norm_apply.default
         moments = statistics(x, channels, eps)
         mixed = _mixed(*moments, mixtures)
-        ctx.save_for_backward(x, mixtures, weight, bias, *moments, *mixed)
-        ctx.eps = eps
+        ctx.save_for_backward(x, mixtures, weight, *moments, *mixed)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         return apply(x, *mixed, weight, bias, channels)
 
     @staticmethod
     def backward(ctx, dy):
-        x, mixtures, weight, bias, *moments = ctx.saved_tensors
+        x, mixtures, weight, *moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients that can be differentiated again
+            bias = None
+            if ctx.bias_dtype is not None:  # it may have changed, and no gradient depends on it
+                bias = x.new_zeros(x.shape[1], dtype=ctx.bias_dtype).requires_grad_()
             y = _in_plain_ops(x, mixtures, weight, bias, ctx.eps)
             needed = [t for t, is_needed in zip((x, mixtures, weight, bias), ctx.needs_input_grad) if is_needed]
             found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
             return *(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:4]), None
         gradients = torch.ops.gng_d2.learned_group_norm_backward.default(dy, x, mixtures, weight, *moments)
-        like = x, mixtures, weight, bias
-        return *(None if t is None else gradient.to(t.dtype) for gradient, t in zip(gradients, like)), None
+        dtypes = x.dtype, mixtures.dtype, None if weight is None else weight.dtype, ctx.bias_dtype
+        return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, dtypes)), None
 
 
 def _mixed(mean, rstd, mixtures):
     """Mean and 1 / std of each channel of each image, (N, C), from those of the channel alone."""
     mixed, sizes = (torch.empty_like(mean), torch.empty_like(rstd)), _sizes(mean.shape[1])
-    cpu_kernels.call("mix_moments", (mean, rstd, _in_float32(mixtures), sizes, *mixed), *mean.shape, len(sizes))
+    tensors = mean, rstd, group_norm_cpu.in_float32(mixtures), sizes, *mixed
+    cpu_kernels.call("mix_moments", tensors, *mean.shape, len(sizes))
     return mixed
 
 
@@ -161,7 +179,7 @@ def _backward(dy, x, mixtures, weight, mean, rstd, mixed_mean, mixed_rstd):
     refuse(next((fault for fault in faults if fault is not None), None))
     check_memory(dy, x, mixtures, weight, *moments.values())
     dy, x, mean, rstd, *mixed = (t.contiguous() for t in (dy, x, *moments.values()))
-    mixtures, weight = _in_float32(mixtures), _in_float32(weight)
+    mixtures, weight = group_norm_cpu.in_float32(mixtures), group_norm_cpu.in_float32(weight)
     sums, factors = (x.new_empty((images, channels, 2), dtype=torch.float64) for _ in range(2))
     dmixtures, dx = mixtures.new_empty((images, 2, len(sizes))), torch.empty_like(x)
     positions = x.numel() // (images * channels)
@@ -170,17 +188,12 @@ def _backward(dy, x, mixtures, weight, mean, rstd, mixed_mean, mixed_rstd):
     of_mixtures = sums, mean, rstd, *mixed, weight, mixtures, sizes, factors, dmixtures
     cpu_kernels.call("mix_moments_backward", of_mixtures, images, channels, positions, len(sizes))
     cpu_kernels.call("row_gradients", (dy, x, *mixed, weight, factors, dx), images, channels, *of_rows)
-    dbias, dweight = sums.sum(0).unbind(1)
-    return dx, dmixtures.sum(0), dweight, dbias
+    return dx, dmixtures.sum(0), sums[..., 1].sum(0), sums[..., 0].sum(0)
 
 
 @cache
 def _sizes(num_channels):
     return torch.tensor(group_sizes(num_channels), device="cpu")
-
-
-def _in_float32(parameter):
-    return None if parameter is None else parameter.detach().float().contiguous()
 
 
 if HAS_OPS:

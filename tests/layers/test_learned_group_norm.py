@@ -106,6 +106,7 @@ def test_checkpoints_say_that_it_learned_its_groups(caplog):
     state = nn.Sequential(nn.Identity(), gng_d2.LearnedGroupNorm(16)).state_dict()
     unbound.load_state_dict(state, strict=False)
     assert unbound[1].num_groups is None, "no number of groups to take"
+    assert "1: a norm without groups here, learned groups where" in caplog.text
 
 
 # converted models
@@ -129,6 +130,12 @@ def test_converted_parameters_have_the_type_and_device_of_the_norms():
     assert gng_d2.convert_norms(model, "LGN")[1].logits.dtype == torch.float64
     frozen = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).requires_grad_(False)
     assert not gng_d2.convert_norms(frozen, "LGN")[1].logits.requires_grad
+    norm_alone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8).requires_grad_(False))
+    assert not gng_d2.convert_norms(norm_alone, "LGN")[1].logits.requires_grad
+    without_affine = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False)).double()
+    with torch.device("meta"):
+        logits = gng_d2.convert_norms(without_affine, "LGN")[1].logits
+    assert (logits.device.type, logits.dtype) == ("cpu", torch.float64)
     meta = nn.Sequential(nn.Conv2d(3, 8, 3, device="meta"), nn.BatchNorm2d(8, device="meta"))
     assert gng_d2.convert_norms(meta, "LGN")[1].logits.is_meta
 

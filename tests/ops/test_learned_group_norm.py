@@ -8,6 +8,7 @@ from needs import KERNELS
 from recorder import Recorder
 from torch.nn import functional as F
 
+from gng_d2.errors import InputError
 from gng_d2.ops import cpu_kernels, group_sizes, learned_group_norm, set_kernels_enabled
 from gng_d2.ops.learned_group_norm import _in_plain_ops
 
@@ -153,6 +154,44 @@ def test_any_layout_of_the_input_and_the_gradient(op, layout):
     torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(_plain(*leaves), leaves, dy)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_are_views(op):
+    x, mixtures, *_ = leaves_of(2, 6, 4, 4)
+    affine = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
+    wide = torch.cat([mixtures.detach(), mixtures.detach()], 1)[:, : mixtures.shape[1]]
+    expected = op(x, mixtures, affine[:, 0].contiguous(), affine[:, 1].contiguous())
+    torch.testing.assert_close(op(x, wide, affine[:, 0], affine[:, 1]), expected)
+    torch.testing.assert_close(op(x, mixtures, torch.tensor(2.0).expand(6)), 2 * op(x, mixtures))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (1, 4), (2, 5)])
+def test_mixtures_of_another_shape_are_refused(op, shape):
+    message = rf"mixtures has shape \[{', '.join(map(str, shape))}\]; 12 channels need \(2, 4\)"
+    with pytest.raises(InputError, match=message):
+        op(torch.randn(2, 12, 4, 4), torch.ones(shape))
+
+
+def test_an_affine_of_another_shape_is_refused(op):
+    x, mixtures, *_ = leaves_of(2, 6, 4, 4)
+    for wrong in ({"weight": torch.ones(3)}, {"bias": torch.ones(7)}):
+        with pytest.raises(RuntimeError, match="must match"):
+            op(x, mixtures, **wrong)
+
+
+def test_the_bias_may_change_before_the_backward_pass(op):
+    x, mixtures, weight, bias = leaves_of(2, 6, 4, 4)
+    changed = bias.detach().clone()
+    y = op(x, mixtures, weight, changed)
+    changed += 1
+    expected = torch.autograd.grad(op(x, mixtures, weight, bias).sin().sum(), [x, weight])
+    for a, b in zip(torch.autograd.grad(y.sin().sum(), [x, weight]), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_more_channels_than_the_kernels_take():
+    x, *parameters = leaves_of(1, 2**13 + 2, 2, 2)
+    torch.testing.assert_close(learned_group_norm(x, *parameters), _plain(x, *parameters))
 
 
 def test_no_image(op):

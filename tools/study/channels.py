@@ -41,7 +41,7 @@ def measure(norms: list[str]) -> list[ChannelsRow]:
         words = [*BOX_HEAD, *(word for key in KEYS for word in (key, norm))]
         found = norm_table(build_on_meta(load_config(CONFIG, words)))
         if any(row.channels_per_group is None for row in found):
-            raise InputError(f"--norms: {norm} has no one number of channels in a group before it is trained")
+            raise InputError(f"--norms: {norm} has no one number of channels in a group")
         of_norm = [ChannelsRow(norm, row.name, _part(row.name), row.channels_per_group) for row in found]
         rows += sorted(of_norm, key=lambda row: _PARTS.index(row.part))  # the FPN is built before the backbone
     return rows
