@@ -15,7 +15,8 @@ ENVIRONMENTS ?= ../gng_d2-versions
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 # a process for each core, of one thread each
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
+# one more process than cores, because tests often wait for a process that they started
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 8 --dist loadgroup
 DEVICE ?= cuda
 MINUTES ?= 9
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)/caltech101

@@ -121,11 +121,11 @@ class Head(nn.Module):
     class outputs_schema:
         keys = ["pred_masks"]
 
-    def __init__(self, affine):
+    def __init__(self, norm):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6, eps=1e-3, affine=affine))
-        if affine:
-            nn.init.normal_(self.layers[1].weight), nn.init.normal_(self.layers[1].bias)
+        self.layers = nn.Sequential(nn.Conv2d(1, 6, 3), norm)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
 
     def forward(self, image):
         detections = image[image > 0][:, None, None, None]
@@ -133,10 +133,17 @@ class Head(nn.Module):
 
 
 @EXPORT
-@pytest.mark.parametrize("affine", [True, False])
-def test_norms_of_a_mask_head_take_any_number_of_detections(affine, tmp_path):
+@pytest.mark.parametrize(
+    "make_norm",
+    [
+        lambda: nn.GroupNorm(2, 6, eps=1e-3),
+        lambda: nn.GroupNorm(2, 6, eps=1e-3, affine=False),
+        lambda: gng_d2.LearnedGroupNorm(6),
+    ],
+)
+def test_norms_of_a_mask_head_take_any_number_of_detections(make_norm, tmp_path):
     """None too, at which PyTorch's own ONNX of a group norm stops."""
-    head, path = Head(affine).eval(), tmp_path / "head.onnx"
+    head, path = Head(make_norm()).eval(), tmp_path / "head.onnx"
     path.write_bytes(gng_d2.predict.export._onnx(head, (torch.randn(1, 9, 8),)))
     for image in (torch.randn(1, 7, 11), -torch.rand(1, 7, 11)):
         with torch.no_grad():
