@@ -231,7 +231,7 @@ SECTIONS = {
         f"reproduce.py collapse {_MIXTURES} --runs DIR {_JSON}",
     ),
     "camvid_long": _comparison(
-        f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
+        f"{_BEDS} {_CAMVID} --norms GN GN1 GN/1 LGN --seeds 0 1 2 --output DIR SOLVER.MAX_ITER 3600",
         "NAME_curves.png",
     ),
     "bccd_plain": _comparison(
