@@ -139,6 +139,26 @@ def test_every_tool_with_a_config_takes_overrides_last(tool):
     assert done.stderr == "error: --verbose after the KEY VALUE pairs: flags come first\n"
 
 
+def test_ctrl_c_that_became_another_error_is_one_line_too():
+    """PyTorch imports NumPy so."""
+    script = """
+import os, signal, sys
+sys.path.insert(0, "tools")
+from command_line import run_tool
+
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        raise RuntimeError("already initialized") from None
+
+run_tool(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "stopped; the same command starts anew\n"
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_from_the_start():
     """While PyTorch and Detectron2 are imported, and while it works."""

@@ -7,6 +7,7 @@ without the warnings of other packages, and Ctrl-C prints one line from the star
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 import warnings
 
@@ -142,10 +143,32 @@ def run_tool(main, if_stopped=ANEW):
     sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)  # of other packages, when imported
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    interrupts = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*args):
+        interrupts.append(args)
+        signal.default_int_handler(*args)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        main()
+        _run_tool(main)
     except KeyboardInterrupt:
         sys.exit(f"stopped; {if_stopped}")
+    except Exception:
+        if interrupts:  # PyTorch, while it imports NumPy, turns an interrupt into another error
+            sys.exit(f"stopped; {if_stopped}")
+        raise
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _run_tool(main):
+    """Turn the errors that the user can mend into one line."""
+    try:
+        main()
     except ModuleNotFoundError as error:
         if error.name is None or importlib.util.find_spec(error.name.partition(".")[0]):
             raise  # a module that an installed package lacks is a mistake in code
