@@ -38,7 +38,7 @@ class LearnedGroupNorm(GroupNorm):
         (torch.Size([2, 24, 7, 7]), [1, 2, 4, 8, 24])
     """
 
-    num_groups: None  # type: ignore[assignment]  # it has groups of all sizes
+    num_groups: int | None  # None: it has groups of all sizes
 
     def __init__(
         self,
