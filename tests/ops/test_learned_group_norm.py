@@ -12,8 +12,6 @@ from gng_d2.errors import InputError
 from gng_d2.ops import cpu_kernels, group_sizes, learned_group_norm, set_kernels_enabled
 from gng_d2.ops.learned_group_norm import _in_plain_ops
 
-pytestmark = KERNELS
-
 
 def leaves_of(*shape, dtype=torch.float32, mean=0.0, std=1.0):
     rng = torch.Generator().manual_seed(0)
@@ -47,7 +45,7 @@ def brute_force(x, mixtures, weight=None, bias=None, eps=1e-5):
     return torch.stack(rows).view_as(x)
 
 
-@pytest.fixture(params=["kernels", "PyTorch's ops"])
+@pytest.fixture(params=[pytest.param("kernels", marks=KERNELS), "PyTorch's ops"])
 def op(request):
     with set_kernels_enabled("cpu" if request.param == "kernels" else "off"):
         yield learned_group_norm
@@ -218,6 +216,7 @@ def test_nan_stays_in_its_image(op):
 
 
 @pytest.mark.skipif(not cpu_kernels.is_compiled(), reason="gng_d2 was installed without a C compiler")
+@KERNELS
 def test_the_kernels_compute_it(monkeypatch):
     called, call = [], cpu_kernels.call
     monkeypatch.setattr(cpu_kernels, "call", lambda name, *args: (called.append(name), call(name, *args)))
@@ -236,6 +235,7 @@ def test_the_kernels_compute_it(monkeypatch):
     assert {"gng_d2.group_norm_statistics.default", "gng_d2.group_norm_apply.default"} <= set(recorder.ops)
 
 
+@KERNELS
 def test_compiled_traced_and_scripted():
     x, *parameters = (t.detach() for t in leaves_of(2, 6, 4, 4))
     expected = learned_group_norm(x, *parameters)
