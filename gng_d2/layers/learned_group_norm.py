@@ -72,9 +72,6 @@ class LearnedGroupNorm(GroupNorm):
     def recorded_groups(self) -> str:
         return "learned"
 
-    def groups_after(self, in_channels: int) -> None:
-        return None
-
     def norm_name(self) -> str:
         return "LGN" + WS * self.weight_standardization
 
